@@ -1,0 +1,282 @@
+"""The only reader and writer of checkpoints, and the one loader of models for all scripts.
+
+A checkpoint is nanoGPT's dictionary, so that files pass both ways: `model`, `optimizer`, `model_args` (nanoGPT's seven
+names), `iter_num` (updates done), `best_val_loss`, `config`. What nanoGPT does not know lies under one more key, `extra`:
+
+    tokenizer        the description that data.tokenizer.from_dict reads
+    model            "gpt" or "bigram"
+    gelu             "erf" or "tanh"
+    scaler           state of the GradScaler, empty without one
+    evaluated        the iteration of the last evaluation, which a resumed run does not repeat
+"""
+
+import dataclasses
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configurator import UserError
+from data import tokenizer as tokenizers
+from model import GPT, Bigram, GPTConfig
+
+BEST = "ckpt.pt"  # the best weights, or the newest with always_save_checkpoint
+LAST = "last.pt"  # the newest training state
+MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+MODELS = {"gpt": GPT, "bigram": Bigram}
+PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before names
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint file's content, checked as far as each part can be by itself."""
+
+    path: Path
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, Any] | None
+    model_args: dict[str, Any]
+    iter_num: int
+    best_val_loss: float
+    config: dict[str, Any]
+    extra: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """The kind of model: a key of MODELS."""
+        return self.extra.get("model", "gpt")
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to `path` so that the file there is always whole: the old one until the new one is on the disk."""
+    part = path.with_name(path.name + ".tmp")
+    part.unlink(missing_ok=True)  # one left by a killed `share` is another name of a checkpoint: not to be written into
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def share(path: Path, other: Path) -> None:
+    """Make `other` a second name of the checkpoint at `path`, which costs no time; a copy where the disk has no links."""
+    part = other.with_name(other.name + ".tmp")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(path, part)
+    except OSError:
+        save(other, torch.load(path, map_location="cpu", weights_only=True))
+    else:
+        os.replace(part, other)
+
+
+def pack(
+    model: GPT | Bigram,
+    optimizer: torch.optim.Optimizer,
+    iter_num: int,
+    best_val_loss: float,
+    config: dict[str, Any],
+    extra: dict[str, Any],
+) -> dict[str, Any]:
+    """Return a training state as the dictionary that `save` takes; `model` is the module itself, not a wrapper of it."""
+    shape = dataclasses.asdict(model.config)
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "model_args": {name: shape[name] for name in MODEL_ARGS},
+        "iter_num": iter_num,
+        "best_val_loss": best_val_loss,
+        "config": config,
+        "extra": extra | {"model": _kind(model), "gelu": model.config.gelu},
+    }
+
+
+def load(path: Path, mmap: bool = False) -> Checkpoint:
+    """Read a checkpoint of this project or of nanoGPT, without running code from it; UserError where it is none.
+
+    With `mmap`, tensors stay in the file until they are used: for those who need few of them, and do not keep them.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and _is_zip(path))
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: refused: not a checkpoint of tensors and plain values ({_first_line(error)})") from error
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{path}: not a checkpoint, or damaged ({_first_line(error)})") from error
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(f"{path}: not a checkpoint: it has no 'model'")
+    extra = state.get("extra", {})
+    if not isinstance(extra, dict) or extra.get("model", "gpt") not in MODELS:
+        raise UserError(f"{path}: a checkpoint of another program, or of a later version")
+    weights = {_bare(name): tensor for name, tensor in state["model"].items() if isinstance(name, str)}
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # nanoGPT's mask
+    if not weights or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise UserError(f"{path}: damaged: its 'model' is not a dictionary of tensors")
+    checkpoint = Checkpoint(
+        path=path,
+        weights=weights,
+        optimizer=_typed(state, "optimizer", dict, path, optional=True),
+        model_args=_typed(state, "model_args", dict, path),
+        iter_num=_typed(state, "iter_num", int, path),
+        best_val_loss=_number(state.get("best_val_loss", float("inf")), path),
+        config=_typed(state, "config", dict, path, optional=True) or {},
+        extra=extra,
+    )
+    _check_shape(checkpoint)
+    return checkpoint
+
+
+def find(out_dir: Path, names: tuple[str, ...]) -> Path:
+    """Return the first of `names` that is in the run folder `out_dir`; UserError where none is."""
+    for name in names:
+        if (out_dir / name).is_file():
+            return out_dir / name
+    raise UserError(f"no checkpoint in {out_dir} ({' or '.join(names)}); train one there first: python train.py --out_dir={out_dir}")
+
+
+def newest(out_dir: Path) -> Checkpoint:
+    """Return the newest training state in a run folder, for resuming it; UserError where there is none."""
+    path, best = find(out_dir, (LAST, BEST)), out_dir / BEST
+    if best.is_file() and not best.samefile(path) and load(best, mmap=True).iter_num > load(path, mmap=True).iter_num:
+        path = best
+    return load(path)
+
+
+def build_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT | Bigram:
+    """Return the checkpoint's model, on the CPU in float32, with its weights; UserError where they do not fit its shape."""
+    args = {name: checkpoint.model_args[name] for name in MODEL_ARGS}
+    config = GPTConfig(**args | {"dropout": dropout, "gelu": checkpoint.extra.get("gelu", "erf")})
+    with torch.device("meta"):  # allocates nothing: the shapes are compared before any memory is taken
+        model = MODELS[checkpoint.kind](config)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in checkpoint.weights.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            shapes = [tuple(side[name]) if name in side else "nothing" for side in (found, wanted)]
+            raise UserError(f"{checkpoint.path}: damaged: {name} is {shapes[0]} where its shape needs {shapes[1]}")
+    model.load_state_dict({name: tensor.float() for name, tensor in checkpoint.weights.items()}, assign=True)
+    if isinstance(model, GPT):
+        model.transformer.wte.weight = model.lm_head.weight  # assigning has untied them
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # so far it may be a part of the file
+    return model
+
+
+def restore_optimizer(
+    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Load the optimizer's and the scaler's state; what they are set to (rates, decay, kernels) stays as it is.
+
+    UserError where the state does not fit the parameters.
+    """
+    saved = checkpoint.optimizer
+    try:
+        groups = [
+            {name: value for name, value in group.items() if name != "params"} | {"params": old["params"]}
+            for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
+        ]
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        for parameter, state in optimizer.state.items():
+            if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys() or state["exp_avg"].shape != parameter.shape:
+                raise ValueError("of another shape")
+        if scaler.is_enabled() and checkpoint.extra.get("scaler"):
+            scaler.load_state_dict(checkpoint.extra["scaler"])
+    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{checkpoint.path}: the state of its optimizer does not fit ({_first_line(error)}); "
+            f"--init_from={checkpoint.path} --out_dir=NEW starts a new run from its weights"
+        ) from error
+
+
+def load_model(init_from: str, out_dir: str) -> tuple[GPT | Bigram, "tokenizers.Tokenizer", Checkpoint]:
+    """Return the model that `init_from` names, its tokenizer and the checkpoint that it comes from.
+
+    `init_from` is "resume", for the run in `out_dir`, or the path of a run folder or a checkpoint file. Of a run it takes the
+    best weights. UserError where there is no such thing.
+    """
+    path = Path(out_dir if init_from == "resume" else init_from)
+    if path.is_dir():
+        path = find(path, (BEST, LAST))
+    elif init_from == "resume":
+        raise UserError(f"--out_dir={out_dir}: no such folder; train a model there first, or name another")
+    elif not path.is_file():
+        raise UserError(f"--init_from={init_from}: no such run folder or checkpoint file")
+    checkpoint = load(path, mmap=True)
+    return build_model(checkpoint), tokenizer_of(checkpoint), checkpoint
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> "tokenizers.Tokenizer":
+    """Return the tokenizer in a checkpoint; for nanoGPT's, which have none, that of the dataset which they name."""
+    if "tokenizer" in checkpoint.extra:
+        try:
+            tokenizer = tokenizers.from_dict(checkpoint.extra["tokenizer"])
+        except UserError as error:
+            raise UserError(f"{checkpoint.path}: damaged: {error}") from error
+    else:
+        dataset = str(checkpoint.config.get("dataset", ""))
+        tokenizer = tokenizers.from_folder(Path(tokenizers.__file__).parent / dataset)
+    if tokenizer.vocab_size > checkpoint.model_args["vocab_size"]:
+        raise UserError(f"{checkpoint.path}: its tokenizer ({tokenizer}) does not belong to its model")
+    return tokenizer
+
+
+def _check_shape(checkpoint: Checkpoint) -> None:
+    """Raise UserError where the model's arguments are not those of a model."""
+    args, path = checkpoint.model_args, checkpoint.path
+    for name in MODEL_ARGS:
+        value = args.get(name)
+        if name == "bias":
+            fits = type(value) is bool
+        elif name == "dropout":
+            fits = isinstance(value, (int, float)) and 0 <= value < 1
+        else:
+            fits = type(value) is int and 0 < value < 1 << 24
+        if not fits:
+            raise UserError(f"{path}: damaged: its model_args have {name} = {value!r}")
+    if args["n_embd"] % args["n_head"]:
+        raise UserError(f"{path}: damaged: n_head={args['n_head']} does not divide n_embd={args['n_embd']}")
+    if checkpoint.kind == "gpt" and f"transformer.h.{args['n_layer'] - 1}.ln_1.weight" not in checkpoint.weights:
+        raise UserError(f"{path}: damaged: weights for n_layer={args['n_layer']} are not all there")
+
+
+def _typed(state: dict, key: str, kind: type, path: Path, optional: bool = False) -> Any:
+    value = state.get(key)
+    if optional and value is None:
+        return None
+    if type(value) is not kind or (kind is int and value < 0):
+        raise UserError(f"{path}: not a checkpoint, or damaged: its '{key}' is {_first_line(repr(value)[:50])}")
+    return value
+
+
+def _number(value: Any, path: Path) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()  # nanoGPT's is a tensor
+    if not isinstance(value, (int, float)):
+        raise UserError(f"{path}: damaged: its 'best_val_loss' is not a number")
+    return float(value)
+
+
+def _kind(model: GPT | Bigram) -> str:
+    return next(kind for kind, cls in MODELS.items() if isinstance(model, cls))
+
+
+def _bare(name: str) -> str:
+    for prefix in PREFIXES * 2:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a checkpoint has the format since PyTorch 1.6, which can be memory-mapped."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,330 @@
+"""Turn a script's defaults, config files and --key=value flags into one checked config.
+
+A script describes its keys as a dataclass, one field a line, with a trailing comment that is also the key's help:
+
+    @dataclass
+    class Config(configurator.Config):
+        batch_size: PositiveInt = 12  # windows in a micro-batch
+        device: Literal["auto", "cpu"] = "auto"  # where to compute
+
+    if __name__ == "__main__":
+        configurator.run(main, Config)
+
+`python script.py config/a.py --batch_size=4 config/b.py` applies its arguments from left to right. A config file is plain
+Python; it sees the values so far, and the names that it assigns must be keys.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import io
+import math
+import os
+import sys
+import textwrap
+import tokenize
+import traceback
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Callable, ClassVar, Literal, NoReturn
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(ValueError):
+    """A person's mistake: shown as one line that says what to do, without a traceback."""
+
+
+class Config:
+    """What every script's config dataclass starts from."""
+
+    given: ClassVar[frozenset[str]] = frozenset()  # the keys that a file or a flag has set; an instance gets its own
+
+    def validate(self) -> None:
+        """Raise UserError where values that are fine one by one do not fit together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a key accepts: both ends belong to the range, except an `above` or a `below`."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, number: float) -> bool:
+        return (
+            (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        ends = dataclasses.asdict(self).items()
+        return " and ".join(f"{name.replace('_', ' ')} {end:g}" for name, end in ends if end is not None)
+
+
+PositiveInt = Annotated[int, Range(at_least=1)]
+NonNegativeInt = Annotated[int, Range(at_least=0)]
+PositiveFloat = Annotated[float, Range(above=0)]
+NonNegativeFloat = Annotated[float, Range(at_least=0)]
+Probability = Annotated[float, Range(at_least=0, below=1)]
+
+
+def parse(config_class: type, arguments: list[str]) -> Any:
+    """Return a `config_class` with its defaults overridden by `arguments`, applied from left to right.
+
+    `config.given` holds the keys that were set. Raises UserError for whatever does not fit.
+    """
+    config = config_class()
+    kinds = typing.get_type_hints(config_class, include_extras=True)
+    keys = [field.name for field in dataclasses.fields(config_class)]
+    given: set[str] = set()
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, equals, text = argument[2:].partition("=")
+            if not equals:
+                raise UserError(f"{argument}: write --key=value, with no spaces around '='{_hint(key, keys, '--{}=...')}")
+            if key not in keys:
+                raise UserError(f"unknown key '{key}' in {argument}{_hint(key, keys, '--{}')}; --help lists all keys")
+            updates = {key: _checked(f"--{key}={text}", text, kinds[key], is_text=True)}
+        else:
+            path = _find_config_file(argument, keys)
+            assigned = _run_config_file(path, argument, {key: getattr(config, key) for key in keys})
+            updates = {}
+            for key, value in assigned.items():
+                if key not in keys:
+                    raise UserError(f"{argument}: unknown key '{key}'{_hint(key, keys)}; a name that is no key starts with _")
+                updates[key] = _checked(f"{argument}: {key} = {value!r}", value, kinds[key], is_text=False)
+        for key, value in updates.items():
+            setattr(config, key, value)
+        given.update(updates)
+    config.given = frozenset(given)
+    config.validate()
+    return config
+
+
+def check_value(config_class: type, key: str, value: Any, source: str) -> Any:
+    """Return `value`, which came from `source`, as the type of `key`; UserError where it does not fit."""
+    kind = typing.get_type_hints(config_class, include_extras=True)[key]
+    return _checked(f"{source}: {key} = {value!r}", value, kind, is_text=False)
+
+
+def run(main: Callable[[Any], None], config_class: type) -> None:
+    """Call `main` with the config from the command line; what a script's `if __name__ == "__main__"` does.
+
+    A UserError, or the system's refusal of a file (OSError with a file's name), ends the process with status 1 and one
+    line on stderr; Ctrl-C with status 130. Everything else is a mistake in the program and keeps its traceback.
+    """
+    try:
+        arguments = sys.argv[1:]
+        if "--help" in arguments or "-h" in arguments:
+            print(help_text(config_class, Path(sys.argv[0]).name), end="")
+            return
+        main(parse(config_class, arguments))
+        sys.stdout.flush()
+    except UserError as error:
+        _exit(str(error))
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _exit(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def warn(message: str) -> None:
+    """Print a line on stderr that a person should read; of several processes, the main one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: warning: {one_line(message)}", file=sys.stderr)
+
+
+def help_text(config_class: type, script: str) -> str:
+    """Return the --help page: each key's type, default and meaning, under the headings of the class's own comments."""
+    kinds = typing.get_type_hints(config_class, include_extras=True)
+    defaults = {field.name: getattr(config_class(), field.name) for field in dataclasses.fields(config_class)}
+    lines = [f"usage: python {script} [config/file.py ...] [--key=value ...]", ""]
+    lines += textwrap.wrap((sys.modules[config_class.__module__].__doc__ or "").strip().split("\n\n")[0], 100) + [""]
+    lines.append("Arguments are applied from left to right. Keys, with type, default and meaning:")
+    for key, comment in _comments(config_class):
+        if key is None:
+            lines += ["", f"{comment}:"]
+        elif key in defaults:
+            head = f"  --{key}=<{_type_name(kinds[key])}>  [{_shown(defaults[key])}]"
+            lines += [head] if len(head) > 44 else []
+            lines += textwrap.wrap(
+                comment,
+                width=118,
+                initial_indent=" " * 46 if len(head) > 44 else head.ljust(46),
+                subsequent_indent=" " * 46,
+            )
+    return "\n".join(lines) + "\n"
+
+
+def one_line(message: str) -> str:
+    """Return `message` without line breaks and control characters, so that it stays one line on a terminal."""
+    return "".join(character if character.isprintable() else " " for character in message)
+
+
+def _exit(message: str) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    where = Path(sys.argv[0]).name + ("" if rank == "0" else f" [rank {rank}]")
+    print(f"{where}: error: {one_line(message)}", file=sys.stderr)
+    sys.exit(1)
+
+
+class _Namespace(dict):
+    """The variables of a config file; remembers which were assigned, also those that kept their value."""
+
+    def __init__(self, values: dict[str, Any]):
+        super().__init__(values)
+        self.assigned: dict[str, None] = {}
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.assigned[name] = None
+        super().__setitem__(name, value)
+
+
+def _find_config_file(argument: str, keys: list[str]) -> Path:
+    if argument.startswith("-"):
+        raise UserError(f"{argument}: flags start with two dashes, as in --key=value")
+    for path in (Path(argument), ROOT / argument):
+        if path.is_file():
+            return path
+    key = argument.partition("=")[0]
+    if key in keys:
+        raise UserError(f"{argument}: a key needs two dashes: --{argument}")
+    names = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("*.py"))
+    raise UserError(f"{argument}: no such config file{_hint(argument, names, '{}')}")
+
+
+def _run_config_file(path: Path, shown: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Execute a config file on top of `values`; return what it assigned, less modules, functions, classes, _names."""
+    namespace = _Namespace({**values, "__name__": path.stem, "__file__": str(path)})
+    try:
+        code = compile(path.read_bytes(), str(path), "exec")
+    except SyntaxError as error:
+        raise UserError(f"{shown}, line {error.lineno}: {error.msg}") from error
+    except ValueError as error:  # null bytes
+        raise UserError(f"{shown}: {error}") from error
+    try:
+        exec(code, namespace)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = [frame.lineno for frame in frames if frame.filename == str(path)][-1]
+        raise UserError(f"{shown}, line {line}: {type(error).__name__}: {error}") from error
+    assigned = {name: namespace[name] for name in namespace.assigned if name in namespace and not name.startswith("_")}
+    passed_over = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    return {name: value for name, value in assigned.items() if name in values or not isinstance(value, passed_over)}
+
+
+def _checked(shown: str, value: Any, kind: Any, is_text: bool) -> Any:
+    """Return `value` as `kind`; `shown` is how an error quotes it."""
+    limits = None
+    if typing.get_origin(kind) is Annotated:
+        kind, limits = typing.get_args(kind)
+    try:
+        value = _from_text(value, kind) if is_text else _from_python(value, kind)
+    except ValueError:
+        raise UserError(f"{shown}: not {_expected(kind)}") from None
+    if limits is not None and value is not None and value not in limits:
+        raise UserError(f"{shown}: must be {limits}")
+    return value
+
+
+def _members(kind: Any) -> tuple:
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """Read `text` as the first member of `kind` that it fits; ValueError where it fits none."""
+    for member in _members(kind):
+        if member is bool and text.lower() in ("true", "1", "false", "0"):
+            return text.lower() in ("true", "1")
+        if member is type(None) and text.lower() == "none":
+            return None
+        if typing.get_origin(member) is Literal and text in typing.get_args(member):
+            return text
+        if member is str:
+            return text
+        if member in (int, float):
+            try:
+                return _from_python(int(text), member)
+            except ValueError:
+                pass
+            try:
+                return _from_python(float(text), member)
+            except ValueError:
+                pass
+    raise ValueError(text)
+
+
+def _from_python(value: Any, kind: Any) -> Any:
+    """Return a Python value as the first member of `kind` that it fits; ValueError where it fits none."""
+    for member in _members(kind):
+        if typing.get_origin(member) is Literal:
+            if isinstance(value, str) and value in typing.get_args(member):
+                return value
+        elif member is int and isinstance(value, float) and value.is_integer():
+            return int(value)  # 6e5
+        elif member is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except OverflowError:
+                raise ValueError(value) from None
+            if math.isfinite(number):
+                return number
+        elif type(value) is member:
+            return value
+    raise ValueError(value)
+
+
+def _expected(kind: Any) -> str:
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "a string", type(None): "None"}
+    parts = []
+    for member in _members(kind):
+        parts += typing.get_args(member) if typing.get_origin(member) is Literal else [names[member]]
+    return ("one of " if len(parts) > 2 else "") + " or ".join([", ".join(parts[:-1])] * (len(parts) > 1) + parts[-1:])
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
+    parts = []
+    for member in _members(kind):
+        if typing.get_origin(member) is Literal:
+            parts += typing.get_args(member)
+        else:
+            parts.append("None" if member is type(None) else member.__name__)
+    return "|".join(parts)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) and (not value or not value.isprintable()) else str(value)
+
+
+def _hint(name: str, known: list[str], form: str = "{}") -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {form.format(close[0])}?" if close else ""
+
+
+def _comments(config_class: type) -> list[tuple[str | None, str]]:
+    """Return (key, trailing comment) of each field of the class and (None, text) of each comment line, in order."""
+    source = textwrap.dedent(inspect.getsource(config_class))
+    found: list[tuple[str | None, str]] = []
+    first_name_of_line: dict[int, str] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME and token.string == "def":
+            break
+        if token.type == tokenize.NAME:
+            first_name_of_line.setdefault(token.start[0], token.string)
+        elif token.type == tokenize.COMMENT:
+            found.append((first_name_of_line.get(token.start[0]), token.string.lstrip("# ")))
+    return found

@@ -1,0 +1,170 @@
+"""Text from the network or the disk, tokenized into the token files of a dataset: what each prepare.py stands on."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import requests
+from tqdm import tqdm
+
+from configurator import UserError
+from data.tokenizer import CharTokenizer, Tokenizer
+
+TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+TRIES = 3  # for one download
+TIMEOUT = 20  # seconds without a byte
+BLOCK = 1 << 16  # bytes read at once from the network
+
+
+def download(url: str, path: Path, sha256: str) -> None:
+    """Fetch `url` into `path`, which appears only when it is whole and has the hexadecimal digest `sha256`.
+
+    Shows a progress bar and tries again after a passing failure. UserError where it cannot be had.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        for attempt in range(TRIES):
+            try:
+                _fetch(url, part)
+                break
+            except requests.RequestException as error:
+                status = error.response.status_code if error.response is not None else None
+                if attempt == TRIES - 1 or (status is not None and 400 <= status < 500 and status != 429):
+                    why = f"status {status}" if status else type(error).__name__
+                    raise UserError(f"cannot download {url} ({why}); save that file yourself as {path}") from error
+                time.sleep(2**attempt)
+        found = hashlib.sha256(part.read_bytes()).hexdigest()
+        if found != sha256:
+            raise UserError(f"{url} is not the file that was expected (sha256 {found}, not {sha256})")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _fetch(url: str, path: Path) -> None:
+    with requests.get(url, stream=True, timeout=TIMEOUT) as response:
+        response.raise_for_status()
+        length = int(response.headers.get("Content-Length", 0)) or None
+        encoded = "Content-Encoding" in response.headers  # then the length is not that of what arrives here
+        with (
+            open(path, "wb") as file,
+            tqdm(total=None if encoded else length, desc=path.stem, unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            received = 0
+            for block in response.iter_content(BLOCK):
+                received += file.write(block)
+                bar.update(len(block))
+    if length is not None and not encoded and received != length:
+        raise requests.ConnectionError(f"{received} of {length} bytes arrived")
+
+
+def tiny_shakespeare(url: str, path: Path) -> str:
+    """Return the text of `path`, which is downloaded from `url` where it is not there yet.
+
+    A file that is there may be any text: people put their own in its place.
+    """
+    if not path.exists():
+        download(url, path, TINY_SHAKESPEARE_SHA256)
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != TINY_SHAKESPEARE_SHA256:
+        print(f"{shown_path(path)} is not Tiny Shakespeare; taking it as it is")
+    return read_text(path)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file, character for character but for a byte-order mark; UserError where it is none."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8 first") from error
+
+
+def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
+    """Cut `documents`, read as one text, where the last `val_fraction` of its characters begins."""
+    rest = int(sum(map(len, documents)) * (1 - val_fraction))
+    train, val = [], []
+    for document in documents:
+        train.append(document[:rest])
+        val.append(document[rest:])
+        rest = max(0, rest - len(document))
+    return [part for part in train if part], [part for part in val if part]
+
+
+def encode_documents(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
+    """Return the ids of `documents` in one int32 array, with a progress bar.
+
+    Where there are several and the tokenizer has an end-of-text token, that follows each of them.
+    """
+    ends = len(documents) > 1 and not isinstance(tokenizer, CharTokenizer)
+    parts = [np.empty(0, dtype=np.int32)]
+    with tqdm(total=sum(map(len, documents)), desc="tokenizing", unit="char", unit_scale=True, disable=None) as bar:
+        for document in documents:
+            parts.append(tokenizer.encode_array(document))
+            if ends:
+                parts.append(np.array([tokenizer.end_of_text], dtype=np.int32))
+            bar.update(len(document))
+    return np.concatenate(parts)
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Return the numpy name of the smallest type that holds the ids below `vocab_size`."""
+    return "uint8" if vocab_size <= 1 << 8 else "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write_dataset(folder: Path, train: list[str], val: list[str], tokenizer: Tokenizer, source: str) -> None:
+    """Tokenize the documents in `train` and `val`, write train.bin, val.bin and meta.json, and print their counts.
+
+    A process that is killed at any moment leaves the dataset that was there before, the new one, or one without a
+    train.bin, which training does not take. `source` names the text.
+    """
+    splits = {"train": encode_documents(train, tokenizer), "val": encode_documents(val, tokenizer)}
+    for split, ids in splits.items():
+        if len(ids) < 2:
+            raise UserError(f"the text is too short: it leaves {len(ids)} tokens for {split}.bin, which needs at least 2")
+    digest = hashlib.sha256()
+    for document in train + val:
+        digest.update(document.encode("utf-8"))
+    dtype = token_dtype(tokenizer.vocab_size)
+    meta = {
+        "dtype": dtype,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": tokenizer.to_dict(),
+        "source": source,
+        "sha256": digest.hexdigest(),
+        "tokens": {split: len(ids) for split, ids in splits.items()},
+    }
+    little_endian = np.dtype(dtype).newbyteorder("<")
+    files = {f"{split}.bin": ids.astype(little_endian).tobytes() for split, ids in splits.items()}
+    files["meta.json"] = json.dumps(meta, indent=1, ensure_ascii=False).encode("utf-8")
+    _replace_files(folder, files)
+    print(f"{source}: {tokenizer}, stored as {dtype}")
+    for split, ids in splits.items():
+        print(f"{split} has {len(ids):,} tokens")
+    print(f"wrote {', '.join(sorted(files))} into {shown_path(folder)}")
+
+
+def _replace_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Put `files`, the whole content of a dataset by name, in the place of the dataset that `folder` holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, content in files.items():
+            with open(folder / f"{name}.tmp", "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for stale in ("train.bin", "train.mask.bin", "val.mask.bin"):
+            (folder / stale).unlink(missing_ok=True)
+        for name in sorted(files, key="train.bin".__eq__):  # train.bin last: without it there is no dataset
+            os.replace(folder / f"{name}.tmp", folder / name)
+    finally:
+        for name in files:
+            (folder / f"{name}.tmp").unlink(missing_ok=True)
+
+
+def shown_path(path: Path) -> str:
+    """Return `path` as people read it best: from the current folder where it lies below that."""
+    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,133 @@
+"""Token files, memory-mapped and checked, and the batches that are drawn from them.
+
+The windows of a batch are a pure function of (seed, stream, iteration): there is no state to save, and one process or
+eight, interrupted or not, see the same tokens.
+"""
+
+from pathlib import Path
+from typing import Iterator, Literal
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+
+from configurator import UserError
+from data import tokenizer
+
+DATA = Path(__file__).resolve().parent
+DTYPES = ("uint8", "uint16", "uint32")
+CHECKED_TOKENS = 1 << 24  # at either end of a token file; further in, each batch is checked as it is read
+
+Split = Literal["train", "val"]
+Stream = Literal["train", "eval_train", "eval_val"]
+STREAMS = {"train": 0, "eval_train": 1, "eval_val": 2}
+
+
+class Dataset:
+    """One dataset's folder: its tokenizer and the token files of its two splits."""
+
+    def __init__(self, name: str):
+        """Open data/<name>, or the folder `name` where that is a path; UserError where it is missing or damaged."""
+        self.name = name
+        self.folder = DATA / name
+        for split in ("train", "val"):
+            if not (self.folder / f"{split}.bin").is_file():
+                raise UserError(_missing(name, self.folder, split))
+        self.tokenizer = tokenizer.from_folder(self.folder)
+        self.dtype = np.dtype("<u2")  # nanoGPT's, whose folders have no meta.json
+        counts = {}
+        if (self.folder / "meta.json").is_file():
+            meta = tokenizer.read_meta(self.folder)
+            if meta.get("dtype") not in DTYPES or meta.get("vocab_size") != self.tokenizer.vocab_size:
+                raise self._damaged("meta.json", f"dtype {meta.get('dtype')!r}, vocab_size {meta.get('vocab_size')!r}")
+            self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+            counts = meta.get("tokens") if isinstance(meta.get("tokens"), dict) else {}
+        self.tokens: dict[Split, int] = {}
+        for split in ("train", "val"):
+            size = (self.folder / f"{split}.bin").stat().st_size
+            if size % self.dtype.itemsize:
+                raise self._damaged(f"{split}.bin", f"its {size} bytes are no whole number of {self.dtype.name} tokens")
+            self.tokens[split] = size // self.dtype.itemsize
+            if counts.get(split, self.tokens[split]) != self.tokens[split]:
+                raise self._damaged(f"{split}.bin", f"{self.tokens[split]:,} tokens where meta.json counts {counts[split]:,}")
+            mask = self._mask_path(split)
+            if mask is not None and mask.stat().st_size != self.tokens[split]:
+                raise self._damaged(mask.name, f"{mask.stat().st_size} flags for {self.tokens[split]} tokens")
+
+    def check(self, block_size: int, vocab_size: int) -> None:
+        """Raise UserError where the splits are too short for `block_size` or hold ids that are not below `vocab_size`."""
+        for split, count in self.tokens.items():
+            if count <= block_size:
+                raise UserError(
+                    f"{self.folder.name}/{split}.bin has {count:,} tokens, too few for block_size={block_size}: "
+                    f"give --block_size={count - 1} or less, or more text"
+                )
+            tokens = self._open(split)
+            for part in (tokens[:CHECKED_TOKENS], tokens[-CHECKED_TOKENS:]):
+                self._check_ids(split, part, vocab_size)
+
+    def draw(self, split: Split, stream: Stream, seed: int, iteration: int, count: int, block_size: int) -> np.ndarray:
+        """Return where `count` random windows of `block_size` + 1 tokens start: (count,) int64.
+
+        The numbers are those of Philox (Salmon et al. 2011), a generator whose n-th output needs none before it.
+        """
+        philox = np.random.Philox(key=[seed, STREAMS[stream]], counter=[0, 0, iteration, 0])
+        starts = philox.random_raw(count) % np.uint64(self.tokens[split] - block_size)
+        return starts.astype(np.int64)
+
+    def consecutive(self, split: Split, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield (starts, length) of batches that cover a split with each target once; only the last window is shorter."""
+        targets = self.tokens[split] - 1
+        starts = np.arange(0, targets - block_size + 1, block_size)
+        for i in range(0, len(starts), batch_size):
+            yield starts[i : i + batch_size], block_size
+        if targets % block_size:
+            yield np.array([targets - targets % block_size]), targets % block_size
+
+    def windows(self, split: Split, starts: np.ndarray, length: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and targets, each (len(starts), length) int64: the windows at `starts`, and the same one further on.
+
+        Targets that a mask file leaves out are -1. UserError where an id is not below `vocab_size`.
+        """
+        rows = sliding_window_view(self._open(split), length + 1)[starts]  # (B, T + 1)
+        self._check_ids(split, rows, vocab_size)
+        inputs, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+        mask = self._mask_path(split)
+        if mask is not None:
+            learned = sliding_window_view(np.memmap(mask, dtype=np.uint8, mode="r"), length + 1)[starts, 1:]
+            targets[learned == 0] = -1
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def _open(self, split: Split) -> np.ndarray:
+        """Map a token file, anew for each batch: a map that lives on keeps every page that it has touched in memory."""
+        path = self.folder / f"{split}.bin"
+        tokens = np.memmap(path, dtype=self.dtype, mode="r")
+        if len(tokens) != self.tokens[split]:
+            raise UserError(f"{path} has changed during the run: {len(tokens):,} tokens, not {self.tokens[split]:,}")
+        return tokens.view(np.ndarray)
+
+    def _mask_path(self, split: Split) -> Path | None:
+        path = self.folder / f"{split}.mask.bin"
+        return path if path.is_file() else None
+
+    def _check_ids(self, split: Split, ids: np.ndarray, vocab_size: int) -> None:
+        if ids.max() >= vocab_size:
+            raise UserError(
+                f"{self.folder.name}/{split}.bin holds the token id {ids.max()}, beyond the model's {vocab_size} tokens: "
+                "the dataset and the model do not belong together, or the file is damaged"
+            )
+
+    def _damaged(self, file: str, what: str) -> UserError:
+        return UserError(f"{self.folder / file} is damaged ({what}); prepare the dataset again")
+
+
+def _missing(name: str, folder: Path, split: str) -> str:
+    if (folder / "prepare.py").is_file():
+        return f"dataset '{name}' is not prepared yet (no {split}.bin): run python data/{name}/prepare.py"
+    if folder.is_dir():
+        return f"dataset '{name}': {folder} holds no {split}.bin"
+    ready = sorted(path.parent.name for path in DATA.glob("*/train.bin"))
+    return (
+        f"dataset '{name}': no such folder in data/; prepared are: {', '.join(ready) or 'none'}; "
+        "python data/text/prepare.py --input=FILE --name=NAME makes one of your own text"
+    )

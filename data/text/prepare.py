@@ -1,0 +1,62 @@
+"""Prepare your own text: a file, or a folder of files, in UTF-8.
+
+    python data/text/prepare.py --input=my_book.txt --name=my_book
+    python train.py config/train_shakespeare_char_cpu.py --dataset=my_book --out_dir=out-my-book
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parents[1]))
+
+import configurator
+from configurator import UserError
+from data import corpus
+from data.tokenizer import CharTokenizer, TiktokenTokenizer
+
+
+@dataclass
+class Config(configurator.Config):
+    input: str = ""  # a text file, or a folder whose files are taken in the order of their names (hidden ones are not)
+    tokenizer: Literal["char", "gpt2", "cl100k_base", "o200k_base"] = "char"  # a table of its characters, or an encoding
+    val_fraction: Annotated[float, configurator.Range(above=0, below=1)] = 0.1  # share, at the end, kept for validation
+    name: str = "text"  # the dataset that results: data/<name>, for train.py --dataset=<name>
+
+    def validate(self) -> None:
+        if not self.input:
+            raise UserError("--input=<file or folder> says which text to prepare; it is missing")
+        if not Path(self.input).exists():
+            raise UserError(f"--input={self.input}: no such file or folder")
+        if not self.name.replace("-", "").replace("_", "").replace(".", "").isalnum() or self.name.startswith("."):
+            raise UserError(f"--name={self.name}: a name is made of letters, digits, '-', '_' and '.'")
+        if self.name != FOLDER.name and (FOLDER.parent / self.name / "prepare.py").exists():
+            raise UserError(f"--name={self.name}: that is a dataset with a prepare.py of its own; choose another name")
+
+
+def read_documents(path: Path) -> list[str]:
+    """Return the text of the file `path`, or of each visible file below the folder `path`; none of them empty."""
+    paths = [path] if path.is_file() else sorted(
+        file for file in path.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    return [text for text in map(corpus.read_text, paths) if text]
+
+
+def main(config: Config) -> None:
+    documents = read_documents(Path(config.input))
+    if not documents:
+        raise UserError(f"--input={config.input}: no text in it")
+    if config.tokenizer == "char":
+        tokenizer = CharTokenizer.from_text("".join(documents))
+    else:
+        tokenizer = TiktokenTokenizer(config.tokenizer)
+    train, val = corpus.split_documents(documents, config.val_fraction)
+    corpus.write_dataset(FOLDER.parent / config.name, train, val, tokenizer, Path(config.input).resolve().name)
+    print(f"next: python train.py config/train_shakespeare_char_cpu.py --dataset={config.name} --out_dir=out-{config.name}")
+
+
+if __name__ == "__main__":
+    configurator.run(main, Config)

@@ -1,0 +1,159 @@
+"""Where a script computes: device, number format, compilation, seeds and the group of processes."""
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from typing import Iterator, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Compile = bool | Literal["auto"]
+
+# Peaks of dense matrix products in FLOP/s, from the vendor's data sheets, by words of the device's name: (16-bit, float32),
+# the latter with TensorFloat-32 where there is that. The first entry whose words all occur is the device's.
+PEAK_FLOPS = {
+    "H200": (989e12, 495e12),
+    "H100 PCIe": (756e12, 378e12),
+    "H100 NVL": (835e12, 417e12),
+    "H100": (989e12, 495e12),
+    "B200": (2250e12, 1100e12),
+    "A100": (312e12, 156e12),
+    "A10": (125e12, 62.5e12),
+    "L40S": (362e12, 183e12),
+    "L4": (121e12, 60e12),
+    "V100": (125e12, 15.7e12),
+    "T4": (65e12, 8.1e12),
+    "RTX 3090": (71e12, 35.6e12),
+    "RTX 4090": (165e12, 82.6e12),
+    "RTX 5090": (209e12, 104.8e12),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together, and this one's place among them."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Return the sum of each number over all processes, every one of which must call this."""
+        if self.size == 1:
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+
+@contextlib.contextmanager
+def process_group(device: str, backend: str) -> Iterator[Group]:
+    """Yield the group that `torchrun` has started, or that of this process alone; `device` is where all of them compute.
+
+    Whatever uses the group must be gone when the block ends, for instance with the function that it was local to: a
+    DistributedDataParallel module that outlives its group aborts the process at exit. A block left by an exception ends the
+    process without taking the group apart, since the other processes may be waiting in it.
+    """
+    if "RANK" not in os.environ:
+        yield Group(device=resolve_device(device))
+        return
+    rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    device = resolve_device(device)
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"torchrun started more processes than this machine has GPUs ({torch.cuda.device_count()})")
+        device = f"cuda:{local_rank}"
+        torch.cuda.set_device(device)
+    if backend == "auto":
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend)
+    yield Group(rank, local_rank, size, device)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def resolve_device(name: str) -> str:
+    """Return the device to use for a `device` key: the best one there is for "auto"; UserError where `name` is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
+        raise UserError(f"--device={name}: not one of auto, cpu, cuda, cuda:<number> or mps")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device={name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; try --device=auto")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device={name}: PyTorch finds no Apple GPU here; try --device=auto")
+    return name
+
+
+def resolve_dtype(name: Dtype, device: str) -> torch.dtype:
+    """Return the number format to compute in: for "auto", 16 bits on CUDA devices and float32 elsewhere."""
+    if name == "auto":
+        if not device.startswith("cuda"):
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def resolve_compile(choice: Compile, device: str) -> bool:
+    """Return whether to compile the model: for "auto", on CUDA devices where a C compiler is there."""
+    if choice == "auto":
+        return device.startswith("cuda") and any(shutil.which(name) for name in ("gcc", "cc", "clang"))
+    return choice
+
+
+def autocast(device: str, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Return the context in which matrix products are computed in `dtype`."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type=torch.device(device).type, dtype=dtype)
+
+
+def peak_flops(device: str, dtype: torch.dtype) -> float | None:
+    """Return the device's peak in FLOP/s from its data sheet; None where it is not in the table."""
+    if not device.startswith("cuda"):
+        return None
+    words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
+    for name, (half, single) in PEAK_FLOPS.items():
+        if words.issuperset(name.split()) and "Laptop" not in words:
+            return single if dtype == torch.float32 else half
+    return None
+
+
+def set_up(device: str, seed: int) -> None:
+    """Seed the random numbers, and let float32 matrix products on CUDA devices use TensorFloat-32, as nanoGPT does."""
+    torch.manual_seed(seed)
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")
+
+
+def seed_dropout(seed: int, iteration: int, micro_batch: int) -> None:
+    """Make what is random in the next pass through the network a function of these three numbers alone."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, iteration, micro_batch]).generate_state(1, np.uint64)[0]))
+
+
+def to_device(tensors: tuple[torch.Tensor, ...], device: str) -> tuple[torch.Tensor, ...]:
+    """Copy tensors to the device; to a CUDA device from pinned memory, while this process goes on."""
+    if device.startswith("cuda"):
+        return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+    return tuple(tensor.to(device) for tensor in tensors)
+
+
+def synchronize(device: str) -> None:
+    """Return when the device has finished what it was given, so that a clock can be read."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,149 @@
+"""What a run records and shows: printed lines, a progress bar, metrics.csv and Weights & Biases.
+
+metrics.csv has a row for each evaluation (`train_loss` and `val_loss`) and one for each logged iteration (the others):
+
+    iteration            updates done before this row
+    tokens               tokens trained on before this row
+    seconds              time spent in this run, evaluations included, in all its parts where it was resumed
+    train_loss, val_loss means over the windows of the evaluation, in nats a token
+    loss                 mean over this iteration's batch, before its update
+    learning_rate        of this iteration
+    grad_norm            Euclidean norm of the gradient before clipping
+    tokens_per_second    since the last logged iteration
+    mfu                  model FLOPs utilisation, running average; -1 where the device's peak is unknown
+"""
+
+import csv
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from configurator import UserError
+
+COLUMNS = [
+    "iteration",
+    "tokens",
+    "seconds",
+    "train_loss",
+    "val_loss",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+]
+
+
+class Metrics:
+    """The records of one run; in all processes but the main one, it does nothing."""
+
+    def __init__(
+        self,
+        out_dir: Path,
+        total_iterations: int,
+        tokens_per_iteration: int,
+        start: int = 0,
+        evaluated: int = -1,
+        is_main: bool = True,
+    ):
+        """Open metrics.csv in `out_dir`. A run that starts again at iteration `start` keeps the rows before it.
+
+        Of iteration `start` itself it keeps the evaluation, where `evaluated` says that this has been done.
+        """
+        self.is_main = is_main
+        self._tokens_per_iteration = tokens_per_iteration
+        self._wandb: Any = None
+        if not is_main:
+            return
+        path = out_dir / "metrics.csv"
+        rows = [row for row in read_rows(path) if _was_before(row, start, evaluated)] if start else []
+        with open(path.with_suffix(".csv.tmp"), "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(path.with_suffix(".csv.tmp"), path)
+        self._file = open(path, "a", buffering=1, newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._started = time.perf_counter() - (float(rows[-1]["seconds"]) if rows else 0.0)
+        self._bar = tqdm(
+            total=total_iterations, initial=start, unit="iter", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+
+    def start_wandb(self, project: str, name: str, config: dict[str, Any]) -> None:
+        """Send evaluations to Weights & Biases as well; UserError where its package is missing or refuses."""
+        if not self.is_main:
+            return
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--wandb_log=True needs the package wandb: pip install wandb") from error
+        try:
+            self._wandb = wandb.init(project=project, name=name, config=config)
+        except wandb.errors.Error as error:
+            raise UserError(f"--wandb_log=True: {error}; wandb login, or WANDB_MODE=offline") from error
+
+    def say(self, text: str) -> None:
+        """Print a line on stdout, above the progress bar."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def evaluation(self, iteration: int, losses: dict[str, float], learning_rate: float, mfu: float) -> None:
+        """Record the evaluation after `iteration` updates; `losses` has "train" and "val"."""
+        if not self.is_main:
+            return
+        self.say(f"step {iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        self._write(iteration, train_loss=losses["train"], val_loss=losses["val"])
+        if self._wandb is not None:
+            values = {"train/loss": losses["train"], "val/loss": losses["val"], "lr": learning_rate, "mfu": mfu * 100}
+            self._wandb.log({"iter": iteration} | values)
+
+    def step(
+        self, iteration: int, loss: float, learning_rate: float, grad_norm: float, seconds: float, rate: float, mfu: float
+    ) -> None:
+        """Record a logged iteration, which took `seconds`; `rate` is in tokens per second."""
+        if not self.is_main:
+            return
+        self.say(f"iter {iteration}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
+        self._write(
+            iteration, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm, tokens_per_second=rate, mfu=mfu
+        )
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
+
+    def advance(self) -> None:
+        """Move the progress bar on by one iteration."""
+        if self.is_main:
+            self._bar.update()
+
+    def close(self) -> None:
+        """End the records."""
+        if self.is_main:
+            self._bar.close()
+            self._file.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+    def _write(self, iteration: int, **values: float) -> None:
+        seconds = round(time.perf_counter() - self._started, 3)
+        tokens = iteration * self._tokens_per_iteration
+        numbers = {name: f"{value:.9g}" for name, value in values.items() if math.isfinite(value)}
+        self._writer.writerow({"iteration": iteration, "tokens": tokens, "seconds": seconds} | numbers)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the whole rows of a metrics.csv, without the one that a killed run broke off; none where there is no file."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if list(row) == COLUMNS and None not in row.values() and row["iteration"].isdecimal()]
+
+
+def _was_before(row: dict[str, str], start: int, evaluated: int) -> bool:
+    iteration = int(row["iteration"])
+    return iteration < start or (iteration == start == evaluated and row["val_loss"] != "")

@@ -1,0 +1,341 @@
+"""Train a GPT on one process or on many, from scratch, from an interrupted run or from given weights.
+
+    python train.py config/train_shakespeare_char_cpu.py             a small model on a laptop
+    python train.py --init_from=resume --out_dir=out                 go on with the run in out/
+    torchrun --standalone --nproc_per_node=8 train.py config/...     eight processes on one machine
+"""
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+import checkpoint
+import configurator
+import device
+from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Range, UserError
+from data.dataset import Dataset, Split
+from device import Compile, Dtype
+from metrics import Metrics
+from model import GPT, Bigram, GPTConfig
+
+
+@dataclass
+class Config(configurator.Config):
+    # run
+    out_dir: str = "out"  # folder of the run: checkpoints, metrics.csv, config.json
+    init_from: str = "scratch"  # scratch, resume (the run in out_dir), or the path of a run folder or checkpoint file
+    eval_interval: PositiveInt = 2000  # iterations between evaluations of both splits
+    eval_iters: NonNegativeInt = 200  # batches in the evaluation of each split; 0 scores the whole split
+    eval_only: bool = False  # evaluate once and stop
+    log_interval: PositiveInt = 1  # iterations between printed losses
+    always_save_checkpoint: bool = True  # ckpt.pt is the newest state rather than the best
+    seed: Annotated[int, Range(at_least=0, below=2**63)] = 1337  # of initial weights, batches and dropout
+    # Weights & Biases
+    wandb_log: bool = False  # send the evaluations there too
+    wandb_project: str = "owt"  # project there
+    wandb_run_name: str = "gpt2"  # name of the run there
+    # data
+    dataset: str = "openwebtext"  # a folder of data/ with train.bin and val.bin
+    gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches in an iteration, shared out between the processes
+    batch_size: PositiveInt = 12  # windows in a micro-batch
+    block_size: PositiveInt = 1024  # tokens in a window: the model's context
+    # model
+    model: Literal["gpt", "bigram"] = "gpt"  # kind of network; a bigram has no layers, heads or channels
+    n_layer: PositiveInt = 12  # layers
+    n_head: PositiveInt = 12  # attention heads in a layer
+    n_embd: PositiveInt = 768  # channels, a multiple of n_head
+    dropout: Probability = 0.0  # 0 is best for pretraining; for finetuning try 0.1 or more
+    bias: bool = False  # biases in Linear and LayerNorm layers; without, it is a bit better and faster
+    # AdamW
+    learning_rate: PositiveFloat = 6e-4  # highest learning rate
+    max_iters: NonNegativeInt = 600000  # updates in the whole run
+    weight_decay: NonNegativeFloat = 1e-1  # of matrices and embeddings
+    beta1: Probability = 0.9  # decay of the mean of the gradient
+    beta2: Probability = 0.95  # decay of the mean of its square
+    grad_clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 does not clip
+    # learning rate decay
+    decay_lr: bool = True  # warm up, then decay along a cosine
+    warmup_iters: NonNegativeInt = 2000  # iterations of linear warmup
+    lr_decay_iters: NonNegativeInt = 600000  # where the decay ends; about max_iters (Chinchilla)
+    min_lr: NonNegativeFloat = 6e-5  # learning rate from there on; about learning_rate / 10 (Chinchilla)
+    # machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Dtype = "auto"  # of matrix products; float16 scales the loss. auto: 16 bits on CUDA, else float32
+    compile: Compile = "auto"  # compile the model with torch.compile. auto: on CUDA
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # of several processes. auto: nccl on CUDA, else gloo
+
+    def validate(self) -> None:
+        if self.init_from == "scratch" and self.model == "gpt" and self.n_embd % self.n_head:
+            raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}: {_nearest(self.n_embd, self.n_head)}")
+
+
+def main(config: Config) -> None:
+    if config.init_from == "resume":
+        inherit(config, checkpoint.newest(Path(config.out_dir), mmap=True))
+    with device.process_group(config.device, config.backend) as group:
+        train(config, group)
+
+
+def train(config: Config, group: device.Group) -> None:
+    """Train as `config` says, as one of the processes of `group`; all that uses the group ends with this function."""
+    steps, windows = config.gradient_accumulation_steps, config.gradient_accumulation_steps * config.batch_size
+    if steps % group.size:
+        raise UserError(
+            f"gradient_accumulation_steps={steps} micro-batches cannot be shared out evenly between {group.size} processes: "
+            f"give a multiple of {group.size}, such as {-(-steps // group.size) * group.size}"
+        )
+    dtype = device.resolve_dtype(config.dtype, group.device)
+    autocast = device.autocast(group.device, dtype)
+    device.set_up(group.device, config.seed)
+
+    data = Dataset(config.dataset)
+    model, start = build_model(config, data)
+    T, vocab_size = model.config.block_size, model.config.vocab_size
+    data.check(T, vocab_size)
+    model.to(group.device)
+    device_type, betas = torch.device(group.device).type, (config.beta1, config.beta2)
+    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
+    iteration, evaluated, best_val_loss = 0, -1, math.inf
+    if start is not None and config.init_from == "resume":
+        checkpoint.restore_optimizer(start, optimizer, scaler)
+        iteration, best_val_loss = start.iter_num, start.best_val_loss
+        evaluated = start.extra.get("evaluated", -1)
+    del start  # its tensors are in the model and the optimizer now
+    compiled = torch.compile(model) if device.resolve_compile(config.compile, group.device) else model
+    network = DistributedDataParallel(compiled) if group.size > 1 else compiled
+
+    if config.eval_only:
+        losses = evaluate(compiled, data, config, group, autocast)
+        if group.is_main:
+            print(f"step {iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        return
+
+    out_dir = Path(config.out_dir)
+    resolved = dataclasses.asdict(config)
+    if group.is_main:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if config.init_from != "resume" and (out_dir / checkpoint.BEST).exists():
+            print(f"{out_dir} holds an earlier run, which this one replaces from its first checkpoint on")
+        (out_dir / "config.json").write_text(json.dumps(resolved, indent=1) + "\n", encoding="utf-8")
+    metrics = Metrics(out_dir, config.max_iters, windows * T, iteration, evaluated, group.is_main)
+    if config.wandb_log:
+        metrics.start_wandb(config.wandb_project, config.wandb_run_name, resolved)
+    metrics.say(f"model: {config.model}, {model.get_num_params() / 1e6:.2f}M parameters, {vocab_size} tokens, context {T}")
+    metrics.say(f"data: {config.dataset} ({data.tokenizer}), {data.tokens['train']:,} to train, {data.tokens['val']:,} to validate")
+    metrics.say(
+        f"run: {group.device}, {str(dtype).removeprefix('torch.')}{', compiled' if compiled is not model else ''}, "
+        f"{group.size} process{'es' if group.size > 1 else ''}, tokens per iteration: {windows * T:,}, "
+        f"iterations {iteration} to {config.max_iters}, {config.max_iters * windows * T / data.tokens['train']:.2f} epochs"
+    )
+    if iteration >= config.max_iters:
+        metrics.say(f"the run has done its {iteration} iterations; a larger --max_iters continues it")
+
+    peak = device.peak_flops(group.device, dtype)
+    mfu, logged, t0 = -1.0, iteration, time.perf_counter()
+    while True:
+        learning_rate = config.learning_rate
+        if config.decay_lr:
+            learning_rate = get_lr(iteration, learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = learning_rate
+
+        # evaluate, and write checkpoints
+        finished = iteration >= config.max_iters
+        if (finished or iteration % config.eval_interval == 0) and evaluated != iteration:
+            device.synchronize(group.device)
+            t1 = time.perf_counter()
+            losses = evaluate(compiled, data, config, group, autocast)
+            evaluated, improved = iteration, losses["val"] < best_val_loss
+            best_val_loss = min(best_val_loss, losses["val"])
+            metrics.evaluation(iteration, losses, learning_rate, mfu)
+            if iteration > 0 and group.is_main:
+                extra = {"tokenizer": data.tokenizer.to_dict(), "scaler": scaler.state_dict(), "evaluated": evaluated}
+                state = checkpoint.pack(model, optimizer, iteration, best_val_loss, resolved, extra)
+                checkpoint.save(out_dir / checkpoint.LAST, state)
+                if improved or config.always_save_checkpoint:
+                    checkpoint.share(out_dir / checkpoint.LAST, out_dir / checkpoint.BEST)
+            t0 += time.perf_counter() - t1  # what follows is timed without this
+        if finished:
+            break
+
+        # forward and backward over this process's share of the micro-batches
+        loss = 0.0
+        starts = data.draw("train", "train", config.seed, iteration, windows, T)  # (windows,)
+        for micro_batch in range(group.rank, steps, group.size):
+            first = micro_batch * config.batch_size
+            batch = data.windows("train", starts[first : first + config.batch_size], T, vocab_size)
+            x, y = device.to_device(batch, group.device)  # (B, T) each
+            if config.dropout > 0:
+                device.seed_dropout(config.seed, iteration, micro_batch)
+            if group.size > 1:
+                network.require_backward_grad_sync = micro_batch + group.size >= steps  # only with the last one
+            with autocast:
+                _, micro_loss = network(x, y)
+            loss += micro_loss.detach() / steps
+            scaler.scale(micro_loss * group.size / steps).backward()  # averaged over the processes, this is the mean
+        (loss,) = group.sum(loss.item())
+
+        # update the weights, unless something is wrong with the gradient
+        scaler.unscale_(optimizer)
+        if config.grad_clip > 0:
+            grad_norm = clip_grad_norm_(model.parameters(), config.grad_clip).item()
+        else:
+            grad_norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+            metrics.close()
+            raise UserError(_not_finite(iteration, loss, grad_norm, out_dir))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        # log
+        if iteration % config.log_interval == 0:
+            now = time.perf_counter()
+            seconds = (now - t0) / (iteration + 1 - logged)
+            t0, logged = now, iteration + 1
+            if peak is not None:
+                utilisation = model.estimate_mfu(windows, seconds, peak * group.size)
+                mfu = utilisation if mfu < 0 else 0.9 * mfu + 0.1 * utilisation
+            metrics.step(iteration, loss, learning_rate, grad_norm, seconds, windows * T / seconds, mfu)
+        metrics.advance()
+        iteration += 1
+
+    metrics.close()
+    if group.is_main and (out_dir / checkpoint.BEST).exists():
+        print(f"best val loss {best_val_loss:.4f}; checkpoint in {out_dir / checkpoint.BEST}")
+        print(f"next: python sample.py --out_dir={config.out_dir}")
+
+
+def build_model(config: Config, data: Dataset) -> tuple[GPT | Bigram, checkpoint.Checkpoint | None]:
+    """Return the model to train, on the CPU, and the checkpoint that it comes from; None when it starts from scratch."""
+    vocab_size = data.tokenizer.model_vocab_size
+    if config.init_from == "scratch":
+        shape = GPTConfig(
+            block_size=config.block_size,
+            vocab_size=vocab_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            dropout=config.dropout,
+            bias=config.bias,
+        )
+        return checkpoint.MODELS[config.model](shape), None
+    if config.init_from == "resume":
+        start = checkpoint.newest(Path(config.out_dir))
+    else:
+        path = Path(config.init_from)
+        if not path.exists():
+            raise UserError(
+                f"--init_from={config.init_from}: not scratch, resume, or the path of a run folder or checkpoint file "
+                "(GPT-2's weights cannot be loaded by name yet)"
+            )
+        start = checkpoint.load(checkpoint.find(path, (checkpoint.BEST, checkpoint.LAST)) if path.is_dir() else path)
+        inherit_shape(config, start)
+    tokenizer = checkpoint.tokenizer_of(start)
+    if tokenizer.to_dict() != data.tokenizer.to_dict():
+        raise UserError(
+            f"{start.path} was trained on {tokenizer}, and dataset '{config.dataset}' has another tokenizer "
+            f"({data.tokenizer}): choose a dataset with the same one"
+        )
+    model = checkpoint.build_model(start, config.dropout)
+    if config.block_size < model.config.block_size:
+        model.crop_block_size(config.block_size)
+    return model, start
+
+
+def inherit(config: Config, start: checkpoint.Checkpoint) -> None:
+    """Give every key that was not set by hand the value of the run in `start`."""
+    kept = set(config.given) | {"init_from", "out_dir"}
+    for field in dataclasses.fields(config):
+        if field.name in start.config and field.name not in kept:
+            value = configurator.check_value(Config, field.name, start.config[field.name], str(start.path))
+            setattr(config, field.name, value)
+    inherit_shape(config, start)
+    config.block_size = start.model_args["block_size"]
+    if "device" not in config.given:
+        try:
+            device.resolve_device(config.device)
+        except UserError:  # the run began on another kind of machine
+            for name in {"device", "dtype", "compile", "backend"} - config.given:
+                setattr(config, name, "auto")
+
+
+def inherit_shape(config: Config, start: checkpoint.Checkpoint) -> None:
+    """Give the keys of the model's shape the checkpoint's values; a line names each that was set to another one."""
+    shape = {name: start.model_args[name] for name in ("n_layer", "n_head", "n_embd", "bias", "block_size")}
+    shape["model"] = start.kind
+    for name, value in shape.items():
+        cropped = name == "block_size" and config.init_from != "resume" and config.block_size < value
+        if name in config.given and getattr(config, name) != value and not cropped:
+            configurator.warn(f"{start.path} has {name}={value}, used instead of {name}={getattr(config, name)}")
+        if not (name in config.given and cropped):
+            setattr(config, name, value)
+
+
+def get_lr(iteration: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int) -> float:
+    """Return the learning rate of an iteration: linear warmup, a half cosine down to `min_lr`, and `min_lr` after it."""
+    if iteration < warmup_iters:
+        return learning_rate * (iteration + 1) / (warmup_iters + 1)
+    if iteration >= lr_decay_iters:
+        return min_lr
+    progress = (iteration - warmup_iters) / (lr_decay_iters - warmup_iters)  # from 0 to 1
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, data: Dataset, config: Config, group: device.Group, autocast) -> dict[Split, float]:
+    """Return the mean loss of each split in nats a token: on the same random windows every time, or on the whole split.
+
+    The processes of `group` share the work, and all get the result.
+    """
+    model.eval()
+    losses = {}
+    for split in data.tokens:
+        total = count = 0.0
+        for index, (starts, length) in enumerate(evaluation_batches(data, split, config)):
+            if index % group.size == group.rank:
+                x, y = device.to_device(data.windows(split, starts, length, model.config.vocab_size), group.device)
+                with autocast:
+                    _, loss = model(x, y)
+                learned = (y != -1).sum().item()
+                total += loss.item() * learned if learned else 0.0
+                count += learned
+        total, count = group.sum(total, count)
+        losses[split] = total / count
+    model.train()
+    return losses
+
+
+def evaluation_batches(data: Dataset, split: Split, config: Config):
+    """Yield (starts, length) of each batch of windows that an evaluation of `split` takes."""
+    if config.eval_iters == 0:
+        yield from data.consecutive(split, config.block_size, config.batch_size)
+    for index in range(config.eval_iters):
+        stream = "eval_train" if split == "train" else "eval_val"
+        yield data.draw(split, stream, config.seed, index, config.batch_size, config.block_size), config.block_size
+
+
+def _not_finite(iteration: int, loss: float, grad_norm: float, out_dir: Path) -> str:
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {grad_norm}"
+    newest = out_dir / checkpoint.LAST
+    kept = f"{newest} holds the last good state" if newest.exists() else "no checkpoint was written yet"
+    return f"iteration {iteration}: {what}; stopped before the update; {kept}; try a lower --learning_rate or --grad_clip"
+
+
+def _nearest(n_embd: int, n_head: int) -> str:
+    divisors = [count for count in range(1, n_embd + 1) if n_embd % count == 0]
+    below, above = max(d for d in divisors if d < n_head), [d for d in divisors if d > n_head][:1]
+    return f"try --n_head={' or '.join(map(str, [below, *above]))}"
+
+
+if __name__ == "__main__":
+    configurator.run(main, Config)
