@@ -137,7 +137,9 @@ def find(out_dir: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         if (out_dir / name).is_file():
             return out_dir / name
-    raise UserError(f"no checkpoint in {out_dir} ({' or '.join(names)}); train one there first: python train.py --out_dir={out_dir}")
+    raise UserError(
+        f"no checkpoint in {out_dir} ({' or '.join(names)}); train one there first: python train.py --out_dir={out_dir}"
+    )
 
 
 def newest(out_dir: Path) -> Checkpoint:
@@ -168,9 +170,7 @@ def build_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT | Bigram:
     return model
 
 
-def restore_optimizer(
-    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> None:
+def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """Load the optimizer's and the scaler's state; what they are set to (rates, decay, kernels) stays as it is.
 
     UserError where the state does not fit the parameters.

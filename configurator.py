@@ -26,8 +26,9 @@ import tokenize
 import traceback
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Callable, ClassVar, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 ROOT = Path(__file__).resolve().parent
 
@@ -151,7 +152,8 @@ def help_text(config_class: type, script: str) -> str:
     kinds = typing.get_type_hints(config_class, include_extras=True)
     defaults = {field.name: getattr(config_class(), field.name) for field in dataclasses.fields(config_class)}
     lines = [f"usage: python {script} [config/file.py ...] [--key=value ...]", ""]
-    lines += textwrap.wrap((sys.modules[config_class.__module__].__doc__ or "").strip().split("\n\n")[0], 100) + [""]
+    summary = (sys.modules[config_class.__module__].__doc__ or "").strip().split("\n\n")[0]
+    lines += [*textwrap.wrap(summary, 100), ""]
     lines.append("Arguments are applied from left to right. Keys, with type, default and meaning:")
     for key, comment in _comments(config_class):
         if key is None:

@@ -110,9 +110,7 @@ class Metrics:
         if not self.is_main:
             return
         self.say(f"iter {iteration}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
-        self._write(
-            iteration, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm, tokens_per_second=rate, mfu=mfu
-        )
+        self._write(iteration, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm, tokens_per_second=rate, mfu=mfu)
         self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
 
     def advance(self) -> None:

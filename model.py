@@ -175,9 +175,7 @@ class GPT(LanguageModel):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return logits and loss: (B, T, vocab_size) with `targets`, else the last position's, (B, 1, vocab_size), and None.
 
         `idx` and `targets` are (B, T) int64 with T <= block_size.
@@ -219,9 +217,7 @@ class Bigram(LanguageModel):
         self.config = config
         self.token_embedding_table = nn.Embedding(config.vocab_size, config.vocab_size)  # N(0, 1), PyTorch's default
 
-    def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return logits and loss, as `GPT.forward`; the sequence may have any length."""
         if targets is None:
             return self.token_embedding_table(idx[:, [-1]]), None  # (B, 1, V)

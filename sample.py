@@ -1,6 +1,6 @@
 """Sample text from a model that train.py has trained.
 
-    python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
+python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Train a GPT on one process or on many, from scratch, from an interrupted run or from given weights.
 
-    python train.py config/train_shakespeare_char_cpu.py             a small model on a laptop
-    python train.py --init_from=resume --out_dir=out                 go on with the run in out/
-    torchrun --standalone --nproc_per_node=8 train.py config/...     eight processes on one machine
+python train.py config/train_shakespeare_char_cpu.py             a small model on a laptop
+python train.py --init_from=resume --out_dir=out                 go on with the run in out/
+torchrun --standalone --nproc_per_node=8 train.py config/...     eight processes on one machine
 """
 
 import dataclasses
@@ -130,7 +130,9 @@ def train(config: Config, group: device.Group) -> None:
     if config.wandb_log:
         metrics.start_wandb(config.wandb_project, config.wandb_run_name, resolved)
     metrics.say(f"model: {config.model}, {model.get_num_params() / 1e6:.2f}M parameters, {vocab_size} tokens, context {T}")
-    metrics.say(f"data: {config.dataset} ({data.tokenizer}), {data.tokens['train']:,} to train, {data.tokens['val']:,} to validate")
+    metrics.say(
+        f"data: {config.dataset} ({data.tokenizer}), {data.tokens['train']:,} to train, {data.tokens['val']:,} to validate"
+    )
     metrics.say(
         f"run: {group.device}, {str(dtype).removeprefix('torch.')}{', compiled' if compiled is not model else ''}, "
         f"{group.size} process{'es' if group.size > 1 else ''}, tokens per iteration: {windows * T:,}, "

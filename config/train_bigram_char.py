@@ -20,3 +20,12 @@ batch_size = 32
 block_size = 8  # 32 x 8 = 256 tokens an iteration
 
 model = "bigram"
+
+# a table of logits bears high rates; the end of the decay averages the last batches
+learning_rate = 1e-2
+max_iters = 2000
+lr_decay_iters = 2000
+min_lr = 1e-4
+warmup_iters = 0
+beta2 = 0.99
+weight_decay = 0.0  # decay would pull rare pairs back to an even chance

@@ -4,8 +4,9 @@ The windows of a batch are a pure function of (seed, stream, iteration): there i
 eight, interrupted or not, see the same tokens.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, Literal
+from typing import Literal
 
 import numpy as np
 import torch

@@ -12,8 +12,9 @@ import codecs
 import functools
 import json
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 import numpy as np
 

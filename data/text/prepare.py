@@ -1,7 +1,7 @@
 """Prepare your own text: a file, or a folder of files, in UTF-8.
 
-    python data/text/prepare.py --input=my_book.txt --name=my_book
-    python train.py config/train_shakespeare_char_cpu.py --dataset=my_book --out_dir=out-my-book
+python data/text/prepare.py --input=my_book.txt --name=my_book
+python train.py config/train_shakespeare_char_cpu.py --dataset=my_book --out_dir=out-my-book
 """
 
 import sys
@@ -38,9 +38,14 @@ class Config(configurator.Config):
 
 def read_documents(path: Path) -> list[str]:
     """Return the text of the file `path`, or of each visible file below the folder `path`; none of them empty."""
-    paths = [path] if path.is_file() else sorted(
-        file for file in path.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    paths = (
+        [path]
+        if path.is_file()
+        else sorted(
+            file
+            for file in path.rglob("*")
+            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
     )
     return [text for text in map(corpus.read_text, paths) if text]
 
