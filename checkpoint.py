@@ -142,12 +142,12 @@ def find(out_dir: Path, names: tuple[str, ...]) -> Path:
     )
 
 
-def newest(out_dir: Path) -> Checkpoint:
+def newest(out_dir: Path, mmap: bool = False) -> Checkpoint:
     """Return the newest training state in a run folder, for resuming it; UserError where there is none."""
     path, best = find(out_dir, (LAST, BEST)), out_dir / BEST
     if best.is_file() and not best.samefile(path) and load(best, mmap=True).iter_num > load(path, mmap=True).iter_num:
         path = best
-    return load(path)
+    return load(path, mmap)
 
 
 def build_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT | Bigram:

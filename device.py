@@ -1,6 +1,7 @@
 """Where a script computes: device, number format, compilation, seeds and the group of processes."""
 
 import contextlib
+import importlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -63,9 +64,9 @@ class Group:
 def process_group(device: str, backend: str) -> Iterator[Group]:
     """Yield the group that `torchrun` has started, or that of this process alone; `device` is where all of them compute.
 
-    Whatever uses the group must be gone when the block ends, for instance with the function that it was local to: a
-    DistributedDataParallel module that outlives its group aborts the process at exit. A block left by an exception ends the
-    process without taking the group apart, since the other processes may be waiting in it.
+    Whatever uses the group must be gone when the block ends, for instance with the function that it was local to: a group
+    that something still refers to keeps its threads, and one of those may abort the process at exit. A block left by an
+    exception ends the process without taking the group apart, since the other processes may be waiting in it.
     """
     if "RANK" not in os.environ:
         yield Group(device=resolve_device(device))
@@ -79,6 +80,9 @@ def process_group(device: str, backend: str) -> Iterator[Group]:
         torch.cuda.set_device(device)
     if backend == "auto":
         backend = "nccl" if device.startswith("cuda") else "gloo"
+    # Functions of this module take the group as a default argument, fixed when it is first imported, which building an
+    # optimizer does: imported after the group is there, it would hold on to the group for good.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(backend)
     yield Group(rank, local_rank, size, device)
     dist.barrier()
