@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, one_line
 from data import tokenizer as tokenizers
 from model import GPT, Bigram, GPTConfig
 
@@ -73,6 +73,7 @@ def share(path: Path, other: Path) -> None:
         save(other, torch.load(path, map_location="cpu", weights_only=True))
     else:
         os.replace(part, other)
+        part.unlink(missing_ok=True)  # it is still there where both were names of one file already
 
 
 def pack(
@@ -111,24 +112,18 @@ def load(path: Path, mmap: bool = False) -> Checkpoint:
         raise UserError(f"{path}: not a checkpoint, or damaged ({_first_line(error)})") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path}: not a checkpoint: it has no 'model'")
-    extra = state.get("extra", {})
-    if not isinstance(extra, dict) or extra.get("model", "gpt") not in MODELS:
-        raise UserError(f"{path}: a checkpoint of another program, or of a later version")
-    weights = {_bare(name): tensor for name, tensor in state["model"].items() if isinstance(name, str)}
-    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # nanoGPT's mask
-    if not weights or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise UserError(f"{path}: damaged: its 'model' is not a dictionary of tensors")
     checkpoint = Checkpoint(
         path=path,
-        weights=weights,
+        weights=_weights(state["model"], path),
         optimizer=_typed(state, "optimizer", dict, path, optional=True),
         model_args=_typed(state, "model_args", dict, path),
         iter_num=_typed(state, "iter_num", int, path),
         best_val_loss=_number(state.get("best_val_loss", float("inf")), path),
         config=_typed(state, "config", dict, path, optional=True) or {},
-        extra=extra,
+        extra=_typed(state, "extra", dict, path, optional=True) or {},
     )
     _check_shape(checkpoint)
+    _check_extra(checkpoint)
     return checkpoint
 
 
@@ -161,7 +156,7 @@ def build_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT | Bigram:
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             shapes = [tuple(side[name]) if name in side else "nothing" for side in (found, wanted)]
-            raise UserError(f"{checkpoint.path}: damaged: {name} is {shapes[0]} where its shape needs {shapes[1]}")
+            raise UserError(f"{checkpoint.path}: damaged: {name!r} is {shapes[0]} where its shape needs {shapes[1]}")
     model.load_state_dict({name: tensor.float() for name, tensor in checkpoint.weights.items()}, assign=True)
     if isinstance(model, GPT):
         model.transformer.wte.weight = model.lm_head.weight  # assigning has untied them
@@ -183,7 +178,8 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, 
         ]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         for parameter, state in optimizer.state.items():
-            if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys() or state["exp_avg"].shape != parameter.shape:
+            shapes = {name: tuple(value.shape) for name, value in state.items()}
+            if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
                 raise ValueError("of another shape")
         if scaler.is_enabled() and checkpoint.extra.get("scaler"):
             scaler.load_state_dict(checkpoint.extra["scaler"])
@@ -226,6 +222,14 @@ def tokenizer_of(checkpoint: Checkpoint) -> "tokenizers.Tokenizer":
     return tokenizer
 
 
+def _weights(named: dict[Any, Any], path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights in a state dict by their bare names, without the masks that nanoGPT's old files have."""
+    if not named or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named.items()):
+        raise UserError(f"{path}: damaged: its 'model' is not a dictionary of tensors")
+    weights = {_bare(name): tensor for name, tensor in named.items()}
+    return {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
+
+
 def _check_shape(checkpoint: Checkpoint) -> None:
     """Raise UserError where the model's arguments are not those of a model."""
     args, path = checkpoint.model_args, checkpoint.path
@@ -234,15 +238,29 @@ def _check_shape(checkpoint: Checkpoint) -> None:
         if name == "bias":
             fits = type(value) is bool
         elif name == "dropout":
-            fits = isinstance(value, (int, float)) and 0 <= value < 1
+            fits = type(value) in (int, float) and 0 <= value < 1
         else:
             fits = type(value) is int and 0 < value < 1 << 24
         if not fits:
-            raise UserError(f"{path}: damaged: its model_args have {name} = {value!r}")
+            raise UserError(f"{path}: damaged: its model_args have {name} = {_shown(value)}")
     if args["n_embd"] % args["n_head"]:
         raise UserError(f"{path}: damaged: n_head={args['n_head']} does not divide n_embd={args['n_embd']}")
-    if checkpoint.kind == "gpt" and f"transformer.h.{args['n_layer'] - 1}.ln_1.weight" not in checkpoint.weights:
-        raise UserError(f"{path}: damaged: weights for n_layer={args['n_layer']} are not all there")
+
+
+def _check_extra(checkpoint: Checkpoint) -> None:
+    """Raise UserError where what is beyond nanoGPT's keys, the tokenizer apart, is not what this version writes."""
+    extra, path = checkpoint.extra, checkpoint.path
+    for name, known in (("model", list(MODELS)), ("gelu", ["erf", "tanh"])):
+        if extra.get(name, known[0]) not in known:
+            raise UserError(f"{path}: its {name} is {_shown(extra[name])}: damaged, or of a later version")
+    if type(extra.get("evaluated", 0)) is not int:
+        raise UserError(f"{path}: damaged: 'evaluated' is {_shown(extra['evaluated'])}")
+    scaler = extra.get("scaler", {})
+    if not isinstance(scaler, dict) or not all(type(value) in (int, float) for value in scaler.values()):
+        raise UserError(f"{path}: damaged: its scaler is {_shown(scaler)}")
+    layers = checkpoint.model_args["n_layer"]
+    if checkpoint.kind == "gpt" and f"transformer.h.{layers - 1}.ln_1.weight" not in checkpoint.weights:
+        raise UserError(f"{path}: damaged: weights for n_layer={layers} are not all there")
 
 
 def _typed(state: dict, key: str, kind: type, path: Path, optional: bool = False) -> Any:
@@ -250,16 +268,18 @@ def _typed(state: dict, key: str, kind: type, path: Path, optional: bool = False
     if optional and value is None:
         return None
     if type(value) is not kind or (kind is int and value < 0):
-        raise UserError(f"{path}: not a checkpoint, or damaged: its '{key}' is {_first_line(repr(value)[:50])}")
+        raise UserError(f"{path}: not a checkpoint, or damaged: its '{key}' is {_shown(value)}")
     return value
 
 
 def _number(value: Any, path: Path) -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()  # nanoGPT's is a tensor
-    if not isinstance(value, (int, float)):
-        raise UserError(f"{path}: damaged: its 'best_val_loss' is not a number")
-    return float(value)
+    if type(value) is int and abs(value) < 1 << 62:
+        value = float(value)
+    if type(value) is not float:
+        raise UserError(f"{path}: damaged: its 'best_val_loss' is {_shown(value)}")
+    return value
 
 
 def _kind(model: GPT | Bigram) -> str:
@@ -280,3 +300,7 @@ def _is_zip(path: Path) -> bool:
 
 def _first_line(error: object) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def _shown(value: Any) -> str:
+    return one_line(repr(value))[:60]

@@ -14,6 +14,7 @@ A script describes its keys as a dataclass, one field a line, with a trailing co
 Python; it sees the values so far, and the names that it assigns must be keys.
 """
 
+import ast
 import dataclasses
 import difflib
 import inspect
@@ -211,20 +212,28 @@ def _run_config_file(path: Path, shown: str, values: dict[str, Any]) -> dict[str
     """Execute a config file on top of `values`; return what it assigned, less modules, functions, classes, _names."""
     namespace = _Namespace({**values, "__name__": path.stem, "__file__": str(path)})
     try:
-        code = compile(path.read_bytes(), str(path), "exec")
+        tree = ast.parse(path.read_bytes())
     except SyntaxError as error:
-        raise UserError(f"{shown}, line {error.lineno}: {error.msg}") from error
-    except ValueError as error:  # null bytes
-        raise UserError(f"{shown}: {error}") from error
+        raise UserError(f"{shown}, line {error.lineno or 1}: {error.msg}") from error
+    except (ValueError, RecursionError, MemoryError) as error:  # null bytes, brackets without end
+        raise UserError(f"{shown}: not a Python file ({error or type(error).__name__})") from error
     try:
-        exec(code, namespace)
+        exec(compile(tree, str(path), "exec"), namespace)
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         line = [frame.lineno for frame in frames if frame.filename == str(path)][-1]
         raise UserError(f"{shown}, line {line}: {type(error).__name__}: {error}") from error
-    assigned = {name: namespace[name] for name in namespace.assigned if name in namespace and not name.startswith("_")}
-    passed_over = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    return {name: value for name, value in assigned.items() if name in values or not isinstance(value, passed_over)}
+    changed = (name for name in values if name in namespace and namespace[name] is not values[name])  # by `global`
+    names = [*namespace.assigned, *(name for name in changed if name not in namespace.assigned)]
+    assigned = {name: namespace[name] for name in names if name in namespace and not name.startswith("_")}
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imported = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
+    passed_over = (types.FunctionType, type)
+    return {
+        name: value
+        for name, value in assigned.items()
+        if name in values or not (name in imported or isinstance(value, passed_over))
+    }
 
 
 def _checked(shown: str, value: Any, kind: Any, is_text: bool) -> Any:

@@ -94,7 +94,7 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
+    if name not in ("cpu", "cuda", "mps") and not (kind == "cuda" and index.isdecimal()):
         raise UserError(f"--device={name}: not one of auto, cpu, cuda, cuda:<number> or mps")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device={name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; try --device=auto")
@@ -146,7 +146,7 @@ def set_up(device: str, seed: int) -> None:
 
 def seed_dropout(seed: int, iteration: int, micro_batch: int) -> None:
     """Make what is random in the next pass through the network a function of these three numbers alone."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, iteration, micro_batch]).generate_state(1, np.uint64)[0]))
+    torch.manual_seed(int(np.random.Philox(key=[seed, iteration], counter=[0, 0, micro_batch, 0]).random_raw()))
 
 
 def to_device(tensors: tuple[torch.Tensor, ...], device: str) -> tuple[torch.Tensor, ...]:

@@ -14,6 +14,7 @@ metrics.csv has a row for each evaluation (`train_loss` and `val_loss`) and one 
 """
 
 import csv
+import io
 import math
 import os
 import sys
@@ -137,8 +138,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the whole rows of a metrics.csv, without the one that a killed run broke off; none where there is no file."""
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.DictReader(file))
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
     return [row for row in rows if list(row) == COLUMNS and None not in row.values() and row["iteration"].isdecimal()]
 
 

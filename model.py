@@ -239,7 +239,7 @@ def sample_next(
 
     A temperature below 1 makes the likely tokens more likely, 0 takes the likeliest; `top_k` leaves only the k likeliest.
     """
-    if temperature == 0:
+    if temperature < 1e-5:  # dividing by it could overflow, and would change nothing
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.size(-1):

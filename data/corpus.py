@@ -78,7 +78,7 @@ def tiny_shakespeare(url: str, path: Path) -> str:
 def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file, character for character but for a byte-order mark; UserError where it is none."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8 first") from error
 
@@ -94,18 +94,16 @@ def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str
     return [part for part in train if part], [part for part in val if part]
 
 
-def encode_documents(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
+def encode_documents(documents: list[str], tokenizer: Tokenizer, separate: bool) -> np.ndarray:
     """Return the ids of `documents` in one int32 array, with a progress bar.
 
-    Where there are several and the tokenizer has an end-of-text token, that follows each of them.
+    With `separate`, the end-of-text token follows each document, where the tokenizer has one.
     """
-    ends = len(documents) > 1 and not isinstance(tokenizer, CharTokenizer)
+    end = [] if isinstance(tokenizer, CharTokenizer) or not separate else [tokenizer.end_of_text]
     parts = [np.empty(0, dtype=np.int32)]
     with tqdm(total=sum(map(len, documents)), desc="tokenizing", unit="char", unit_scale=True, disable=None) as bar:
         for document in documents:
-            parts.append(tokenizer.encode_array(document))
-            if ends:
-                parts.append(np.array([tokenizer.end_of_text], dtype=np.int32))
+            parts += [tokenizer.encode_array(document), np.array(end, dtype=np.int32)]
             bar.update(len(document))
     return np.concatenate(parts)
 
@@ -115,13 +113,15 @@ def token_dtype(vocab_size: int) -> str:
     return "uint8" if vocab_size <= 1 << 8 else "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def write_dataset(folder: Path, train: list[str], val: list[str], tokenizer: Tokenizer, source: str) -> None:
+def write_dataset(
+    folder: Path, train: list[str], val: list[str], tokenizer: Tokenizer, source: str, separate: bool = False
+) -> None:
     """Tokenize the documents in `train` and `val`, write train.bin, val.bin and meta.json, and print their counts.
 
     A process that is killed at any moment leaves the dataset that was there before, the new one, or one without a
-    train.bin, which training does not take. `source` names the text.
+    train.bin, which training does not take. `source` names the text; for `separate` see `encode_documents`.
     """
-    splits = {"train": encode_documents(train, tokenizer), "val": encode_documents(val, tokenizer)}
+    splits = {name: encode_documents(texts, tokenizer, separate) for name, texts in (("train", train), ("val", val))}
     for split, ids in splits.items():
         if len(ids) < 2:
             raise UserError(f"the text is too short: it leaves {len(ids)} tokens for {split}.bin, which needs at least 2")

@@ -50,7 +50,7 @@ class Dataset:
                 raise self._damaged(f"{split}.bin", f"its {size} bytes are no whole number of {self.dtype.name} tokens")
             self.tokens[split] = size // self.dtype.itemsize
             if counts.get(split, self.tokens[split]) != self.tokens[split]:
-                raise self._damaged(f"{split}.bin", f"{self.tokens[split]:,} tokens where meta.json counts {counts[split]:,}")
+                raise self._damaged(f"{split}.bin", f"{self.tokens[split]:,} tokens where meta.json counts {counts[split]}")
             mask = self._mask_path(split)
             if mask is not None and mask.stat().st_size != self.tokens[split]:
                 raise self._damaged(mask.name, f"{mask.stat().st_size} flags for {self.tokens[split]} tokens")
@@ -59,9 +59,9 @@ class Dataset:
         """Raise UserError where the splits are too short for `block_size` or hold ids that are not below `vocab_size`."""
         for split, count in self.tokens.items():
             if count <= block_size:
+                advice = f"give --block_size={count - 1} or less, or more text" if count > 1 else "give more text"
                 raise UserError(
-                    f"{self.folder.name}/{split}.bin has {count:,} tokens, too few for block_size={block_size}: "
-                    f"give --block_size={count - 1} or less, or more text"
+                    f"{self.folder.name}/{split}.bin has {count:,} tokens, too few for block_size={block_size}: {advice}"
                 )
             tokens = self._open(split)
             for part in (tokens[:CHECKED_TOKENS], tokens[-CHECKED_TOKENS:]):
@@ -95,17 +95,20 @@ class Dataset:
         inputs, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
         mask = self._mask_path(split)
         if mask is not None:
-            learned = sliding_window_view(np.memmap(mask, dtype=np.uint8, mode="r"), length + 1)[starts, 1:]
+            flags = self._map(mask, np.dtype(np.uint8), self.tokens[split])
+            learned = sliding_window_view(flags, length + 1)[starts, 1:]
             targets[learned == 0] = -1
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def _open(self, split: Split) -> np.ndarray:
         """Map a token file, anew for each batch: a map that lives on keeps every page that it has touched in memory."""
-        path = self.folder / f"{split}.bin"
-        tokens = np.memmap(path, dtype=self.dtype, mode="r")
-        if len(tokens) != self.tokens[split]:
-            raise UserError(f"{path} has changed during the run: {len(tokens):,} tokens, not {self.tokens[split]:,}")
-        return tokens.view(np.ndarray)
+        return self._map(self.folder / f"{split}.bin", self.dtype, self.tokens[split])
+
+    def _map(self, path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+        size, expected = path.stat().st_size, count * dtype.itemsize
+        if size != expected:
+            raise UserError(f"{path} has changed during the run: {size:,} bytes, not {expected:,}")
+        return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
 
     def _mask_path(self, split: Split) -> Path | None:
         path = self.folder / f"{split}.mask.bin"

@@ -170,7 +170,7 @@ def from_dict(description: Any) -> Tokenizer:
     match description:
         case {"kind": "char", "characters": list(characters)}:
             return CharTokenizer(characters)
-        case {"kind": "tiktoken", "name": str(name), "vocab_size": int(vocab_size)} if 0 < vocab_size < 1 << 24:
+        case {"kind": "tiktoken", "name": str(name), "vocab_size": int(vocab_size)} if 1 < vocab_size < 1 << 24:
             return TiktokenTokenizer(name, vocab_size)
     raise UserError("malformed tokenizer description")
 

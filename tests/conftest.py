@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from data import corpus
 from data.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ["*.py", "*.md", "Makefile", "requirements*.txt", "config/*.py", "data/*.py", "data/*/prepare.py"]
+
+torch.set_num_threads(1)  # quickest for tiny models, and the same sums on every machine
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def command(project: Path) -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=cwd,
-            env=os.environ | environment,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
             capture_output=True,
             text=True,
             encoding="utf-8",

@@ -17,6 +17,8 @@ from configurator import UserError
 from data import corpus
 from data.tokenizer import CharTokenizer, TiktokenTokenizer
 
+WRITTEN = ("train.bin", "val.bin", "meta.json")  # what an earlier run may have left in the folder
+
 
 @dataclass
 class Config(configurator.Config):
@@ -38,15 +40,10 @@ class Config(configurator.Config):
 
 def read_documents(path: Path) -> list[str]:
     """Return the text of the file `path`, or of each visible file below the folder `path`; none of them empty."""
-    paths = (
-        [path]
-        if path.is_file()
-        else sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
-    )
+    paths = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name not in WRITTEN)
+        paths = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     return [text for text in map(corpus.read_text, paths) if text]
 
 
@@ -59,7 +56,8 @@ def main(config: Config) -> None:
     else:
         tokenizer = TiktokenTokenizer(config.tokenizer)
     train, val = corpus.split_documents(documents, config.val_fraction)
-    corpus.write_dataset(FOLDER.parent / config.name, train, val, tokenizer, Path(config.input).resolve().name)
+    source = Path(config.input).resolve().name
+    corpus.write_dataset(FOLDER.parent / config.name, train, val, tokenizer, source, separate=len(documents) > 1)
     print(f"next: python train.py config/train_shakespeare_char_cpu.py --dataset={config.name} --out_dir=out-{config.name}")
 
 

@@ -1,0 +1,436 @@
+"""The command line: what flags and config files mean, and how a person's mistakes are told."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+
+import configurator
+import sample
+import train
+from configurator import NonNegativeFloat, PositiveInt, Probability, Range, UserError, parse
+
+ROOT = Path(configurator.__file__).parent
+RECIPES = sorted(path.name for path in (ROOT / "config").glob("*.py"))
+
+
+@dataclass
+class Config(configurator.Config):
+    batch_size: PositiveInt = 12  # windows
+    max_iters: int = 100  # updates
+    learning_rate: NonNegativeFloat = 6e-4  # highest
+    min_lr: float = 6e-5  # lowest
+    dropout: Probability = 0.0  # share
+    seed: Annotated[int, Range(at_least=0, below=2**63)] = 1337  # of all
+    decay_lr: bool = True  # along a cosine
+    start: str = "\n"  # prompt
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of products
+    compile: bool | Literal["auto"] = "auto"  # or not
+    top_k: int | None = 200  # likeliest
+
+
+def config_file(folder: Path, source: str | bytes, name: str = "recipe.py") -> str:
+    path = folder / name
+    path.write_bytes(source.encode() if isinstance(source, str) else source)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--learning_rate=1", 1.0),
+        ("--learning_rate=3e-4", 0.0003),
+        ("--min_lr=-0.5", -0.5),
+        ("--max_iters=1e4", 10000),
+        ("--max_iters=-3", -3),
+        ("--decay_lr=False", False),
+        ("--decay_lr=false", False),
+        ("--decay_lr=0", False),
+        ("--decay_lr=True", True),
+        ("--decay_lr=true", True),
+        ("--decay_lr=1", True),
+        ("--start=1", "1"),
+        ("--start=True", "True"),
+        ("--start=", ""),
+        ("--start=a=b=c", "a=b=c"),
+        ("--start=--batch_size=4", "--batch_size=4"),
+        ("--start=- dash", "- dash"),
+        ("--start=two\nlines", "two\nlines"),
+        ("--dtype=bfloat16", "bfloat16"),
+        ("--compile=auto", "auto"),
+        ("--compile=False", False),
+        ("--top_k=None", None),
+        ("--top_k=7", 7),
+        ("--seed=9223372036854775807", 2**63 - 1),
+    ],
+)
+def test_flag_takes_the_type_of_its_key(flag: str, value: Any) -> None:
+    """A value that is guessed from its looks, and not from the key's type, is caught."""
+    key = flag[2:].partition("=")[0]
+    found = getattr(parse(Config, [flag]), key)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--batch_size=abc"], ["--batch_size=abc", "whole number"]),
+        (["--batch_size=3.5"], ["--batch_size=3.5", "whole number"]),
+        (["--batch_size=True"], ["--batch_size=True", "whole number"]),
+        (["--batch_size="], ["--batch_size", "whole number"]),
+        (["--batch_size=1e400"], ["whole number"]),
+        (["--batch_size=0"], ["--batch_size=0", "at least 1"]),
+        (["--dropout=2"], ["--dropout=2", "at least 0", "below 1"]),
+        (["--dropout=1"], ["--dropout=1", "below 1"]),
+        (["--dropout=-0.1"], ["at least 0"]),
+        (["--seed=-1"], ["--seed=-1", "at least 0"]),
+        (["--seed=9223372036854775808"], ["--seed", "below"]),
+        (["--learning_rate=nan"], ["--learning_rate=nan", "number"]),
+        (["--learning_rate=inf"], ["--learning_rate=inf", "number"]),
+        (["--decay_lr=maybe"], ["--decay_lr=maybe", "True or False"]),
+        (["--decay_lr=2"], ["--decay_lr=2", "True or False"]),
+        (["--dtype=float8"], ["--dtype=float8", "float32", "bfloat16"]),
+        (["--compile=maybe"], ["True", "False", "auto"]),
+        (["--batch=4"], ["batch", "did you mean --batch_size"]),
+        (["--batch-size=4"], ["batch-size", "did you mean --batch_size"]),
+        (["--learning_rat=4"], ["did you mean --learning_rate"]),
+        (["--zzzzzz=4"], ["zzzzzz", "--help"]),
+        (["--validate=4"], ["unknown key 'validate'"]),
+        (["--given=4"], ["unknown key 'given'"]),
+        (["--batch_size", "4"], ["--batch_size", "--key=value"]),
+        (["--decay_lr"], ["--decay_lr", "--key=value"]),
+        (["-batch_size=4"], ["two dashes"]),
+        (["batch_size=4"], ["--batch_size=4"]),
+        (["config/nowhere.py"], ["config/nowhere.py", "no such config file"]),
+        (["config/train_shakespear_char.py"], ["did you mean config/train_shakespeare_char.py"]),
+        (["config"], ["config", "no such config file"]),
+    ],
+)
+def test_wrong_argument_is_refused_by_name(arguments: list[str], told: list[str]) -> None:
+    """A wrong argument that is taken, or told without the key, the value and what would do, is caught."""
+    with pytest.raises(UserError) as refusal:
+        parse(Config, arguments)
+    assert [part for part in told if part not in str(refusal.value)] == []
+
+
+@pytest.mark.parametrize("key", [field.name for field in fields(Config)])
+def test_no_key_can_be_abbreviated(key: str) -> None:
+    """A prefix that is taken for the whole key, as argparse does, is caught."""
+    with pytest.raises(UserError, match="unknown key"):
+        parse(Config, [f"--{key[:-1]}=1"])
+
+
+def test_arguments_apply_from_left_to_right(tmp_path: Path) -> None:
+    """Files that are read before all flags, or the other way round, are caught."""
+    file = config_file(tmp_path, "batch_size = 2\nmax_iters = 2\n")
+    other = config_file(tmp_path, "max_iters = 4\n", "other.py")
+    config = parse(Config, ["--batch_size=1", "--max_iters=1", file, "--batch_size=3", other])
+    assert (config.batch_size, config.max_iters) == (3, 4)
+    assert parse(Config, ["--batch_size=5", file]).batch_size == 2
+    assert parse(Config, ["--batch_size=5", "--batch_size=6"]).batch_size == 6
+
+
+def test_config_file_sees_the_values_so_far(tmp_path: Path) -> None:
+    """A file that runs on the defaults, and not on what was set before it, is caught."""
+    file = config_file(tmp_path, "min_lr = learning_rate / 10\nlearning_rate = learning_rate * 2\nbatch_size += 1\n")
+    config = parse(Config, ["--learning_rate=1", file, file])
+    assert (config.min_lr, config.learning_rate, config.batch_size) == (0.2, 4.0, 14)
+
+
+def test_config_file_may_compute(tmp_path: Path) -> None:
+    """Imports, functions, classes and _names that are taken for keys are caught."""
+    source = """
+import math
+import os.path as path
+from math import sqrt
+from os.path import join
+from pathlib import Path
+
+class Shape:
+    n = 3
+
+def twice(number):
+    return 2 * number
+
+larger = lambda number: number + 1
+_half = 0.5
+batch_size = larger(twice(Shape.n))
+learning_rate = _half * sqrt(4)
+max_iters = 6e5
+start = join("a", "b").replace(path.sep, "/")
+for _i in range(3):
+    seed = _i
+"""
+    config = parse(Config, [config_file(tmp_path, source)])
+    assert (config.batch_size, config.learning_rate, config.max_iters) == (7, 1.0, 600000)
+    assert (config.start, config.seed) == ("a/b", 2)
+    assert config.given == {"batch_size", "learning_rate", "max_iters", "start", "seed"}
+
+
+def test_config_file_may_assign_in_a_function(tmp_path: Path) -> None:
+    """A value that a file sets through `global`, and that is silently dropped, is caught."""
+    source = "def shrink():\n    global batch_size\n    batch_size = 3\n\nshrink()\n"
+    assert parse(Config, [config_file(tmp_path, source)]).batch_size == 3
+
+
+def test_given_holds_what_was_set_and_nothing_else(tmp_path: Path) -> None:
+    """A default that poses as a wish, or a wish that equals the default and is forgotten, is caught."""
+    file = config_file(tmp_path, "max_iters = 100\nstart = start\n")
+    assert parse(Config, []).given == set()
+    assert parse(Config, ["--batch_size=12", file]).given == {"batch_size", "max_iters", "start"}
+    assert parse(Config, []).given == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("batchsize = 4\n", ["recipe.py", "unknown key 'batchsize'", "did you mean batch_size"]),
+        ("batch_size = 4\nhidden = [1]\n", ["recipe.py", "unknown key 'hidden'"]),
+        ("batch_size = 0\n", ["recipe.py", "batch_size = 0", "at least 1"]),
+        ("batch_size = '4'\n", ["recipe.py", "batch_size = '4'", "whole number"]),
+        ("batch_size = True\n", ["recipe.py", "batch_size = True", "whole number"]),
+        ("learning_rate = True\n", ["recipe.py", "learning_rate = True", "number"]),
+        ("batch_size = len\n", ["recipe.py", "batch_size", "whole number"]),
+        ("start = 1\n", ["recipe.py", "start = 1", "string"]),
+        ("dtype = 'float8'\n", ["recipe.py", "dtype = 'float8'", "float32", "bfloat16"]),
+        ("learning_rate = float('nan')\n", ["recipe.py", "learning_rate", "number"]),
+        ("learning_rate = 10**400\n", ["recipe.py", "learning_rate", "number"]),
+        ("batch_size = 4\n\nmax_iters = = 5\n", ["recipe.py", "line 3", "invalid syntax"]),
+        ("batch_size = 4\nmax_iters = 1 / 0\n", ["recipe.py", "line 2", "ZeroDivisionError"]),
+        ("def f():\n    return nothing\n\nf()\n", ["recipe.py", "line 2", "nothing"]),
+        ("import json\njson.loads('{')\n", ["recipe.py", "line 2", "JSONDecodeError"]),
+        ("\nimport no_such_module\n", ["recipe.py", "line 2", "no_such_module"]),
+        (b"start = 'caf\xe9'\n", ["recipe.py", "line 1"]),
+        (b"batch_size = 4\0\n", ["recipe.py"]),
+    ],
+)
+def test_wrong_config_file_is_refused_by_name(tmp_path: Path, source: str | bytes, told: list[str]) -> None:
+    """A mistake in a file that is passed over, or told without the file and the line, is caught."""
+    with pytest.raises(UserError) as refusal:
+        parse(Config, [config_file(tmp_path, source)])
+    assert [part for part in told if part not in str(refusal.value)] == []
+
+
+def test_config_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe that is found from the repo's root alone, or that hides a file of one's own, is caught."""
+    monkeypatch.chdir(tmp_path)
+    assert parse(train.Config, ["config/train_shakespeare_char.py"]).dataset == "shakespeare_char"
+    (tmp_path / "config").mkdir()
+    config_file(tmp_path / "config", "dataset = 'mine'\n", "train_shakespeare_char.py")
+    assert parse(train.Config, ["config/train_shakespeare_char.py"]).dataset == "mine"
+
+
+def test_heads_must_divide_the_channels() -> None:
+    """A shape that only fails deep in the model, or advice that does not help, is caught."""
+    with pytest.raises(UserError, match=r"n_head=5 .*n_embd=64") as refusal:
+        parse(train.Config, ["--n_head=5", "--n_embd=64"])
+    for advised in re.findall(r"n_head=(\d+)", str(refusal.value))[1:]:
+        assert 64 % int(advised) == 0
+    assert parse(train.Config, ["--n_head=5", "--n_embd=64", "--init_from=resume"]).n_head == 5
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_fits_its_script(name: str) -> None:
+    """A recipe with a key that train.py no longer has, or a value that it refuses, is caught."""
+    config = parse(train.Config, [f"config/{name}"])
+    assert {"batch_size", "init_from", "dataset"} & config.given
+
+
+def test_nanogpt_recipes_are_all_there() -> None:
+    """A lost or renamed recipe, for which people's commands ask, is caught."""
+    assert set(RECIPES) >= {
+        "eval_gpt2.py",
+        "eval_gpt2_medium.py",
+        "eval_gpt2_large.py",
+        "eval_gpt2_xl.py",
+        "finetune_shakespeare.py",
+        "train_gpt2.py",
+        "train_shakespeare_char.py",
+    }
+
+
+def test_nanogpt_laptop_command() -> None:
+    """A key of nanoGPT's best-known command that is renamed or read otherwise is caught."""
+    command = (
+        "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
+        "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+    )
+    config = parse(train.Config, command.split())
+    expected = {
+        "device": "cpu",
+        "compile": False,
+        "eval_iters": 20,
+        "block_size": 64,
+        "n_layer": 4,
+        "max_iters": 2000,
+        "dropout": 0.0,
+        "out_dir": "out-shakespeare-char",
+        "dataset": "shakespeare_char",
+        "learning_rate": 1e-3,
+        "min_lr": 1e-4,
+        "beta2": 0.99,
+        "warmup_iters": 100,
+        "gradient_accumulation_steps": 1,
+        "always_save_checkpoint": False,
+    }
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+def test_nanogpt_defaults() -> None:
+    """A default of nanoGPT's train.py that drifts is caught."""
+    expected = {
+        "out_dir": "out",
+        "eval_interval": 2000,
+        "log_interval": 1,
+        "eval_iters": 200,
+        "eval_only": False,
+        "always_save_checkpoint": True,
+        "init_from": "scratch",
+        "wandb_log": False,
+        "wandb_project": "owt",
+        "wandb_run_name": "gpt2",
+        "dataset": "openwebtext",
+        "gradient_accumulation_steps": 40,
+        "batch_size": 12,
+        "block_size": 1024,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "dropout": 0.0,
+        "bias": False,
+        "learning_rate": 6e-4,
+        "max_iters": 600000,
+        "weight_decay": 1e-1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "grad_clip": 1.0,
+        "decay_lr": True,
+        "warmup_iters": 2000,
+        "lr_decay_iters": 600000,
+        "min_lr": 6e-5,
+    }
+    config = parse(train.Config, [])
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("script", [train, sample], ids=["train", "sample"])
+def test_help_lists_every_key_with_its_comment(script: Any) -> None:
+    """A key without help, or help that lost its key in the layout, is caught."""
+    page = " ".join(configurator.help_text(script.Config, f"{script.__name__}.py").split())
+    source = Path(script.__file__).read_text(encoding="utf-8")
+    for field in fields(script.Config):
+        (comment,) = re.findall(rf"^    {field.name}: .*?  # (.+)$", source, re.MULTILINE)
+        assert re.search(rf"--{field.name}=<[^>]+>  ?\[[^]]*\] {re.escape(comment)}( |$)", page), field.name
+
+
+def test_help_shows_type_and_default() -> None:
+    """A help page with the wrong type or default of a key is caught."""
+    page = " ".join(configurator.help_text(Config, "script.py").split())
+    assert "usage: python script.py" in page
+    for shown in (
+        "--batch_size=<int> [12] windows",
+        "--learning_rate=<float> [0.0006] highest",
+        "--decay_lr=<bool> [True] along a cosine",
+        r"--start=<str> ['\n'] prompt",
+        "--dtype=<float32|bfloat16> [float32] of products",
+        "--compile=<bool|auto> [auto] or not",
+        "--top_k=<int|None> [200] likeliest",
+    ):
+        assert shown in page
+
+
+SCRIPT = '''\
+"""A script that goes wrong on demand.
+
+And more about it.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+import configurator
+
+@dataclass
+class Config(configurator.Config):
+    fail: str = ""  # how to fail
+
+def main(config):
+    print("started", flush=True)
+    if config.fail == "user":
+        raise configurator.UserError("the thing\\nis \\x1b[31m wrong")
+    if config.fail == "file":
+        Path("nowhere/at-all.txt").read_bytes()
+    if config.fail == "system":
+        raise OSError("no room")
+    if config.fail == "bug":
+        [][0]
+
+if __name__ == "__main__":
+    configurator.run(main, Config)
+'''
+
+
+def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "script.py", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("--fail=user", "script.py: error: the thing is  [31m wrong\n"),
+        ("--fail=file", "script.py: error: nowhere/at-all.txt: No such file or directory\n"),
+        ("--fial=user", "script.py: error: unknown key 'fial' in --fial=user; did you mean --fail?; --help lists all keys\n"),
+        ("a\nb.py", "script.py: error: a b.py: no such config file\n"),
+    ],
+)
+def test_persons_mistake_is_one_line(tmp_path: Path, argument: str, line: str) -> None:
+    """A traceback, a second line, or success as the exit status of a mistake is caught."""
+    process = run_script(tmp_path, argument)
+    assert (process.returncode, process.stderr) == (1, line)
+
+
+@pytest.mark.parametrize("argument", ["--fail=bug", "--fail=system"])
+def test_programs_mistake_keeps_its_traceback(tmp_path: Path, argument: str) -> None:
+    """A bug that is dressed up as a person's mistake is caught."""
+    process = run_script(tmp_path, argument)
+    assert process.returncode == 1
+    assert process.stderr.startswith("Traceback") and "in main" in process.stderr
+
+
+def test_command_runs_and_helps(tmp_path: Path) -> None:
+    """A --help that starts the work, or ends in failure, is caught."""
+    process = run_script(tmp_path)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "started\n", "")
+    process = run_script(tmp_path, "--fail=bug", "--help")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "started" not in process.stdout and "how to fail" in process.stdout
+
+
+def test_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A Ctrl-C that prints a traceback, or that reads as success, is caught."""
+
+    def interrupted(config: Config) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as end:
+        configurator.run(interrupted, Config)
+    assert end.value.code == 130 and "Traceback" not in capsys.readouterr().err
+
+
+def test_check_value_reads_a_checkpoints_config() -> None:
+    """A stored value of the wrong type or range that slips through is caught."""
+    assert configurator.check_value(Config, "learning_rate", 1, "ckpt.pt") == 1.0
+    with pytest.raises(UserError, match=r"ckpt.pt: batch_size = 0: must be at least 1"):
+        configurator.check_value(Config, "batch_size", 0, "ckpt.pt")

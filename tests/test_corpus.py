@@ -1,0 +1,343 @@
+"""Text from the network and the disk, and token files that a killed process cannot leave half written."""
+
+import hashlib
+import http.server
+import itertools
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from configurator import UserError
+from data import corpus
+from data.dataset import Dataset
+from data.tokenizer import CharTokenizer, TiktokenTokenizer
+
+BODY = bytes(range(256)) * 1000
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+class Server:
+    """A web server on this machine; `answers` holds (status, headers, body) of each request to come, the last for all after."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[int, dict[str, str], bytes]] = []
+        self.requests = 0
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                status, headers, body = outer.answers[min(outer.requests, len(outer.answers) - 1)]
+                outer.requests += 1
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/input.txt"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def whole(body: bytes = BODY) -> tuple[int, dict[str, str], bytes]:
+    return 200, {"Content-Length": str(len(body))}, body
+
+
+CUT = (200, {"Content-Length": str(len(BODY))}, BODY[: len(BODY) // 2])
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that downloads would have slept; no proxy stands between them and this machine."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    slept: list[float] = []
+    monkeypatch.setattr(corpus, "time", SimpleNamespace(sleep=slept.append))
+    return slept
+
+
+@pytest.fixture
+def server(naps: list[float]) -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+# downloads
+
+
+def test_download_is_whole(tmp_path: Path, server: Server, naps: list[float]) -> None:
+    """A file that differs from the server's, or a part left beside it, is caught."""
+    server.answers = [whole()]
+    corpus.download(server.url, tmp_path / "input.txt", SHA256)
+    assert (tmp_path / "input.txt").read_bytes() == BODY
+    assert [path.name for path in tmp_path.iterdir()] == ["input.txt"]
+    assert (server.requests, naps) == (1, [])
+
+
+def test_download_without_a_length(tmp_path: Path, server: Server) -> None:
+    """A server that does not say how much it sends, taken for one that failed, is caught."""
+    server.answers = [(200, {}, BODY)]
+    corpus.download(server.url, tmp_path / "input.txt", SHA256)
+    assert (tmp_path / "input.txt").read_bytes() == BODY
+
+
+def test_other_file_is_refused(tmp_path: Path, server: Server) -> None:
+    """A login page saved as the text, or a good file replaced by a wrong one, is caught."""
+    server.answers = [whole(b"<html>please log in</html>")]
+    with pytest.raises(UserError, match=r"input\.txt.*sha256.*" + SHA256):
+        corpus.download(server.url, tmp_path / "input.txt", SHA256)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "input.txt").write_bytes(b"good")
+    with pytest.raises(UserError):
+        corpus.download(server.url, tmp_path / "input.txt", SHA256)
+    assert (tmp_path / "input.txt").read_bytes() == b"good"
+
+
+@pytest.mark.parametrize("failure", [CUT, (503, {}, b""), (429, {}, b"")], ids=["cut", "unavailable", "too many"])
+def test_passing_failure_is_tried_again(tmp_path: Path, server: Server, naps: list[float], failure: tuple) -> None:
+    """A download that gives up at the first hitch, or joins the halves of two tries, is caught."""
+    server.answers = [failure, failure, whole()]
+    corpus.download(server.url, tmp_path / "input.txt", SHA256)
+    assert (tmp_path / "input.txt").read_bytes() == BODY
+    assert [path.name for path in tmp_path.iterdir()] == ["input.txt"]
+    assert server.requests == 3
+    assert len(naps) == 2 and 0 < naps[0] < naps[1]
+
+
+@pytest.mark.parametrize("failure", [CUT, (503, {}, b"")], ids=["cut", "unavailable"])
+def test_lasting_failure_ends(tmp_path: Path, server: Server, naps: list[float], failure: tuple) -> None:
+    """Endless tries, half a file under the final name, or a rest of one are caught."""
+    server.answers = [failure]
+    with pytest.raises(UserError, match=r"cannot download http.*input\.txt") as refusal:
+        corpus.download(server.url, tmp_path / "input.txt", SHA256)
+    assert str(tmp_path / "input.txt") in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+    assert server.requests == 3 and len(naps) == 2
+
+
+def test_missing_file_is_told_at_once(tmp_path: Path, server: Server, naps: list[float]) -> None:
+    """A wrong address that is asked for again and again is caught."""
+    server.answers = [(404, {}, b"nothing here")]
+    with pytest.raises(UserError, match=r"404"):
+        corpus.download(server.url, tmp_path / "input.txt", SHA256)
+    assert list(tmp_path.iterdir()) == []
+    assert (server.requests, naps) == (1, [])
+
+
+def test_unreachable_server(tmp_path: Path, naps: list[float]) -> None:
+    """A machine without a network that shows a traceback is caught."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/input.txt"
+        with pytest.raises(UserError, match=r"cannot download http"):
+            corpus.download(url, tmp_path / "input.txt", SHA256)
+    assert list(tmp_path.iterdir()) == []
+    assert len(naps) == 2
+
+
+def test_own_text_in_place_of_shakespeare_stays(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A person's own input.txt that is replaced, or taken without a word, is caught."""
+    (tmp_path / "input.txt").write_bytes(b"mine\r\n")
+    assert corpus.tiny_shakespeare("http://127.0.0.1:9/none", tmp_path / "input.txt") == "mine\r\n"
+    assert "not Tiny Shakespeare" in capsys.readouterr().out
+
+
+# text
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", ""),
+        ("é🙂\n".encode(), "é🙂\n"),
+        (b"one\r\ntwo\rthree\n", "one\r\ntwo\rthree\n"),
+        (b"\xef\xbb\xbfbegin", "begin"),
+        (b"a\x00b", "a\x00b"),
+    ],
+)
+def test_text_is_read_as_it_is(tmp_path: Path, content: bytes, text: str) -> None:
+    """Line ends that are translated, or a byte-order mark that becomes a character to learn, are caught."""
+    (tmp_path / "text.txt").write_bytes(content)
+    assert corpus.read_text(tmp_path / "text.txt") == text
+
+
+@pytest.mark.parametrize("before", [b"", b"abc", "é🙂".encode(), b"\xef\xbb\xbfabc"], ids=["start", "ascii", "wide", "mark"])
+def test_text_that_is_no_utf8_is_refused_by_byte(tmp_path: Path, before: bytes) -> None:
+    """Latin-1 text that is taken, or whose first wrong byte is told at the wrong place, is caught."""
+    (tmp_path / "latin.txt").write_bytes(before + b"\xe9t\xe9")
+    with pytest.raises(UserError, match=rf"latin\.txt: not UTF-8 text \(byte {len(before)}\)"):
+        corpus.read_text(tmp_path / "latin.txt")
+
+
+@pytest.mark.parametrize(
+    ("documents", "val_fraction", "train", "val"),
+    [
+        (["0123456789"], 0.1, ["012345678"], ["9"]),
+        (["0123456789"], 0.5, ["01234"], ["56789"]),
+        (["012", "345", "6789"], 0.1, ["012", "345", "678"], ["9"]),
+        (["012", "345", "6789"], 0.4, ["012", "345"], ["6789"]),
+        (["012", "345", "6789"], 0.5, ["012", "34"], ["5", "6789"]),
+        (["0123456789"], 0.01, ["012345678"], ["9"]),
+    ],
+)
+def test_last_part_is_for_validation(documents: list[str], val_fraction: float, train: list[str], val: list[str]) -> None:
+    """Text that is lost, doubled or shared by both splits, and documents that are joined, are caught."""
+    assert corpus.split_documents(documents, val_fraction) == (train, val)
+
+
+def test_documents_end_in_the_end_of_text_token(gpt2_vocabulary: None) -> None:
+    """Documents that run into each other, and a lone text that ends in a token nobody wrote, are caught."""
+    tokens = TiktokenTokenizer("gpt2")
+    assert corpus.encode_documents(["Hello", " world"], tokens).tolist() == [15496, 50256, 995, 50256]
+    assert corpus.encode_documents(["Hello world"], tokens).tolist() == [15496, 995]
+    assert corpus.encode_documents(["ab", "c"], CharTokenizer.from_text("abc")).tolist() == [0, 1, 2]
+
+
+# token files
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [(1, "uint8"), (256, "uint8"), (257, "uint16"), (50257, "uint16"), (65536, "uint16"), (65537, "uint32")],
+)
+def test_token_dtype_holds_the_largest_id(vocab_size: int, dtype: str) -> None:
+    """A type that is one id too small, or twice as large as it must be, is caught."""
+    assert corpus.token_dtype(vocab_size) == dtype
+    assert np.iinfo(dtype).max >= vocab_size - 1
+
+
+@pytest.mark.parametrize(("vocab_size", "width"), [(256, 1), (257, 2), (65536, 2), (65537, 4)])
+def test_token_files_are_raw_and_little_endian(tmp_path: Path, vocab_size: int, width: int) -> None:
+    """A header, another byte order, or a largest id that wraps around is caught."""
+    table = [chr(0x10000 + i) for i in range(vocab_size)]
+    ids = [0, vocab_size - 1, 1, vocab_size - 2]
+    train, val = "".join(table[i] for i in ids), "".join(table[i] for i in reversed(ids))
+    corpus.write_dataset(tmp_path / "new", [train], [val], CharTokenizer(table), "a table")
+    assert (tmp_path / "new" / "train.bin").read_bytes() == b"".join(i.to_bytes(width, "little") for i in ids)
+    assert (tmp_path / "new" / "val.bin").read_bytes() == b"".join(i.to_bytes(width, "little") for i in reversed(ids))
+
+
+def test_meta_json_says_what_the_files_are(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A description that does not fit its files, or counts that the reader is not shown, are caught."""
+    train, val = ["héllo ", "wörld "], ["hé"]
+    corpus.write_dataset(tmp_path, train, val, CharTokenizer.from_text("".join(train)), "greetings")
+    assert json.loads((tmp_path / "meta.json").read_text(encoding="utf-8")) == {
+        "dtype": "uint8",
+        "vocab_size": 9,
+        "tokenizer": {"kind": "char", "characters": [" ", "d", "h", "l", "o", "r", "w", "é", "ö"]},
+        "source": "greetings",
+        "sha256": hashlib.sha256("héllo wörld hé".encode()).hexdigest(),
+        "tokens": {"train": 12, "val": 2},
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    shown = capsys.readouterr().out.splitlines()
+    assert "train has 12 tokens" in shown and "val has 2 tokens" in shown
+
+
+@pytest.mark.parametrize(("train", "val"), [([], ["ab"]), (["ab"], []), (["a"], ["ab"]), (["ab"], ["a"])])
+def test_split_without_a_target_is_refused(tmp_path: Path, train: list[str], val: list[str]) -> None:
+    """A dataset from which no single token can be predicted, and which replaces a good one, is caught."""
+    folder = tmp_path / "dataset"
+    with pytest.raises(UserError, match="too short"):
+        corpus.write_dataset(folder, train, val, CharTokenizer(["a", "b"]), "nothing")
+    assert not folder.exists()
+
+
+OLD, NEW = ("abcd", "aabbccdd" * 4, "dcba"), ("wxyz", "wxyzwxyz" * 4, "zzxy")
+
+
+def write(folder: Path, content: tuple[str, str, str]) -> None:
+    table, train, val = content
+    corpus.write_dataset(folder, [train], [val], CharTokenizer.from_text(table), "letters")
+
+
+def read(folder: Path) -> tuple[str, str, str] | None:
+    """Return the table and the texts of a dataset, or None where training would refuse it."""
+    try:
+        data = Dataset(str(folder))
+    except UserError:
+        return None
+    texts = [data.tokenizer.decode(np.fromfile(folder / f"{split}.bin", data.dtype).tolist()) for split in ("train", "val")]
+    return "".join(data.tokenizer.characters), texts[0], texts[1]
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `steps` calls that touch the disk pass; the process is dead at the one after, and for all that follow."""
+    count = itertools.count()
+
+    def dying(call: Callable) -> Callable:
+        def wrapper(*args: object, **kwargs: object) -> object:
+            if next(count) >= steps:
+                raise Killed
+            return call(*args, **kwargs)
+
+        return wrapper
+
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "unlink"), (Path, "mkdir")):
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("before", [OLD, None], ids=["replacing", "first"])
+def test_kill_at_any_moment_leaves_no_mixture(tmp_path: Path, before: tuple | None) -> None:
+    """New tokens under an old description, or the masks of other tokens, which training would take, are caught."""
+    outcomes = []
+    for steps in itertools.count():
+        folder = tmp_path / str(steps)
+        if before is not None:
+            write(folder, before)
+            for split, text in (("train", before[1]), ("val", before[2])):
+                (folder / f"{split}.mask.bin").write_bytes(bytes(len(text)))
+        with pytest.MonkeyPatch.context() as patch:
+            kill_after(steps, patch)
+            try:
+                write(folder, NEW)
+                finished = True
+            except Killed:
+                finished = False
+        found = read(folder)
+        outcomes.append(found)
+        masks = list(folder.glob("*.mask.bin"))
+        assert found in (before, NEW, None)
+        assert found is None or len(masks) == (2 if found == OLD else 0)
+        write(folder, NEW)
+        assert read(folder) == NEW
+        assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+        if finished:
+            break
+    assert outcomes[0] == before and outcomes[-1] == NEW
+    assert len(outcomes) > 7
+
+
+def test_failed_write_keeps_the_dataset_and_leaves_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk that costs the dataset that was there, or leaves half files lying about, is caught."""
+    write(tmp_path, OLD)
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        write(tmp_path, NEW)
+    assert read(tmp_path) == OLD
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]

@@ -1,0 +1,368 @@
+"""Token files: opened, checked, and cut into the windows that training and evaluation see."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from configurator import UserError
+from data import corpus, dataset
+from data.dataset import STREAMS, Dataset
+from data.tokenizer import CharTokenizer, TiktokenTokenizer
+
+STATUS = Path("/proc/self/status")
+
+
+def write(folder: Path, train: list[int], val: list[int], dtype: str = "uint8", meta: dict | None = None) -> Path:
+    """Write a dataset by hand, with a table of 100 characters (of 70,000 where ids need 32 bits)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.array(train, dtype).tofile(folder / "train.bin")
+    np.array(val, dtype).tofile(folder / "val.bin")
+    table = [chr(0x10000 + i) for i in range(70_000 if dtype == "uint32" else 100)]
+    description = {
+        "dtype": dtype,
+        "vocab_size": len(table),
+        "tokenizer": {"kind": "char", "characters": table},
+        "tokens": {"train": len(train), "val": len(val)},
+    }
+    (folder / "meta.json").write_text(json.dumps(description | (meta or {})), encoding="utf-8")
+    return folder
+
+
+def counting(folder: Path, train: int = 50, val: int = 20) -> Dataset:
+    """Return a dataset in which each token is its own place in the file."""
+    return Dataset(str(write(folder, list(range(train)), list(range(val)))))
+
+
+# windows
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("uint8", 1), ("uint16", 600), ("uint32", 700)])
+def test_windows_are_slices_of_the_file(tmp_path: Path, dtype: str, scale: int) -> None:
+    """Targets that are not the next tokens, or ids that wrap around in a smaller type, are caught."""
+    tokens = [(scale * i) % 65521 if dtype != "uint8" else i for i in range(99)]
+    data = Dataset(str(write(tmp_path, tokens, tokens, dtype)))
+    starts = [0, 91, 5, 5, 40]
+    x, y = data.windows("train", np.array(starts), 7, 70_000)
+    assert x.tolist() == [tokens[start : start + 7] for start in starts]
+    assert y.tolist() == [tokens[start + 1 : start + 8] for start in starts]
+    assert x.dtype == y.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
+
+
+def test_large_ids_keep_their_value(tmp_path: Path) -> None:
+    """An id above 65,535, or one that reads as negative, is caught."""
+    data = Dataset(str(write(tmp_path, [0, 65535, 65536, 69999], [1, 2], "uint32")))
+    x, y = data.windows("train", np.array([0]), 3, 70_000)
+    assert (x.tolist(), y.tolist()) == ([[0, 65535, 65536]], [[65535, 65536, 69999]])
+
+
+def test_windows_can_be_written_to(tmp_path: Path) -> None:
+    """A batch that is a view of the file, so that changing it changes or crashes something else, is caught."""
+    data = counting(tmp_path)
+    x, y = data.windows("train", np.array([0]), 4, 100)
+    x.fill_(9), y.fill_(9)
+    assert (tmp_path / "train.bin").read_bytes() == bytes(range(50))
+    assert data.windows("train", np.array([0]), 4, 100)[0].tolist() == [[0, 1, 2, 3]]
+
+
+def test_splits_are_not_mixed_up(tmp_path: Path) -> None:
+    """Validation on the training text is caught."""
+    data = Dataset(str(write(tmp_path, [1] * 30, [2] * 20)))
+    assert data.tokens == {"train": 30, "val": 20}
+    assert data.windows("train", np.array([3]), 4, 100)[0].unique().tolist() == [1]
+    assert data.windows("val", np.array([3]), 4, 100)[0].unique().tolist() == [2]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masked_targets_are_left_out(tmp_path: Path, split: str) -> None:
+    """A mask that is one token off, or that blanks inputs too, is caught."""
+    write(tmp_path, list(range(30)), list(range(30)))
+    mask = [int(i % 3 == 0 or i > 20) for i in range(30)]
+    (tmp_path / f"{split}.mask.bin").write_bytes(bytes(mask))
+    data = Dataset(str(tmp_path))
+    starts = [0, 1, 14, 21]
+    x, y = data.windows(split, np.array(starts), 8, 100)
+    assert x.tolist() == [list(range(start, start + 8)) for start in starts]
+    assert y.tolist() == [[i if mask[i] else -1 for i in range(start + 1, start + 9)] for start in starts]
+    other = "val" if split == "train" else "train"
+    assert data.windows(other, np.array([1]), 3, 100)[1].tolist() == [[2, 3, 4]]
+
+
+# draws
+
+
+@pytest.mark.parametrize(("tokens", "block_size"), [(2, 1), (9, 8), (10, 8), (11, 1), (40, 33)])
+def test_draw_reaches_both_ends_and_never_beyond(tmp_path: Path, tokens: int, block_size: int) -> None:
+    """A first or last window that is never seen, or one that reads past the end, is caught."""
+    data = counting(tmp_path, train=tokens, val=2)
+    starts = data.draw("train", "train", 1337, 0, 500, block_size)
+    assert starts.dtype == np.int64 and starts.shape == (500,)
+    assert set(starts.tolist()) == set(range(tokens - block_size))
+    _, y = data.windows("train", starts, block_size, 100)
+    assert y.max() == tokens - 1
+
+
+def test_draw_is_even(tmp_path: Path) -> None:
+    """A draw that favours a part of the file is caught: within 5 standard deviations of the same count everywhere."""
+    starts = counting(tmp_path).draw("train", "train", 1, 2, 40_000, 10)
+    counts = np.bincount(starts, minlength=40)
+    assert abs(counts - 1000).max() < 5 * 1000**0.5
+
+
+def test_draw_is_a_function_of_seed_stream_and_iteration(tmp_path: Path) -> None:
+    """A draw that depends on what was drawn before, on numpy's state or on the object is caught."""
+    data, again = counting(tmp_path / "a"), counting(tmp_path / "b")
+    first = data.draw("train", "train", 1337, 5, 64, 8).tolist()
+    data.draw("train", "train", 1337, 4, 10, 8)
+    np.random.seed(0)
+    assert data.draw("train", "train", 1337, 5, 64, 8).tolist() == first
+    assert again.draw("train", "train", 1337, 5, 64, 8).tolist() == first
+
+
+def test_draw_differs_in_seed_stream_and_iteration(tmp_path: Path) -> None:
+    """Two seeds, streams or iterations that see the same windows, in part or shifted, are caught."""
+    data = Dataset(str(write(tmp_path, [0] * 60_000, [0] * 60_000)))
+    drawn: list[set[int]] = []
+    for seed in (0, 1, 2**63 - 1):
+        for stream in STREAMS:
+            for iteration in (0, 1, 2, 10**9):
+                drawn.append(set(data.draw("train", stream, seed, iteration, 40, 8).tolist()))
+    assert len(STREAMS) == 3
+    for i, one in enumerate(drawn):
+        assert all(len(one & other) < 10 for other in drawn[:i])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 63])
+def test_smaller_draw_is_the_beginning_of_a_larger_one(tmp_path: Path, count: int) -> None:
+    """Windows that depend on how many others are drawn with them are caught."""
+    data = counting(tmp_path)
+    assert (data.draw("val", "eval_val", 7, 3, count, 4) == data.draw("val", "eval_val", 7, 3, 64, 4)[:count]).all()
+
+
+def philox(seed: int, stream: int, iteration: int, block: int) -> list[int]:
+    """Return the four numbers of a block of Philox4x64-10, written down from Salmon et al. 2011."""
+    word = (1 << 64) - 1
+    k0, k1, c = seed, stream, [block, 0, iteration, 0]
+    for _ in range(10):
+        high0, low0 = divmod(0xD2E7470EE14C6C93 * c[0], 1 << 64)
+        high1, low1 = divmod(0xCA5A826395121157 * c[2], 1 << 64)
+        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & word, (k1 + 0xBB67AE8584CAA73B) & word
+    return c
+
+
+@pytest.mark.parametrize(("seed", "iteration"), [(0, 0), (1337, 3), (2**63 - 1, 600_000)])
+def test_drawn_numbers_are_philox(tmp_path: Path, seed: int, iteration: int) -> None:
+    """Another generator, or another use of it, after which no run goes on as it would have, is caught."""
+    data = counting(tmp_path)
+    for number, stream in enumerate(("train", "eval_train", "eval_val")):
+        expected = [random % 42 for block in (1, 2) for random in philox(seed, number, iteration, block)]
+        assert data.draw("train", stream, seed, iteration, 8, 8).tolist() == expected
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 8, 9, 10, 16, 17, 18, 50])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_consecutive_windows_score_each_target_once(tmp_path: Path, tokens: int, batch_size: int) -> None:
+    """A target that whole-split evaluation misses or counts twice is caught."""
+    data = counting(tmp_path, train=2, val=tokens)
+    scored, lengths = [], []
+    for starts, length in data.consecutive("val", 8, batch_size):
+        assert 1 <= len(starts) <= batch_size
+        x, y = data.windows("val", starts, length, 100)
+        assert (y == x + 1).all()
+        scored += y.flatten().tolist()
+        lengths += [length] * len(starts)
+    assert scored == list(range(1, tokens))
+    assert all(length == 8 for length in lengths[:-1]) and 1 <= lengths[-1] <= 8
+
+
+# nanoGPT's folders
+
+
+def test_nanogpt_folder_with_pickle(tmp_path: Path) -> None:
+    """A character dataset that nanoGPT prepared, read in bytes or with GPT-2's vocabulary, is caught."""
+    np.array([0, 1, 2, 1, 0], "<u2").tofile(tmp_path / "train.bin")
+    np.array([2, 1, 0], "<u2").tofile(tmp_path / "val.bin")
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}}))
+    data = Dataset(str(tmp_path))
+    assert isinstance(data.tokenizer, CharTokenizer) and data.tokenizer.characters == ["a", "b", "c"]
+    assert data.tokens == {"train": 5, "val": 3}
+    assert data.windows("train", np.array([1]), 3, 3)[0].tolist() == [[1, 2, 1]]
+
+
+def test_nanogpt_folder_without_description(tmp_path: Path) -> None:
+    """A dataset in GPT-2 tokens that nanoGPT prepared, refused or read in the wrong type, is caught."""
+    np.array([50256, 0, 300, 65], "<u2").tofile(tmp_path / "train.bin")
+    np.array([1, 2], "<u2").tofile(tmp_path / "val.bin")
+    data = Dataset(str(tmp_path))
+    assert isinstance(data.tokenizer, TiktokenTokenizer) and data.tokenizer.model_vocab_size == 50304
+    assert data.windows("train", np.array([0]), 3, 50304)[1].tolist() == [[0, 300, 65]]
+
+
+# what is wrong with a dataset
+
+
+@pytest.mark.parametrize(("split", "train", "val"), [("train", 8, 50), ("val", 50, 8)])
+def test_split_too_short_for_the_context(tmp_path: Path, split: str, train: int, val: int) -> None:
+    """A split without a single window that fails in mid-run, or advice that does not help, is caught."""
+    data = counting(tmp_path, train, val)
+    with pytest.raises(UserError, match=rf"{split}\.bin has 8 tokens.*--block_size=7 "):
+        data.check(8, 100)
+    data.check(7, 100)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_split_without_a_target(tmp_path: Path, tokens: int) -> None:
+    """Advice to take a context of no or fewer tokens is caught."""
+    data = counting(tmp_path, val=tokens)
+    with pytest.raises(UserError, match=r"val\.bin") as refusal:
+        data.check(8, 100)
+    assert "--block_size=0" not in str(refusal.value) and "--block_size=-" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("place", [0, 49])
+def test_id_beyond_the_vocabulary_at_either_end(tmp_path: Path, split: str, place: int) -> None:
+    """An id that would read past the embedding table in mid-run is caught."""
+    tokens = {"train": [1] * 50, "val": [1] * 50}
+    tokens[split][place] = 65
+    data = Dataset(str(write(tmp_path, **tokens)))
+    with pytest.raises(UserError, match=rf"{split}\.bin holds the token id 65, .* 65 tokens"):
+        data.check(8, 65)
+    data.check(8, 66)
+
+
+def test_id_beyond_the_vocabulary_far_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id that lies where the first check does not look, taken as input or target, is caught."""
+    monkeypatch.setattr(dataset, "CHECKED_TOKENS", 10)
+    data = Dataset(str(write(tmp_path, [1] * 25 + [65] + [1] * 24, [1] * 20)))
+    data.check(8, 65)
+    data.windows("train", np.array([16, 26]), 8, 65)
+    for start in (17, 20, 25):
+        with pytest.raises(UserError, match=r"train\.bin holds the token id 65"):
+            data.windows("train", np.array([0, start]), 8, 65)
+
+
+@pytest.mark.parametrize(("dtype", "split"), [("uint16", "train"), ("uint16", "val"), ("uint32", "train")])
+def test_size_that_is_no_number_of_tokens(tmp_path: Path, dtype: str, split: str) -> None:
+    """A file that lost its last byte is caught."""
+    folder = write(tmp_path, [1] * 30, [1] * 30, dtype, {"tokens": None})
+    path = folder / f"{split}.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{split}\.bin"):
+        Dataset(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("named", "meta"),
+    [
+        (r"meta\.json", {"dtype": "int64"}),
+        (r"meta\.json", {"dtype": None}),
+        (r"meta\.json", {"dtype": ["uint8"]}),
+        (r"meta\.json", {"vocab_size": 99}),
+        (r"meta\.json", {"vocab_size": "100"}),
+        (r"meta\.json", {"vocab_size": None}),
+        (r"meta\.json", {"tokenizer": None}),
+        (r"(train\.bin|meta\.json)", {"dtype": "uint16"}),
+        (r"train\.bin", {"tokens": {"train": 29, "val": 20}}),
+        (r"val\.bin", {"tokens": {"train": 30, "val": 21}}),
+        (r"(train\.bin|meta\.json)", {"tokens": {"train": "30", "val": 20}}),
+        (r"(val\.bin|meta\.json)", {"tokens": {"train": 30, "val": None}}),
+    ],
+)
+def test_description_that_does_not_fit_its_files(tmp_path: Path, named: str, meta: dict[str, Any]) -> None:
+    """Tokens that are read in the wrong type, and files of two preparations, are caught."""
+    write(tmp_path, [1] * 30, [1] * 20, meta=meta)
+    with pytest.raises(UserError, match=named):
+        Dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("flags", [0, 29, 31])
+def test_mask_of_another_length(tmp_path: Path, flags: int) -> None:
+    """A mask of other tokens is caught."""
+    write(tmp_path, [1] * 30, [1] * 20)
+    (tmp_path / "train.mask.bin").write_bytes(bytes(flags))
+    with pytest.raises(UserError, match=r"train\.mask\.bin"):
+        Dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("size", [0, 1, 10, 21, 58, 62])
+def test_file_that_changes_during_the_run(tmp_path: Path, size: int) -> None:
+    """Tokens of a dataset prepared anew in mid-run, or a traceback where the file is shorter, are caught."""
+    data = Dataset(str(write(tmp_path, [1] * 30, [1] * 20, "uint16")))
+    data.windows("train", np.array([0]), 8, 100)
+    (tmp_path / "train.bin").write_bytes(bytes(size))
+    with pytest.raises(UserError, match=r"train\.bin"):
+        data.windows("train", np.array([0]), 8, 100)
+
+
+@pytest.mark.parametrize("size", [0, 5, 29, 31])
+def test_mask_that_changes_during_the_run(tmp_path: Path, size: int) -> None:
+    """A mask of other tokens that is taken in mid-run, or ends it with a traceback, is caught."""
+    write(tmp_path, [1] * 30, [1] * 20)
+    (tmp_path / "train.mask.bin").write_bytes(bytes(30))
+    data = Dataset(str(tmp_path))
+    (tmp_path / "train.mask.bin").write_bytes(bytes(size))
+    with pytest.raises(UserError, match=r"train\.mask\.bin"):
+        data.windows("train", np.array([0]), 8, 100)
+
+
+def test_missing_dataset_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing dataset that shows a path in place of the command that makes it is caught."""
+    monkeypatch.setattr(dataset, "DATA", tmp_path)
+    (tmp_path / "poems").mkdir()
+    (tmp_path / "poems" / "prepare.py").touch()
+    with pytest.raises(UserError, match=r"'poems' .*python data/poems/prepare\.py"):
+        Dataset("poems")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"'empty'.*no train\.bin"):
+        Dataset("empty")
+    write(tmp_path / "ready", [1] * 30, [1] * 20)
+    with pytest.raises(
+        UserError, match=r"'nowhere'.*prepared are: ready;.*python data/text/prepare\.py --input=FILE --name=NAME"
+    ):
+        Dataset("nowhere")
+    assert Dataset("ready").tokens == {"train": 30, "val": 20}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_half_a_dataset_is_refused(tmp_path: Path, split: str) -> None:
+    """A folder with one of the two splits, taken for a dataset, is caught."""
+    folder = write(tmp_path, [1] * 30, [1] * 20)
+    (folder / f"{split}.bin").unlink()
+    with pytest.raises(UserError, match=rf"no {split}\.bin"):
+        Dataset(str(folder))
+
+
+def test_written_dataset_is_read_back(tmp_path: Path) -> None:
+    """A writer and a reader that do not agree are caught."""
+    train, val = "to be or not to be", "or not"
+    corpus.write_dataset(tmp_path, [train], [val], CharTokenizer.from_text(train), "Hamlet")
+    data = Dataset(str(tmp_path))
+    x, y = data.windows("train", np.array([0, 3]), 13, data.tokenizer.vocab_size)
+    assert [data.tokenizer.decode(row.tolist()) for row in x] == [train[0:13], train[3:16]]
+    assert [data.tokenizer.decode(row.tolist()) for row in y] == [train[1:14], train[4:17]]
+
+
+def resident() -> int:
+    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("VmRSS:")]
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="this system does not tell a process's memory")
+def test_resident_memory_does_not_grow(tmp_path: Path) -> None:
+    """Pages of the token file that stay in memory for good, or a copy of the file, are caught."""
+    for split in ("train", "val"):
+        with open(tmp_path / f"{split}.bin", "wb") as file:
+            file.truncate(2 << 30)
+    data = Dataset(str(tmp_path))
+    data.windows("train", data.draw("train", "train", 0, 0, 16, 256), 256, 50257)
+    before = resident()
+    for iteration in range(30):
+        starts = data.draw("train", "train", 0, iteration, 16, 256)
+        data.windows("train", starts, 256, 50257)
+    assert resident() - before < 4 << 20

@@ -1,0 +1,210 @@
+"""Device, number format and compilation as they are asked for and as the machine has them; seeds; the process group."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import device
+from configurator import ROOT, UserError
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """A function that makes PyTorch find `gpus` CUDA devices, and an Apple GPU or none."""
+
+    def find(gpus: int = 0, apple: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+
+    return find
+
+
+@pytest.mark.parametrize(
+    "name, gpus, apple, expected",
+    [
+        ("auto", 0, False, "cpu"),
+        ("auto", 2, False, "cuda"),
+        ("auto", 0, True, "mps"),
+        ("cpu", 2, False, "cpu"),
+        ("cuda", 1, False, "cuda"),
+        ("cuda:1", 2, False, "cuda:1"),
+        ("mps", 0, True, "mps"),
+    ],
+)
+def test_a_device_that_is_there(machine, name, gpus, apple, expected):
+    """A wish that is overruled, or a GPU that "auto" leaves idle."""
+    machine(gpus, apple)
+    assert device.resolve_device(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name, gpus",
+    [
+        ("cuda", 0),
+        ("cuda:2", 2),
+        ("mps", 1),
+        ("tpu", 1),
+        ("", 1),
+        ("gpu", 1),
+        ("cuda:x", 2),
+        ("cuda:-1", 2),
+        ("cpu:", 1),
+        ("CPU", 1),
+    ],
+)
+def test_a_device_that_is_not_there(machine, name, gpus):
+    """PyTorch's traceback, a silent fall back to the CPU, or a name that PyTorch refuses later."""
+    machine(gpus)
+    with pytest.raises(UserError) as caught:
+        device.resolve_device(name)
+    assert f"--device={name}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, where, bfloat16, expected",
+    [
+        ("auto", "cpu", False, torch.float32),
+        ("auto", "mps", False, torch.float32),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda:1", False, torch.float16),
+        ("float32", "cuda", True, torch.float32),
+        ("bfloat16", "cpu", False, torch.bfloat16),
+        ("float16", "cuda", True, torch.float16),
+    ],
+)
+def test_dtype(monkeypatch, name, where, bfloat16, expected):
+    """16 bits on a CPU, where they are slow, or float16 on a GPU that has bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16)
+    assert device.resolve_dtype(name, where) is expected
+
+
+@pytest.mark.parametrize(
+    "choice, where, compilers, expected",
+    [
+        ("auto", "cpu", {"gcc"}, False),
+        ("auto", "mps", {"clang"}, False),
+        ("auto", "cuda", {"gcc"}, True),
+        ("auto", "cuda:1", {"cc"}, True),
+        ("auto", "cuda", set(), False),
+        (True, "cpu", set(), True),
+        (False, "cuda", {"gcc"}, False),
+    ],
+)
+def test_compile(monkeypatch, choice, where, compilers, expected):
+    """Compilation that fails for want of a C compiler, or a choice that is overruled."""
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name in compilers else None)
+    assert device.resolve_compile(choice, where) is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_products_in_the_dtype(dtype):
+    """A dtype that is resolved and not used."""
+    with device.autocast("cpu", dtype):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "name, half, single",
+    [
+        ("NVIDIA H200", 989e12, 495e12),
+        ("NVIDIA H100 80GB HBM3", 989e12, 495e12),
+        ("NVIDIA H100 PCIe", 756e12, 378e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 156e12),
+        ("NVIDIA A100 80GB PCIe", 312e12, 156e12),
+        ("NVIDIA A10", 125e12, 62.5e12),
+        ("NVIDIA L4", 121e12, 60e12),
+        ("NVIDIA L40S", 362e12, 183e12),
+        ("Tesla V100-SXM2-16GB", 125e12, 15.7e12),
+        ("Tesla T4", 65e12, 8.1e12),
+        ("NVIDIA GeForce RTX 4090", 165e12, 82.6e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA GeForce GTX 1080", None, None),
+        ("NVIDIA A1000", None, None),
+        ("", None, None),
+    ],
+)
+def test_peak_is_the_data_sheets(monkeypatch, name, half, single):
+    """A device taken for another whose name its own contains, or a utilisation made up for one that is not known."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: name)
+    assert device.peak_flops("cuda:0", torch.bfloat16) == device.peak_flops("cuda", torch.float16) == half
+    assert device.peak_flops("cuda", torch.float32) == single
+
+
+@pytest.mark.parametrize("where", ["cpu", "mps"])
+def test_a_cpu_has_no_known_peak(where):
+    """A utilisation printed for a machine that is in no table."""
+    assert device.peak_flops(where, torch.float32) is None
+
+
+def test_dropout_is_a_function_of_seed_iteration_and_micro_batch():
+    """A resumed run, or another number of processes, that sees other dropout; one pattern for two micro-batches."""
+
+    def drawn(*numbers: int) -> float:
+        device.seed_dropout(*numbers)
+        return torch.rand(1, dtype=torch.float64).item()
+
+    numbers = [(seed, iteration, micro) for seed in (0, 1, 2**32, 2**63 - 1) for iteration in (0, 1, 2) for micro in (0, 1, 2)]
+    first = [drawn(*each) for each in numbers]
+    assert [drawn(*each) for each in reversed(numbers)] == first[::-1]
+    assert len(set(first)) == len(numbers)
+
+
+def test_set_up_seeds_the_weights():
+    """Two runs of one seed that start from different weights."""
+    device.set_up("cpu", 5)
+    first = torch.rand(3)
+    device.set_up("cpu", 5)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_to_device_and_synchronize_work_without_an_accelerator():
+    """Pinning memory, or waiting for a device, where there is none."""
+    x, y = device.to_device((torch.arange(3), torch.arange(4)), "cpu")
+    device.synchronize("cpu")
+    assert x.tolist() == [0, 1, 2] and y.tolist() == [0, 1, 2, 3]
+
+
+def test_a_process_of_its_own_is_a_group_of_one(monkeypatch):
+    """A script that waits for torchrun's variables, or sums up over processes that are not there."""
+    monkeypatch.delenv("RANK", raising=False)
+    with device.process_group("cpu", "auto") as group:
+        assert (group.rank, group.local_rank, group.size, group.device, group.is_main) == (0, 0, 1, "cpu", True)
+        assert group.sum(1.5, 2) == [1.5, 2]
+        assert not torch.distributed.is_initialized()
+
+
+PROCESS = """
+import torch, device
+with device.process_group("cpu", "auto") as group:
+    total = group.sum(float(group.rank), 2.0**30 + group.rank, 1.0)
+    print(group.rank, group.size, group.is_main, torch.distributed.get_backend(), *total)
+print(torch.distributed.is_initialized())
+"""
+
+
+def test_two_processes_are_a_group():
+    """Sums over one process alone or in too few digits, two main processes, a group that outlives its block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS],
+            cwd=ROOT,
+            env=common | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONDONTWRITEBYTECODE": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    outputs = [process.communicate(timeout=60)[0].splitlines() for process in processes]
+    sums = "1.0 2147483649.0 2.0"
+    assert outputs == [[f"0 2 True gloo {sums}", "False"], [f"1 2 False gloo {sums}", "False"]]
+    assert [process.returncode for process in processes] == [0, 0]

@@ -1,0 +1,241 @@
+"""Each data/*/prepare.py as people run it: from several folders, again, offline, and on texts that do not fit."""
+
+import hashlib
+import json
+import runpy
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configurator import UserError
+from data import corpus
+from data.dataset import Dataset
+
+Command = Callable
+
+
+def decoded(folder: Path) -> str:
+    """Return both splits of a dataset as one text."""
+    data = Dataset(str(folder))
+    ids = np.concatenate([np.fromfile(folder / f"{split}.bin", data.dtype) for split in ("train", "val")])
+    return data.tokenizer.decode(ids.tolist())
+
+
+def put(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+# Tiny Shakespeare
+
+
+def test_shakespeare_char_from_any_folder(command: Command, project: Path, shakespeare: str, tmp_path: Path) -> None:
+    """A script that finds its files from one folder alone, cannot run again, or gives other numbers, is caught."""
+    folder = project / "data" / "shakespeare_char"
+    put(folder / "input.txt", shakespeare)
+    (tmp_path / "elsewhere").mkdir()
+    files: list[dict[str, bytes]] = []
+    for script, cwd in (
+        ("data/shakespeare_char/prepare.py", project),
+        ("data/shakespeare_char/prepare.py", project),
+        ("prepare.py", folder),
+        (folder / "prepare.py", tmp_path / "elsewhere"),
+    ):
+        put(folder / "train.bin", "stale")
+        process = command(script, cwd=cwd)
+        assert (process.returncode, process.stderr) == (0, "")
+        for shown in ("65 characters", "1,003,854", "111,540", "uint8"):
+            assert shown in process.stdout
+        files.append({name: (folder / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json")})
+    assert files == [files[0]] * 4
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert (len(files[0]["train.bin"]), len(files[0]["val.bin"])) == (1_003_854, 111_540)
+    meta = json.loads(files[0]["meta.json"])
+    assert (meta["vocab_size"], meta["dtype"], meta["sha256"]) == (65, "uint8", corpus.TINY_SHAKESPEARE_SHA256)
+    assert decoded(folder) == shakespeare
+
+
+def test_shakespeare_sha256(shakespeare: str) -> None:
+    """A digest in the code that no download can ever have is caught."""
+    assert hashlib.sha256(shakespeare.encode()).hexdigest() == corpus.TINY_SHAKESPEARE_SHA256
+
+
+def test_shakespeare_in_gpt2_tokens(command: Command, project: Path, shakespeare: str, gpt2_vocabulary: None) -> None:
+    """Other token counts than nanoGPT's, or a download of the text that lies in the folder beside, are caught."""
+    folder = project / "data" / "shakespeare"
+    put(project / "data" / "shakespeare_char" / "input.txt", shakespeare)
+    process = command("data/shakespeare/prepare.py", "--url=http://127.0.0.1:9/none")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "301,966" in process.stdout and "36,059" in process.stdout
+    assert Dataset(str(folder)).tokens == {"train": 301_966, "val": 36_059}
+    assert (folder / "train.bin").stat().st_size == 2 * 301_966
+    assert decoded(folder) == shakespeare
+
+
+@pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
+def test_shakespeare_without_a_network(
+    name: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A machine without a network that shows a traceback, or success, or is left with half a file, is caught."""
+    script = project / "data" / name / "prepare.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--url=http://127.0.0.1:9/none"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(corpus.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.value.code == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("prepare.py: error: cannot download http://127.0.0.1:9/none ")
+    assert shown.err.count("\n") == 1 and shown.out == ""
+    assert [path.name for path in script.parent.iterdir()] == ["prepare.py"]
+
+
+# one's own text
+
+
+def test_text_of_a_file(command: Command, project: Path, tmp_path: Path) -> None:
+    """A path that is taken from the wrong folder, or text that changes on the way, is caught."""
+    text = "Grüße 🙂 aus dem Norden.\r\n" * 200
+    put(tmp_path / "mine" / "letter.txt", text)
+    process = command(project / "data/text/prepare.py", "--input=letter.txt", "--name=my-letters", cwd=tmp_path / "mine")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "--dataset=my-letters" in process.stdout
+    folder = project / "data" / "my-letters"
+    assert Dataset(str(folder)).tokens == {"train": 4500, "val": 500}
+    assert decoded(folder) == text
+    assert json.loads((folder / "meta.json").read_text(encoding="utf-8"))["source"] == "letter.txt"
+
+
+def test_text_of_a_folder(command: Command, project: Path, tmp_path: Path) -> None:
+    """Files in no fixed order, hidden ones, subfolders and byte-order marks that are taken wrongly, are caught."""
+    folder = tmp_path / "notes"
+    put(folder / "b.txt", "second\n" * 50)
+    put(folder / "a.txt", b"\xef\xbb\xbf" + b"first\n" * 50)
+    put(folder / "c" / "d.md", "third\n" * 50)
+    put(folder / "empty.txt", "")
+    put(folder / ".git" / "config", b"\xff\xfe")
+    put(folder / ".hidden", b"\xff\xfe")
+    process = command("data/text/prepare.py", f"--input={folder}", "--val_fraction=0.25")
+    assert (process.returncode, process.stderr) == (0, "")
+    text = "first\n" * 50 + "second\n" * 50 + "third\n" * 50
+    assert decoded(project / "data" / "text") == text
+    assert Dataset(str(project / "data" / "text")).tokens == {"train": 712, "val": 238}
+
+
+def test_text_in_gpt2_tokens(command: Command, project: Path, tmp_path: Path, gpt2_vocabulary: None) -> None:
+    """Documents without an end, which the model would run together, or a special token in a text, are caught."""
+    put(tmp_path / "notes" / "a.txt", "Hello world")
+    put(tmp_path / "notes" / "b.txt", "<|endoftext|> Hello world")
+    put(tmp_path / "notes" / "c.txt", "Hello world" * 2)
+    process = command("data/text/prepare.py", f"--input={tmp_path / 'notes'}", "--tokenizer=gpt2", "--val_fraction=0.375")
+    assert (process.returncode, process.stderr) == (0, "")
+    folder = project / "data" / "text"
+    train, val = (np.fromfile(folder / f"{split}.bin", "<u2").tolist() for split in ("train", "val"))
+    assert train[:3] == [15496, 995, 50256] and train[-1] == 50256 and train.count(50256) == 2
+    assert val == [15496, 995, 15496, 995, 50256]
+
+
+def test_text_that_lies_in_its_datasets_folder(command: Command, project: Path) -> None:
+    """A second run that takes the token files of the first for text is caught."""
+    folder = project / "data" / "poems"
+    put(folder / "poems.txt", "roses are red\n" * 50)
+    for _ in range(2):
+        process = command("data/text/prepare.py", "--input=data/poems", "--name=poems")
+        assert (process.returncode, process.stderr) == (0, "")
+        assert decoded(folder) == "roses are red\n" * 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], ["--input"]),
+        (["--input=nowhere.txt"], ["nowhere.txt", "no such file"]),
+        (["--input=empty.txt"], ["empty.txt", "no text"]),
+        (["--input=mark.txt"], ["mark.txt", "no text"]),
+        (["--input=bare"], ["bare", "no text"]),
+        (["--input=latin.txt"], ["latin.txt", "not UTF-8", "byte 3"]),
+        (["--input=mixed"], ["latin.txt", "not UTF-8"]),
+        (["--input=short.txt"], ["too short"]),
+        (["--input=good.txt", "--val_fraction=0"], ["--val_fraction=0", "above 0"]),
+        (["--input=good.txt", "--val_fraction=1"], ["--val_fraction=1", "below 1"]),
+        (["--input=good.txt", "--val_fraction=0.001"], ["too short", "val.bin"]),
+        (["--input=good.txt", "--tokenizer=words"], ["--tokenizer=words", "char", "gpt2"]),
+        (["--input=good.txt", "--name="], ["--name=", "letters"]),
+        (["--input=good.txt", "--name=../mine"], ["--name=../mine", "letters"]),
+        (["--input=good.txt", "--name=.."], ["--name=..", "letters"]),
+        (["--input=good.txt", "--name=a/b"], ["--name=a/b", "letters"]),
+        (["--input=good.txt", "--name=.hidden"], ["--name=.hidden", "letters"]),
+        (["--input=good.txt", "--name=shakespeare_char"], ["--name=shakespeare_char", "another name"]),
+        (["--input=good.txt", "--name=tokenizer.py"], ["tokenizer.py"]),
+        (["--imput=good.txt"], ["imput", "did you mean --input"]),
+    ],
+)
+def test_bad_text_is_refused_in_one_line(
+    arguments: list[str],
+    told: list[str],
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """A traceback, a message that does not say what to change, or files that are written all the same, are caught."""
+    texts = tmp_path / "texts"
+    put(texts / "empty.txt", "")
+    put(texts / "mark.txt", b"\xef\xbb\xbf")
+    put(texts / "latin.txt", b"caf\xe9 au lait\n" * 9)
+    put(texts / "short.txt", "abc")
+    put(texts / "good.txt", "to be or not to be\n" * 9)
+    put(texts / "mixed" / "latin.txt", b"caf\xe9\n" * 9)
+    put(texts / "mixed" / "good.txt", "to be\n" * 9)
+    (texts / "bare").mkdir()
+    before = sorted(project.rglob("*"))
+    monkeypatch.chdir(texts)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(project / "data" / "text" / "prepare.py"), run_name="__main__")
+    assert end.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("prepare.py: error: ") and error.count("\n") == 1
+    assert [part for part in told if part not in error] == []
+    assert sorted(project.rglob("*")) == before
+
+
+# Python's own library
+
+
+def test_python_char(command: Command, project: Path) -> None:
+    """A dataset that needs a network, keeps characters beyond ASCII, or shows other counts than it writes, is caught."""
+    folder = project / "data" / "python_char"
+    process = command("data/python_char/prepare.py", http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    assert (process.returncode, process.stderr) == (0, "")
+    data = Dataset(str(folder))
+    assert f"{data.tokens['train']:,}" in process.stdout and f"{data.tokens['val']:,}" in process.stdout
+    assert sum(data.tokens.values()) > 1_000_000
+    assert 0.02 < data.tokens["val"] / data.tokens["train"] < 0.5
+    assert "".join(data.tokenizer.characters).isascii()
+    text = decoded(folder)
+    assert "def dataclass(" in text and "class JSONDecoder(" in text
+
+
+def test_python_char_takes_the_library_alone(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed packages, tests, files beyond ASCII, or an order that changes from machine to machine are caught."""
+    library = tmp_path / "test" / "lib"
+    taken = ["a.py", "b/__init__.py", "b/c.py", "d.py"]
+    passed_over = ["a.txt", "test/e.py", "b/tests/f.py", "site-packages/g/h.py", "idlelib/idle_test/i.py"]
+    for name in taken[::-1] + passed_over:
+        put(library / name, f"# {name}\n")
+    put(library / "empty.py", "")
+    put(library / "wide.py", "# é\n")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    script = runpy.run_path(str(project / "data" / "python_char" / "prepare.py"), run_name="prepare")
+    assert script["standard_library"]() == [f"# {name}\n" for name in taken]
+    with pytest.raises(UserError, match="lib"):
+        script["main"](script["Config"]())

@@ -1,0 +1,277 @@
+"""train.py: the schedule, the loop, evaluation, resuming and finetuning, with tiny models and in this process."""
+
+import csv
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import configurator
+import device
+import train
+from configurator import UserError
+from data import corpus
+from data.dataset import Dataset
+from data.tokenizer import CharTokenizer
+
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2"]
+SHORT = ["--eval_iters=2", "--eval_interval=5", "--max_iters=10", "--warmup_iters=2", "--lr_decay_iters=10", "--device=cpu"]
+GOLDEN = [2.90378, 2.88907, 2.82238, 2.79254, 2.71224, 2.66864, 2.65597, 2.62479, 2.64610, 2.62531]
+
+
+def run(*flags: str | Path) -> train.Config:
+    config = configurator.parse(train.Config, [str(flag) for flag in flags])
+    train.main(config)
+    return config
+
+
+def rows(out_dir: Path) -> list[dict[str, str]]:
+    with open(out_dir / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(out_dir: Path) -> dict[int, float]:
+    return {int(row["iteration"]): float(row["loss"]) for row in rows(out_dir) if row["loss"]}
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.fixture
+def flags(dataset: Path, tmp_path: Path) -> list[str]:
+    return [*TINY, *SHORT, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
+
+
+@pytest.fixture
+def out_dir(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("iteration", "expected"),
+    [(0, 0.25), (1, 0.5), (2, 0.75), (3, 1.0), (7, 0.1 + 0.9 * 0.5), (11, 0.1), (100, 0.1)],
+)
+def test_schedule_warms_up_and_follows_a_half_cosine(iteration: int, expected: float) -> None:
+    """Catches a schedule that misses its peak, its half-way point or its end."""
+    assert train.get_lr(iteration, 1.0, 0.1, warmup_iters=3, lr_decay_iters=11) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("decay", [0, 3, 5])
+def test_schedule_survives_decay_that_ends_before_warmup_does(decay: int) -> None:
+    """Catches a division by zero where warmup and decay meet."""
+    rates = [train.get_lr(i, 1.0, 0.1, warmup_iters=5, lr_decay_iters=decay) for i in range(8)]
+    assert rates[:5] == pytest.approx([i / 6 for i in range(1, 6)])
+    assert rates[5:] == [0.1] * 3
+
+
+def test_a_run_makes_exactly_max_iters_updates_and_ends_with_an_evaluation(flags: list[str], out_dir: Path) -> None:
+    """Catches one update too many (nanoGPT makes it) and a run that ends without its last checkpoint."""
+    run(*flags, "--max_iters=7")
+    assert sorted(losses(out_dir)) == list(range(7))
+    assert [int(row["iteration"]) for row in rows(out_dir) if row["val_loss"]] == [0, 5, 7]
+    state = torch.load(out_dir / "last.pt", weights_only=True)
+    assert state["iter_num"] == 7
+    assert {float(slot["step"]) for slot in state["optimizer"]["state"].values()} == {7.0}
+
+
+def test_printed_lines_have_nanogpts_form(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches lines that people's scripts no longer parse."""
+    run(*flags, "--max_iters=1")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("iter 0: loss ") and line.endswith("ms, mfu -100.00%") for line in lines)
+    assert any(line.startswith("step 1: train loss ") and ", val loss " in line for line in lines)
+
+
+def test_ten_steps_give_the_losses_that_they_always_gave(flags: list[str], out_dir: Path) -> None:
+    """Catches a change of the model, the batches or the optimizer that was meant to change nothing."""
+    run(*flags, "--learning_rate=1e-2")
+    found = losses(out_dir)
+    assert [found[i] for i in range(10)] == pytest.approx(GOLDEN, abs=2e-3)
+
+
+def test_first_update_is_that_of_a_plain_loop(flags: list[str], dataset: Path, out_dir: Path) -> None:
+    """Catches accumulation, clipping or decay that differ from the mean gradient of the whole batch."""
+    config = run(*flags, "--max_iters=1", "--grad_clip=0.5", "--learning_rate=1e-2")
+    torch.manual_seed(config.seed)
+    data = Dataset(str(dataset))
+    model, _ = train.build_model(config, data)
+    x, y = data.windows("train", data.draw("train", "train", config.seed, 0, 8, 16), 16, 100)
+    _, loss = model(x, y)
+    loss.backward()
+    assert losses(out_dir)[0] == pytest.approx(loss.item(), abs=1e-5)
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    assert float(next(row["grad_norm"] for row in rows(out_dir) if row["grad_norm"])) == pytest.approx(norm, rel=1e-4)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-2 / 3,
+        betas=(0.9, 0.95),
+    )
+    for parameter in model.parameters():
+        parameter.grad *= 0.5 / norm
+    optimizer.step()
+    for name, tensor in weights(out_dir / "last.pt").items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_does_not_depend_on_how_it_is_cut(flags: list[str], out_dir: Path) -> None:
+    """Catches micro-batches that are drawn one by one rather than cut from one batch."""
+    run(*flags)
+    first = losses(out_dir)
+    run(*flags, "--batch_size=8", "--gradient_accumulation_steps=1")
+    assert losses(out_dir) == pytest.approx(first, abs=1e-4)
+
+
+def test_whole_split_evaluation_scores_each_token_once(flags: list[str], dataset: Path, out_dir: Path) -> None:
+    """Catches windows that overlap, leave out the end, or weigh the short last one like the others."""
+    config = run(*flags, "--max_iters=1", "--eval_iters=0", "--batch_size=7")
+    model = checkpoint.build_model(checkpoint.load(out_dir / "last.pt")).eval()
+    ids = torch.from_numpy(np.fromfile(dataset / "val.bin", dtype=np.uint8).astype(np.int64))
+    total = 0.0
+    with torch.no_grad():
+        for i in range(0, len(ids) - 1, config.block_size):
+            x, y = ids[i : i + config.block_size], ids[i + 1 : i + config.block_size + 1]
+            logits, _ = model(x[None, : len(y)], y[None])
+            total -= torch.log_softmax(logits[0], dim=-1).gather(1, y[:, None]).sum().item()
+    assert float(rows(out_dir)[-1]["val_loss"]) == pytest.approx(total / (len(ids) - 1), abs=1e-5)
+
+
+def test_evaluation_takes_the_same_windows_every_time_and_leaves_training_alone(flags: list[str], out_dir: Path) -> None:
+    """Catches evaluations that compare different text, and training that depends on how often one evaluates."""
+    run(*flags, "--learning_rate=1e-9", "--min_lr=1e-9", "--weight_decay=0")
+    found = [float(row["val_loss"]) for row in rows(out_dir) if row["val_loss"]]
+    assert len(found) == 3
+    assert found == pytest.approx([found[0]] * 3, abs=1e-5)
+    first = losses(out_dir)
+    run(*flags, "--learning_rate=1e-9", "--min_lr=1e-9", "--weight_decay=0", "--eval_interval=3", "--dropout=0.0")
+    assert losses(out_dir) == first
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(flags: list[str], tmp_path: Path, out_dir: Path) -> None:
+    """Catches state that a checkpoint leaves out: moments, position, dropout, rows of metrics.csv."""
+    run(*flags, "--dropout=0.2")
+    whole, whole_rows = weights(out_dir / "last.pt"), rows(out_dir)
+    parts = f"--out_dir={tmp_path / 'parts'}"
+    run(*flags, "--dropout=0.2", parts, "--max_iters=5")
+    run("--init_from=resume", parts, "--max_iters=10")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(tmp_path / "parts" / "last.pt").items())
+    clocks = {"seconds", "tokens_per_second"}
+    strip = [{name: value for name, value in row.items() if name not in clocks} for row in whole_rows]
+    assert [{k: v for k, v in row.items() if k not in clocks} for row in rows(tmp_path / "parts")] == strip
+
+
+def test_resuming_takes_every_key_that_was_not_given_from_the_checkpoint(
+    flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a resumed run on the default dataset, or with the default learning rate."""
+    run(*flags, "--learning_rate=0.0123", "--max_iters=5", "--seed=7")
+    config = run("--init_from=resume", f"--out_dir={out_dir}", "--n_embd=64", "--beta2=0.9", "--max_iters=6")
+    assert (config.learning_rate, config.seed, config.beta2, config.max_iters) == (0.0123, 7, 0.9, 6)
+    assert (config.n_embd, config.block_size) == (16, 16)
+    assert "n_embd=16, used instead of n_embd=64" in capsys.readouterr().err
+    assert json.loads((out_dir / "config.json").read_text())["learning_rate"] == 0.0123
+    groups = torch.load(out_dir / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["betas"][1] for group in groups] == [0.9, 0.9]
+
+
+def test_resuming_a_finished_run_changes_nothing(flags: list[str], out_dir: Path) -> None:
+    """Catches a finished run that is evaluated, saved or trained once more."""
+    run(*flags)
+    before = (out_dir / "metrics.csv").read_bytes(), os.stat(out_dir / "last.pt").st_mtime_ns
+    run("--init_from=resume", f"--out_dir={out_dir}")
+    assert before == ((out_dir / "metrics.csv").read_bytes(), os.stat(out_dir / "last.pt").st_mtime_ns)
+
+
+def test_best_checkpoint_stays_when_the_loss_gets_worse(flags: list[str], out_dir: Path) -> None:
+    """Catches a worse loss that is recorded as the best."""
+    run(*flags, "--learning_rate=1e-2", "--always_save_checkpoint=False")
+    best = float(torch.load(out_dir / "ckpt.pt", weights_only=True)["best_val_loss"])
+    run("--init_from=resume", f"--out_dir={out_dir}", "--max_iters=20", "--learning_rate=3", "--decay_lr=False")
+    evaluations = [float(row["val_loss"]) for row in rows(out_dir) if row["val_loss"]]
+    assert min(evaluations[-2:]) > best
+    assert torch.load(out_dir / "ckpt.pt", weights_only=True)["iter_num"] == 10
+    last = torch.load(out_dir / "last.pt", weights_only=True)
+    assert (last["iter_num"], float(last["best_val_loss"])) == (20, pytest.approx(best))
+
+
+def test_finetuning_ones_own_model_starts_from_its_weights(flags: list[str], out_dir: Path, tmp_path: Path) -> None:
+    """Catches a finetuning that starts from random weights, from the old optimizer, or at the old iteration."""
+    run(*flags, "--learning_rate=1e-2")
+    for index, source in enumerate([out_dir, out_dir / "ckpt.pt"]):
+        tuned = tmp_path / f"tuned{index}"
+        run(*flags, f"--init_from={source}", f"--out_dir={tuned}", "--max_iters=1", "--block_size=8", "--eval_iters=0")
+        first = float(rows(tuned)[0]["val_loss"])
+        assert first < 3.3  # a new model has ln(17) = 2.8 at best after training, some 4.1 before
+        state = torch.load(tuned / "last.pt", weights_only=True)
+        assert (state["iter_num"], state["model_args"]["block_size"]) == (1, 8)
+
+
+def test_eval_only_prints_and_writes_nothing(flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an evaluation that creates a run or overwrites one."""
+    run(*flags, "--eval_only=True")
+    assert "step 0: train loss " in capsys.readouterr().out
+    assert not out_dir.exists()
+    run(*flags)
+    before = {path.name: path.read_bytes() for path in out_dir.iterdir()}
+    capsys.readouterr()
+    run("--init_from=resume", f"--out_dir={out_dir}", "--eval_only=True")
+    assert capsys.readouterr().out.startswith("step 10: train loss ")
+    assert before == {path.name: path.read_bytes() for path in out_dir.iterdir()}
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_the_update(flags: list[str], out_dir: Path) -> None:
+    """Catches a run that trains on, or saves, ruined weights."""
+    with pytest.raises(UserError, match=r"iteration \d+: the (loss|norm of the gradient) is (nan|inf)"):
+        run(*flags, "--learning_rate=1e30", "--min_lr=1e30", "--grad_clip=0", "--eval_interval=1")
+    assert all(torch.isfinite(tensor).all() for tensor in weights(out_dir / "last.pt").values())
+
+
+def test_bigram_trains_to_the_entropy_of_pairs(dataset: Path, out_dir: Path, text: str) -> None:
+    """Catches a bigram model that learns anything but the counts of pairs."""
+    config = Path(train.__file__).parent / "config" / "train_bigram_char.py"
+    schedule = ["--learning_rate=0.05", "--max_iters=1000", "--lr_decay_iters=1000"]
+    run(config, f"--dataset={dataset}", f"--out_dir={out_dir}", "--device=cpu", *schedule)
+    ids = np.fromfile(dataset / "train.bin", dtype=np.uint8)
+    pairs = np.zeros((ids.max() + 1, ids.max() + 1))
+    np.add.at(pairs, (ids[:-1], ids[1:]), 1)
+    chances = pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1)
+    entropy = -(pairs * np.log(np.where(chances > 0, chances, 1))).sum() / pairs.sum()
+    assert float(rows(out_dir)[-1]["train_loss"]) == pytest.approx(entropy, abs=0.02)
+
+
+def test_mixed_precision_trains_to_nearly_the_same_loss(flags: list[str], out_dir: Path) -> None:
+    """Catches autocast that is not entered, or entered where it must not be."""
+    run(*flags, "--learning_rate=1e-2")
+    exact = losses(out_dir)
+    run(*flags, "--learning_rate=1e-2", "--dtype=bfloat16")
+    assert losses(out_dir) != exact
+    assert losses(out_dir) == pytest.approx(exact, abs=0.05)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(out_dir / "last.pt").values())
+
+
+def test_another_tokenizer_is_refused(flags: list[str], out_dir: Path, tmp_path: Path) -> None:
+    """Catches a model that goes on with ids that mean something else."""
+    run(*flags, "--max_iters=5")
+    other = tmp_path / "other"
+    corpus.write_dataset(other, ["abc" * 100], ["abc" * 100], CharTokenizer.from_text("abc"), "abc")
+    with pytest.raises(UserError, match="another tokenizer"):
+        run("--init_from=resume", f"--out_dir={out_dir}", f"--dataset={other}")
+
+
+def test_seeds_of_dropout_do_not_depend_on_what_came_before() -> None:
+    """Catches dropout that differs between a run and its resumption."""
+    device.seed_dropout(1, 2, 3)
+    first = torch.rand(4)
+    torch.rand(100)
+    device.seed_dropout(1, 2, 3)
+    assert torch.equal(first, torch.rand(4))
+    device.seed_dropout(1, 2, 4)
+    assert not torch.equal(first, torch.rand(4))
