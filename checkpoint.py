@@ -179,10 +179,19 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, 
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         for parameter, state in optimizer.state.items():
             shapes = {name: tuple(value.shape) for name, value in state.items()}
-            if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+            if not all(map(_is_plain, state.values())) or shapes != {
+                "step": (),
+                "exp_avg": parameter.shape,
+                "exp_avg_sq": parameter.shape,
+            }:
                 raise ValueError("of another shape")
-        if scaler.is_enabled() and checkpoint.extra.get("scaler"):
-            scaler.load_state_dict(checkpoint.extra["scaler"])
+        scale = checkpoint.extra.get("scaler")
+        if scaler.is_enabled() and scale:
+            if [(name, type(scale.get(name))) for name in scaler.state_dict()] != [
+                (name, type(value)) for name, value in scaler.state_dict().items()
+            ]:
+                raise ValueError("that of its scaler")
+            scaler.load_state_dict(scale)
     except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{checkpoint.path}: the state of its optimizer does not fit ({_first_line(error)}); "
@@ -216,7 +225,10 @@ def tokenizer_of(checkpoint: Checkpoint) -> "tokenizers.Tokenizer":
             raise UserError(f"{checkpoint.path}: damaged: {error}") from error
     else:
         dataset = str(checkpoint.config.get("dataset", ""))
-        tokenizer = tokenizers.from_folder(Path(tokenizers.__file__).parent / dataset)
+        try:
+            tokenizer = tokenizers.from_folder(Path(tokenizers.__file__).parent / dataset)
+        except OSError as error:  # no name of a folder
+            raise UserError(f"{checkpoint.path}: no dataset is there of its name {_shown(dataset)}") from error
     if tokenizer.vocab_size > checkpoint.model_args["vocab_size"]:
         raise UserError(f"{checkpoint.path}: its tokenizer ({tokenizer}) does not belong to its model")
     return tokenizer
@@ -224,7 +236,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> "tokenizers.Tokenizer":
 
 def _weights(named: dict[Any, Any], path: Path) -> dict[str, torch.Tensor]:
     """Return the weights in a state dict by their bare names, without the masks that nanoGPT's old files have."""
-    if not named or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named.items()):
+    if not named or not all(isinstance(name, str) and _is_plain(value) for name, value in named.items()):
         raise UserError(f"{path}: damaged: its 'model' is not a dictionary of tensors")
     weights = {_bare(name): tensor for name, tensor in named.items()}
     return {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
@@ -259,7 +271,7 @@ def _check_extra(checkpoint: Checkpoint) -> None:
     if not isinstance(scaler, dict) or not all(type(value) in (int, float) for value in scaler.values()):
         raise UserError(f"{path}: damaged: its scaler is {_shown(scaler)}")
     layers = checkpoint.model_args["n_layer"]
-    if checkpoint.kind == "gpt" and f"transformer.h.{layers - 1}.ln_1.weight" not in checkpoint.weights:
+    if checkpoint.kind == "gpt" and layers > sum(name.endswith(".ln_1.weight") for name in checkpoint.weights):
         raise UserError(f"{path}: damaged: weights for n_layer={layers} are not all there")
 
 
@@ -290,6 +302,16 @@ def _bare(name: str) -> str:
     for prefix in PREFIXES * 2:
         name = name.removeprefix(prefix)
     return name
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor of real numbers that are all there."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_complex()
+    )
 
 
 def _is_zip(path: Path) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if name not in ("cpu", "cuda", "mps") and not (kind == "cuda" and index.isdecimal()):
+    if not re.fullmatch("cpu|mps|cuda(:(0|[1-9][0-9]*))?", name):
         raise UserError(f"--device={name}: not one of auto, cpu, cuda, cuda:<number> or mps")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device={name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; try --device=auto")

@@ -138,9 +138,16 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the whole rows of a metrics.csv, without the one that a killed run broke off; none where there is no file."""
     if not path.is_file():
         return []
-    text = path.read_bytes().decode("utf-8", errors="replace")
+    text = path.read_bytes().decode("utf-8", errors="replace").replace("\0", "")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    return [row for row in rows if list(row) == COLUMNS and None not in row.values() and row["iteration"].isdecimal()]
+    return [row for row in rows if list(row) == COLUMNS and None not in row.values() and _is_dated(row)]
+
+
+def _is_dated(row: dict[str, str]) -> bool:
+    try:
+        return int(row["iteration"]) >= 0 and math.isfinite(float(row["seconds"]))
+    except ValueError:
+        return False
 
 
 def _was_before(row: dict[str, str], start: int, evaluated: int) -> bool:

@@ -347,7 +347,7 @@ def test_a_truncated_file(tmp_path: Path, share: float, mmap: bool):
 
 def test_a_pickle_runs_no_code(tmp_path: Path):
     """Someone else's checkpoint that runs commands on this machine."""
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"model": Bomb(tmp_path / "ran")}))
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"model": Bomb(tmp_path / "ran")}, protocol=2))
     torch.save({"model": {"a": Bomb(tmp_path / "ran")}}, tmp_path / "zip.pt")
     refused(tmp_path / "plain.pt")
     refused(tmp_path / "zip.pt")
@@ -419,6 +419,13 @@ DAMAGE = {
     "an evaluation at a word": ("extra", "evaluated", "three"),
     "a scaler that is a string": ("extra", "scaler", "two\nlines"),
     "a scaler without a scale": ("extra", "scaler", {"growth_factor": 2.0}),
+    "a scaler whose interval is a fraction": (
+        "extra",
+        "scaler",
+        torch.amp.GradScaler("cpu").state_dict() | {"growth_interval": 1.5},
+    ),
+    "a sparse weight": ("model", "lm_head.weight", torch.zeros(11, 16).to_sparse()),
+    "a complex weight": ("model", "lm_head.weight", torch.zeros(11, 16, dtype=torch.complex64)),
     "a scaler whose scale is a word": ("extra", "scaler", torch.amp.GradScaler("cpu").state_dict() | {"scale": "large"}),
     "a loss that is a string": ("best_val_loss", "2.5"),
     "a loss of many numbers": ("best_val_loss", torch.zeros(2)),
