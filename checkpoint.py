@@ -13,6 +13,7 @@ names), `iter_num` (updates done), `best_val_loss`, `config`. What nanoGPT does 
 import dataclasses
 import os
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def load(path: Path, mmap: bool = False) -> Checkpoint:
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused: not a checkpoint of tensors and plain values ({_first_line(error)})") from error
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"it names {named[1]}, which could run code" if named else "not a checkpoint, or damaged"
+        raise UserError(f"{path}: refused: {why}") from error
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path}: not a checkpoint, or damaged ({_first_line(error)})") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):

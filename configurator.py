@@ -66,13 +66,14 @@ class Range:
 
     def __str__(self) -> str:
         ends = dataclasses.asdict(self).items()
-        return " and ".join(f"{name.replace('_', ' ')} {end:g}" for name, end in ends if end is not None)
+        return " and ".join(f"{name.replace('_', ' ')} {end:,}" for name, end in ends if end is not None)
 
 
 PositiveInt = Annotated[int, Range(at_least=1)]
 NonNegativeInt = Annotated[int, Range(at_least=0)]
 PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(at_least=0)]
+Seed = Annotated[int, Range(at_least=0, below=1 << 32)]
 Probability = Annotated[float, Range(at_least=0, below=1)]
 
 
@@ -298,10 +299,10 @@ def _from_python(value: Any, kind: Any) -> Any:
 
 
 def _expected(kind: Any) -> str:
-    names = {bool: "True or False", int: "a whole number", float: "a number", str: "a string", type(None): "None"}
+    names = {bool: ["True", "False"], int: ["a whole number"], float: ["a number"], str: ["a string"], type(None): ["None"]}
     parts = []
     for member in _members(kind):
-        parts += typing.get_args(member) if typing.get_origin(member) is Literal else [names[member]]
+        parts += typing.get_args(member) if typing.get_origin(member) is Literal else names[member]
     return ("one of " if len(parts) > 2 else "") + " or ".join([", ".join(parts[:-1])] * (len(parts) > 1) + parts[-1:])
 
 

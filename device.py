@@ -84,7 +84,7 @@ def process_group(device: str, backend: str) -> Iterator[Group]:
     # Functions of this module take the group as a default argument, fixed when it is first imported, which building an
     # optimizer does: imported after the group is there, it would hold on to the group for good.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, device_id=torch.device(device) if device.startswith("cuda") else None)
     yield Group(rank, local_rank, size, device)
     dist.barrier()
     dist.destroy_process_group()

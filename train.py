@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 import checkpoint
 import configurator
 import device
-from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Range, UserError
+from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Seed, UserError
 from data.dataset import Dataset, Split
 from device import Compile, Dtype
 from metrics import Metrics
@@ -37,7 +37,7 @@ class Config(configurator.Config):
     eval_only: bool = False  # evaluate once and stop
     log_interval: PositiveInt = 1  # iterations between printed losses
     always_save_checkpoint: bool = True  # ckpt.pt is the newest state rather than the best
-    seed: Annotated[int, Range(at_least=0, below=2**63)] = 1337  # of initial weights, batches and dropout
+    seed: Seed = 1337  # of initial weights, batches and dropout
     # Weights & Biases
     wandb_log: bool = False  # send the evaluations there too
     wandb_project: str = "owt"  # project there
@@ -73,6 +73,8 @@ class Config(configurator.Config):
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of several processes. auto: nccl on CUDA, else gloo
 
     def validate(self) -> None:
+        if not self.out_dir:
+            raise UserError("--out_dir= is empty: name the folder for the run")
         if self.init_from == "scratch" and self.model == "gpt" and self.n_embd % self.n_head:
             raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}: {_nearest(self.n_embd, self.n_head)}")
 
@@ -130,16 +132,15 @@ def train(config: Config, group: device.Group) -> None:
     if config.wandb_log:
         metrics.start_wandb(config.wandb_project, config.wandb_run_name, resolved)
     metrics.say(f"model: {config.model}, {model.get_num_params() / 1e6:.2f}M parameters, {vocab_size} tokens, context {T}")
-    metrics.say(
-        f"data: {config.dataset} ({data.tokenizer}), {data.tokens['train']:,} to train, {data.tokens['val']:,} to validate"
-    )
-    metrics.say(
-        f"run: {group.device}, {str(dtype).removeprefix('torch.')}{', compiled' if compiled is not model else ''}, "
-        f"{group.size} process{'es' if group.size > 1 else ''}, tokens per iteration: {windows * T:,}, "
-        f"iterations {iteration} to {config.max_iters}, {config.max_iters * windows * T / data.tokens['train']:.2f} epochs"
-    )
+    metrics.say(f"data: {config.dataset} ({data.tokenizer})")
+    metrics.say(f"      {data.tokens['train']:,} tokens to train, {data.tokens['val']:,} to validate")
+    metrics.say(f"tokens per iteration: {windows * T:,} ({data.tokens['train'] / (windows * T):,.0f} iterations an epoch)")
+    shown_dtype = str(dtype).removeprefix("torch.") + (", compiled" if compiled is not model else "")
+    metrics.say(f"machine: {group.device}, {shown_dtype}, {group.size} process{'es' if group.size > 1 else ''}")
+    if iteration > 0:
+        metrics.say(f"resuming after {iteration:,} of {config.max_iters:,} iterations")
     if iteration >= config.max_iters:
-        metrics.say(f"the run has done its {iteration} iterations; a larger --max_iters continues it")
+        metrics.say("nothing is left to do; a larger --max_iters continues the run")
 
     peak = device.peak_flops(group.device, dtype)
     mfu, logged, t0 = -1.0, iteration, time.perf_counter()

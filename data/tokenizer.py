@@ -181,7 +181,7 @@ def from_folder(folder: Path) -> Tokenizer:
         try:
             return from_dict(read_meta(folder).get("tokenizer"))
         except UserError as error:
-            raise UserError(f"{folder / 'meta.json'}: {error}") from error
+            raise UserError(f"{folder / 'meta.json'}: {error}; run its prepare.py again") from error
     if (folder / "meta.pkl").is_file():
         return _from_pickle(folder / "meta.pkl")
     return TiktokenTokenizer("gpt2", GPT2_VOCAB_SIZE)
