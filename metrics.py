@@ -119,8 +119,14 @@ class Metrics:
         if self.is_main:
             self._bar.update()
 
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """End the records."""
+        """End the records, also those of a run that fails."""
         if self.is_main:
             self._bar.close()
             self._file.close()

@@ -137,82 +137,83 @@ def train(config: Config, group: device.Group) -> None:
     metrics.say(f"tokens per iteration: {windows * T:,} ({data.tokens['train'] / (windows * T):,.0f} iterations an epoch)")
     shown_dtype = str(dtype).removeprefix("torch.") + (", compiled" if compiled is not model else "")
     metrics.say(f"machine: {group.device}, {shown_dtype}, {group.size} process{'es' if group.size > 1 else ''}")
-    if iteration > 0:
+    if config.init_from == "resume":
         metrics.say(f"resuming after {iteration:,} of {config.max_iters:,} iterations")
     if iteration >= config.max_iters:
         metrics.say("nothing is left to do; a larger --max_iters continues the run")
 
     peak = device.peak_flops(group.device, dtype)
     mfu, logged, t0 = -1.0, iteration, time.perf_counter()
-    while True:
-        learning_rate = config.learning_rate
-        if config.decay_lr:
-            learning_rate = get_lr(iteration, learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters)
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = learning_rate
+    with metrics:
+        while True:
+            learning_rate = config.learning_rate
+            if config.decay_lr:
+                learning_rate = get_lr(iteration, learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = learning_rate
 
-        # evaluate, and write checkpoints
-        finished = iteration >= config.max_iters
-        if (finished or iteration % config.eval_interval == 0) and evaluated != iteration:
-            device.synchronize(group.device)
-            t1 = time.perf_counter()
-            losses = evaluate(compiled, data, config, group, autocast)
-            evaluated, improved = iteration, losses["val"] < best_val_loss
-            best_val_loss = min(best_val_loss, losses["val"])
-            metrics.evaluation(iteration, losses, learning_rate, mfu)
-            if iteration > 0 and group.is_main:
-                extra = {"tokenizer": data.tokenizer.to_dict(), "scaler": scaler.state_dict(), "evaluated": evaluated}
-                state = checkpoint.pack(model, optimizer, iteration, best_val_loss, resolved, extra)
-                checkpoint.save(out_dir / checkpoint.LAST, state)
-                if improved or config.always_save_checkpoint:
-                    checkpoint.share(out_dir / checkpoint.LAST, out_dir / checkpoint.BEST)
-            t0 += time.perf_counter() - t1  # what follows is timed without this
-        if finished:
-            break
+            # evaluate, and write checkpoints
+            finished = iteration >= config.max_iters
+            if (finished or iteration % config.eval_interval == 0) and evaluated != iteration:
+                device.synchronize(group.device)
+                t1 = time.perf_counter()
+                losses = evaluate(compiled, data, config, group, autocast)
+                stop_unless_finite(iteration, out_dir, {f"{split} loss": loss for split, loss in losses.items()})
+                evaluated, improved = iteration, losses["val"] < best_val_loss
+                best_val_loss = min(best_val_loss, losses["val"])
+                metrics.evaluation(iteration, losses, learning_rate, mfu)
+                if iteration > 0 and group.is_main:
+                    extra = {"tokenizer": data.tokenizer.to_dict(), "scaler": scaler.state_dict(), "evaluated": evaluated}
+                    state = checkpoint.pack(model, optimizer, iteration, best_val_loss, resolved, extra)
+                    checkpoint.save(out_dir / checkpoint.LAST, state)
+                    if improved or config.always_save_checkpoint:
+                        checkpoint.share(out_dir / checkpoint.LAST, out_dir / checkpoint.BEST)
+                t0 += time.perf_counter() - t1  # what follows is timed without this
+            if finished:
+                break
 
-        # forward and backward over this process's share of the micro-batches
-        loss = 0.0
-        starts = data.draw("train", "train", config.seed, iteration, windows, T)  # (windows,)
-        for micro_batch in range(group.rank, steps, group.size):
-            first = micro_batch * config.batch_size
-            batch = data.windows("train", starts[first : first + config.batch_size], T, vocab_size)
-            x, y = device.to_device(batch, group.device)  # (B, T) each
-            if config.dropout > 0:
-                device.seed_dropout(config.seed, iteration, micro_batch)
-            if group.size > 1:
-                network.require_backward_grad_sync = micro_batch + group.size >= steps  # only with the last one
-            with autocast:
-                _, micro_loss = network(x, y)
-            loss += micro_loss.detach() / steps
-            scaler.scale(micro_loss * group.size / steps).backward()  # averaged over the processes, this is the mean
-        (loss,) = group.sum(loss.item())
+            # forward and backward over this process's share of the micro-batches
+            loss = 0.0
+            starts = data.draw("train", "train", config.seed, iteration, windows, T)  # (windows,)
+            for micro_batch in range(group.rank, steps, group.size):
+                first = micro_batch * config.batch_size
+                batch = data.windows("train", starts[first : first + config.batch_size], T, vocab_size)
+                x, y = device.to_device(batch, group.device)  # (B, T) each
+                if config.dropout > 0:
+                    device.seed_dropout(config.seed, iteration, micro_batch)
+                if group.size > 1:
+                    network.require_backward_grad_sync = micro_batch + group.size >= steps  # only with the last one
+                with autocast:
+                    _, micro_loss = network(x, y)
+                loss += micro_loss.detach() / steps
+                scaler.scale(micro_loss * group.size / steps).backward()  # averaged over the processes, this is the mean
+            (loss,) = group.sum(loss.item())
 
-        # update the weights, unless something is wrong with the gradient
-        scaler.unscale_(optimizer)
-        if config.grad_clip > 0:
-            grad_norm = clip_grad_norm_(model.parameters(), config.grad_clip).item()
-        else:
-            grad_norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-            metrics.close()
-            raise UserError(_not_finite(iteration, loss, grad_norm, out_dir))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+            # update the weights, unless something is wrong with the gradient
+            scaler.unscale_(optimizer)
+            if config.grad_clip > 0:
+                grad_norm = clip_grad_norm_(model.parameters(), config.grad_clip).item()
+            else:
+                grad_norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+            # with a scaler, a norm that is not finite is its own business: it skips the update and lowers its scale
+            numbers = {"loss": loss} if scaler.is_enabled() else {"loss": loss, "norm of the gradient": grad_norm}
+            stop_unless_finite(iteration, out_dir, numbers)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
 
-        # log
-        if iteration % config.log_interval == 0:
-            now = time.perf_counter()
-            seconds = (now - t0) / (iteration + 1 - logged)
-            t0, logged = now, iteration + 1
-            if peak is not None:
-                utilisation = model.estimate_mfu(windows, seconds, peak * group.size)
-                mfu = utilisation if mfu < 0 else 0.9 * mfu + 0.1 * utilisation
-            metrics.step(iteration, loss, learning_rate, grad_norm, seconds, windows * T / seconds, mfu)
-        metrics.advance()
-        iteration += 1
+            # log
+            if iteration % config.log_interval == 0:
+                now = time.perf_counter()
+                seconds = (now - t0) / (iteration + 1 - logged)
+                t0, logged = now, iteration + 1
+                if peak is not None:
+                    utilisation = model.estimate_mfu(windows, seconds, peak * group.size)
+                    mfu = utilisation if mfu < 0 else 0.9 * mfu + 0.1 * utilisation
+                metrics.step(iteration, loss, learning_rate, grad_norm, seconds, windows * T / seconds, mfu)
+            metrics.advance()
+            iteration += 1
 
-    metrics.close()
     if group.is_main and (out_dir / checkpoint.BEST).exists():
         print(f"best val loss {best_val_loss:.4f}; checkpoint in {out_dir / checkpoint.BEST}")
         print(f"next: python sample.py --out_dir={config.out_dir}")
@@ -327,11 +328,13 @@ def evaluation_batches(data: Dataset, split: Split, config: Config):
         yield data.draw(split, stream, config.seed, index, config.batch_size, config.block_size), config.block_size
 
 
-def _not_finite(iteration: int, loss: float, grad_norm: float, out_dir: Path) -> str:
-    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {grad_norm}"
-    newest = out_dir / checkpoint.LAST
-    kept = f"{newest} holds the last good state" if newest.exists() else "no checkpoint was written yet"
-    return f"iteration {iteration}: {what}; stopped before the update; {kept}; try a lower --learning_rate or --grad_clip"
+def stop_unless_finite(iteration: int, out_dir: Path, numbers: dict[str, float]) -> None:
+    """Raise UserError where one of `numbers`, losses and the like by what they are of, is infinite or not a number."""
+    bad = [f"the {name} is {number}" for name, number in numbers.items() if not math.isfinite(number)]
+    if bad:
+        last = out_dir / checkpoint.LAST
+        kept = f"{last} has the last good state" if last.exists() else "no checkpoint was written yet"
+        raise UserError(f"iteration {iteration}: {bad[0]}; the run stops; {kept}; try a lower --learning_rate or --grad_clip")
 
 
 def _nearest(n_embd: int, n_head: int) -> str:

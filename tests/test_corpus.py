@@ -205,9 +205,9 @@ def test_last_part_is_for_validation(documents: list[str], val_fraction: float, 
 def test_documents_end_in_the_end_of_text_token(gpt2_vocabulary: None) -> None:
     """Documents that run into each other, and a lone text that ends in a token nobody wrote, are caught."""
     tokens = TiktokenTokenizer("gpt2")
-    assert corpus.encode_documents(["Hello", " world"], tokens).tolist() == [15496, 50256, 995, 50256]
-    assert corpus.encode_documents(["Hello world"], tokens).tolist() == [15496, 995]
-    assert corpus.encode_documents(["ab", "c"], CharTokenizer.from_text("abc")).tolist() == [0, 1, 2]
+    assert corpus.encode_documents(["Hello", " world"], tokens, separate=True).tolist() == [15496, 50256, 995, 50256]
+    assert corpus.encode_documents(["Hello world"], tokens, separate=False).tolist() == [15496, 995]
+    assert corpus.encode_documents(["ab", "c"], CharTokenizer.from_text("abc"), separate=True).tolist() == [0, 1, 2]
 
 
 # token files
