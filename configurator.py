@@ -205,8 +205,8 @@ def _find_config_file(argument: str, keys: list[str]) -> Path:
     key = argument.partition("=")[0]
     if key in keys:
         raise UserError(f"{argument}: a key needs two dashes: --{argument}")
-    names = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("*.py"))
-    raise UserError(f"{argument}: no such config file{_hint(argument, names, '{}')}")
+    names = sorted(path.stem for path in (ROOT / "config").glob("*.py"))
+    raise UserError(f"{argument}: no such config file{_hint(Path(argument).stem, names, 'config/{}.py')}")
 
 
 def _run_config_file(path: Path, shown: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -323,7 +323,7 @@ def _shown(value: Any) -> str:
 
 
 def _hint(name: str, known: list[str], form: str = "{}") -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {form.format(close[0])}?" if close else ""
 
 
