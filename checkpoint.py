@@ -125,8 +125,8 @@ def load(path: Path, mmap: bool = False) -> Checkpoint:
         config=_typed(state, "config", dict, path, optional=True) or {},
         extra=_typed(state, "extra", dict, path, optional=True) or {},
     )
-    _check_shape(checkpoint)
     _check_extra(checkpoint)
+    _check_shape(checkpoint)
     return checkpoint
 
 
@@ -140,12 +140,12 @@ def find(out_dir: Path, names: tuple[str, ...]) -> Path:
     )
 
 
-def newest(out_dir: Path, mmap: bool = False) -> Checkpoint:
-    """Return the newest training state in a run folder, for resuming it; UserError where there is none."""
+def newest(out_dir: Path) -> Path:
+    """Return the file with the newest training state in a run folder, for resuming it; UserError where there is none."""
     path, best = find(out_dir, (LAST, BEST)), out_dir / BEST
     if best.is_file() and not best.samefile(path) and load(best, mmap=True).iter_num > load(path, mmap=True).iter_num:
-        path = best
-    return load(path, mmap)
+        return best
+    return path
 
 
 def build_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT | Bigram:
@@ -173,26 +173,22 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, 
 
     UserError where the state does not fit the parameters.
     """
-    saved = checkpoint.optimizer
+    saved, scale = checkpoint.optimizer, checkpoint.extra.get("scaler")
     try:
+        if not all(_is_plain(value) for state in saved["state"].values() for value in state.values()):
+            raise ValueError("not of plain tensors")
         groups = [
             {name: value for name, value in group.items() if name != "params"} | {"params": old["params"]}
             for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
         ]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         for parameter, state in optimizer.state.items():
-            shapes = {name: tuple(value.shape) for name, value in state.items()}
-            if not all(map(_is_plain, state.values())) or shapes != {
-                "step": (),
-                "exp_avg": parameter.shape,
-                "exp_avg_sq": parameter.shape,
-            }:
+            shapes = {name: value.shape for name, value in state.items()}
+            if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
                 raise ValueError("of another shape")
-        scale = checkpoint.extra.get("scaler")
         if scaler.is_enabled() and scale:
-            if [(name, type(scale.get(name))) for name in scaler.state_dict()] != [
-                (name, type(value)) for name, value in scaler.state_dict().items()
-            ]:
+            types = {name: type(value) for name, value in scale.items()}
+            if types != {name: type(value) for name, value in scaler.state_dict().items()}:
                 raise ValueError("that of its scaler")
             scaler.load_state_dict(scale)
     except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
@@ -202,21 +198,25 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, 
         ) from error
 
 
-def load_model(init_from: str, out_dir: str) -> tuple[GPT | Bigram, "tokenizers.Tokenizer", Checkpoint]:
+def load_model(
+    init_from: str, out_dir: str, dropout: float = 0.0, to_train: bool = False
+) -> tuple[GPT | Bigram, "tokenizers.Tokenizer", Checkpoint]:
     """Return the model that `init_from` names, its tokenizer and the checkpoint that it comes from.
 
     `init_from` is "resume", for the run in `out_dir`, or the path of a run folder or a checkpoint file. Of a run it takes the
-    best weights. UserError where there is no such thing.
+    best weights; to go on training it with "resume", the newest. UserError where there is no such thing.
     """
     path = Path(out_dir if init_from == "resume" else init_from)
     if path.is_dir():
-        path = find(path, (BEST, LAST))
+        path = newest(path) if to_train and init_from == "resume" else find(path, (BEST, LAST))
     elif init_from == "resume":
         raise UserError(f"--out_dir={out_dir}: no such folder; train a model there first, or name another")
     elif not path.is_file():
-        raise UserError(f"--init_from={init_from}: no such run folder or checkpoint file")
-    checkpoint = load(path, mmap=True)
-    return build_model(checkpoint), tokenizer_of(checkpoint), checkpoint
+        raise UserError(
+            f"--init_from={init_from}: no such run folder or checkpoint file (GPT-2's weights cannot be loaded by name yet)"
+        )
+    checkpoint = load(path, mmap=not to_train)
+    return build_model(checkpoint, dropout), tokenizer_of(checkpoint), checkpoint
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> "tokenizers.Tokenizer":
@@ -258,8 +258,12 @@ def _check_shape(checkpoint: Checkpoint) -> None:
             fits = type(value) is int and 0 < value < 1 << 24
         if not fits:
             raise UserError(f"{path}: damaged: its model_args have {name} = {_shown(value)}")
+    if checkpoint.kind == "bigram":
+        return
     if args["n_embd"] % args["n_head"]:
         raise UserError(f"{path}: damaged: n_head={args['n_head']} does not divide n_embd={args['n_embd']}")
+    if args["n_layer"] > sum(name.endswith(".ln_1.weight") for name in checkpoint.weights):
+        raise UserError(f"{path}: damaged: weights for n_layer={args['n_layer']} are not all there")
 
 
 def _check_extra(checkpoint: Checkpoint) -> None:
@@ -273,9 +277,6 @@ def _check_extra(checkpoint: Checkpoint) -> None:
     scaler = extra.get("scaler", {})
     if not isinstance(scaler, dict) or not all(type(value) in (int, float) for value in scaler.values()):
         raise UserError(f"{path}: damaged: its scaler is {_shown(scaler)}")
-    layers = checkpoint.model_args["n_layer"]
-    if checkpoint.kind == "gpt" and layers > sum(name.endswith(".ln_1.weight") for name in checkpoint.weights):
-        raise UserError(f"{path}: damaged: weights for n_layer={layers} are not all there")
 
 
 def _typed(state: dict, key: str, kind: type, path: Path, optional: bool = False) -> Any:

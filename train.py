@@ -9,10 +9,13 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
@@ -81,7 +84,7 @@ class Config(configurator.Config):
 
 def main(config: Config) -> None:
     if config.init_from == "resume":
-        inherit(config, checkpoint.newest(Path(config.out_dir), mmap=True))
+        inherit(config, checkpoint.load(checkpoint.newest(Path(config.out_dir)), mmap=True))
     with device.process_group(config.device, config.backend) as group:
         train(config, group)
 
@@ -233,24 +236,13 @@ def build_model(config: Config, data: Dataset) -> tuple[GPT | Bigram, checkpoint
             bias=config.bias,
         )
         return checkpoint.MODELS[config.model](shape), None
-    if config.init_from == "resume":
-        start = checkpoint.newest(Path(config.out_dir))
-    else:
-        path = Path(config.init_from)
-        if not path.exists():
-            raise UserError(
-                f"--init_from={config.init_from}: not scratch, resume, or the path of a run folder or checkpoint file "
-                "(GPT-2's weights cannot be loaded by name yet)"
-            )
-        start = checkpoint.load(checkpoint.find(path, (checkpoint.BEST, checkpoint.LAST)) if path.is_dir() else path)
-        inherit_shape(config, start)
-    tokenizer = checkpoint.tokenizer_of(start)
+    model, tokenizer, start = checkpoint.load_model(config.init_from, config.out_dir, config.dropout, to_train=True)
     if tokenizer.to_dict() != data.tokenizer.to_dict():
         raise UserError(
             f"{start.path} was trained on {tokenizer}, and dataset '{config.dataset}' has another tokenizer "
             f"({data.tokenizer}): choose a dataset with the same one"
         )
-    model = checkpoint.build_model(start, config.dropout)
+    inherit_shape(config, start)
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     return model, start
@@ -263,8 +255,6 @@ def inherit(config: Config, start: checkpoint.Checkpoint) -> None:
         if field.name in start.config and field.name not in kept:
             value = configurator.check_value(Config, field.name, start.config[field.name], str(start.path))
             setattr(config, field.name, value)
-    inherit_shape(config, start)
-    config.block_size = start.model_args["block_size"]
     if "device" not in config.given:
         try:
             device.resolve_device(config.device)
@@ -296,7 +286,9 @@ def get_lr(iteration: int, learning_rate: float, min_lr: float, warmup_iters: in
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, data: Dataset, config: Config, group: device.Group, autocast) -> dict[Split, float]:
+def evaluate(
+    model: torch.nn.Module, data: Dataset, config: Config, group: device.Group, autocast: AbstractContextManager
+) -> dict[Split, float]:
     """Return the mean loss of each split in nats a token: on the same random windows every time, or on the whole split.
 
     The processes of `group` share the work, and all get the result.
@@ -314,12 +306,12 @@ def evaluate(model: torch.nn.Module, data: Dataset, config: Config, group: devic
                 total += loss.item() * learned if learned else 0.0
                 count += learned
         total, count = group.sum(total, count)
-        losses[split] = total / count
+        losses[split] = total / count if count else math.nan
     model.train()
     return losses
 
 
-def evaluation_batches(data: Dataset, split: Split, config: Config):
+def evaluation_batches(data: Dataset, split: Split, config: Config) -> Iterator[tuple[np.ndarray, int]]:
     """Yield (starts, length) of each batch of windows that an evaluation of `split` takes."""
     if config.eval_iters == 0:
         yield from data.consecutive(split, config.block_size, config.batch_size)

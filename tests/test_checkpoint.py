@@ -152,7 +152,7 @@ def test_resuming_nanogpts_run_makes_its_next_update(tmp_path: Path, prefix: str
     torch.save(nanogpt_state(model, optimizer, prefix), tmp_path / "ckpt.pt")
     update(model, optimizer, seed=4)
 
-    start = checkpoint.newest(tmp_path)
+    start = checkpoint.load(checkpoint.newest(tmp_path))
     assert (start.iter_num, start.best_val_loss, start.kind) == (3, 2.25, "gpt")
     assert type(start.best_val_loss) is float
     resumed = checkpoint.build_model(start)
@@ -257,7 +257,7 @@ def test_newest_is_the_state_with_more_updates(tmp_path: Path, best: int | None,
     for name, iter_num in ((checkpoint.BEST, best), (checkpoint.LAST, last)):
         if iter_num is not None:
             checkpoint.save(tmp_path / name, our_state(iter_num=iter_num))
-    assert checkpoint.newest(tmp_path).iter_num == expected
+    assert checkpoint.load(checkpoint.newest(tmp_path)).iter_num == expected
 
 
 def test_load_model_takes_the_best_weights_from_wherever_they_are_named(tmp_path: Path):
