@@ -51,14 +51,16 @@ class Metrics:
         start: int = 0,
         evaluated: int = -1,
         is_main: bool = True,
+        wandb_run: Any = None,
     ):
         """Open metrics.csv in `out_dir`. A run that starts again at iteration `start` keeps the rows before it.
 
         Of iteration `start` itself it keeps the evaluation, where `evaluated` says that this has been done.
+        Evaluations also go to `wandb_run`, from `start_wandb`, where there is one.
         """
         self.is_main = is_main
         self._tokens_per_iteration = tokens_per_iteration
-        self._wandb: Any = None
+        self._wandb = wandb_run
         if not is_main:
             return
         path = out_dir / "metrics.csv"
@@ -74,19 +76,6 @@ class Metrics:
         self._bar = tqdm(
             total=total_iterations, initial=start, unit="iter", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
-
-    def start_wandb(self, project: str, name: str, config: dict[str, Any]) -> None:
-        """Send evaluations to Weights & Biases as well; UserError where its package is missing or refuses."""
-        if not self.is_main:
-            return
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--wandb_log=True needs the package wandb: pip install wandb") from error
-        try:
-            self._wandb = wandb.init(project=project, name=name, config=config)
-        except wandb.errors.Error as error:
-            raise UserError(f"--wandb_log=True: {error}; wandb login, or WANDB_MODE=offline") from error
 
     def say(self, text: str) -> None:
         """Print a line on stdout, above the progress bar."""
@@ -138,6 +127,18 @@ class Metrics:
         tokens = iteration * self._tokens_per_iteration
         numbers = {name: f"{value:.9g}" for name, value in values.items() if math.isfinite(value)}
         self._writer.writerow({"iteration": iteration, "tokens": tokens, "seconds": seconds} | numbers)
+
+
+def start_wandb(project: str, name: str, config: dict[str, Any]) -> Any:
+    """Return a new run of Weights & Biases; UserError where its package is missing or refuses."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--wandb_log=True needs the package wandb: pip install wandb") from error
+    try:
+        return wandb.init(project=project, name=name, config=config)
+    except wandb.errors.Error as error:
+        raise UserError(f"--wandb_log=True: {str(error).rstrip('.')} (without a network: WANDB_MODE=offline)") from error
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -26,7 +26,7 @@ import device
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Seed, UserError
 from data.dataset import Dataset, Split
 from device import Compile, Dtype
-from metrics import Metrics
+from metrics import Metrics, start_wandb
 from model import GPT, Bigram, GPTConfig
 
 
@@ -126,14 +126,15 @@ def train(config: Config, group: device.Group) -> None:
 
     out_dir = Path(config.out_dir)
     resolved = dataclasses.asdict(config)
+    wandb_run = None
     if group.is_main:
+        if config.wandb_log:
+            wandb_run = start_wandb(config.wandb_project, config.wandb_run_name, resolved)
         out_dir.mkdir(parents=True, exist_ok=True)
         if config.init_from != "resume" and (out_dir / checkpoint.BEST).exists():
-            print(f"{out_dir} holds an earlier run, which this one replaces from its first checkpoint on")
+            configurator.warn(f"{out_dir} holds an earlier run, which this one replaces")
         (out_dir / "config.json").write_text(json.dumps(resolved, indent=1) + "\n", encoding="utf-8")
-    metrics = Metrics(out_dir, config.max_iters, windows * T, iteration, evaluated, group.is_main)
-    if config.wandb_log:
-        metrics.start_wandb(config.wandb_project, config.wandb_run_name, resolved)
+    metrics = Metrics(out_dir, config.max_iters, windows * T, iteration, evaluated, group.is_main, wandb_run)
     metrics.say(f"model: {config.model}, {model.get_num_params() / 1e6:.2f}M parameters, {vocab_size} tokens, context {T}")
     metrics.say(f"data: {config.dataset} ({data.tokenizer})")
     metrics.say(f"      {data.tokens['train']:,} tokens to train, {data.tokens['val']:,} to validate")

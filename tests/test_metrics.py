@@ -144,7 +144,6 @@ def test_whole_rows_are_read_and_a_broken_one_is_not(tmp_path):
 def test_a_process_that_is_not_the_main_one_does_nothing(tmp_path, capsys):
     """Eight processes that write one file and print each line eight times."""
     records = Metrics(tmp_path, 100, 64, is_main=False)
-    records.start_wandb("project", "run", {})
     records.say("hello")
     records.evaluation(0, {"train": 2.5, "val": 2.5}, 1e-3, -1.0)
     records.step(0, 2.5, 1e-3, 1.0, 0.03, 1000.0, -1.0)
@@ -155,13 +154,11 @@ def test_a_process_that_is_not_the_main_one_does_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_wandb_is_named(tmp_path, monkeypatch):
+def test_a_missing_wandb_is_named(monkeypatch):
     """A traceback where a package that is needed for one key alone is not installed."""
     monkeypatch.setitem(sys.modules, "wandb", None)
-    records = Metrics(tmp_path, 100, 64)
     with pytest.raises(UserError, match="pip install wandb"):
-        records.start_wandb("project", "run", {})
-    records.close()
+        metrics.start_wandb("project", "run", {})
 
 
 def test_wandb_gets_nanogpts_keys(tmp_path, monkeypatch):
@@ -173,8 +170,7 @@ def test_wandb_gets_nanogpts_keys(tmp_path, monkeypatch):
         finish=lambda: calls.append("finished"),
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    records = Metrics(tmp_path, 100, 64)
-    records.start_wandb("owt", "gpt2", {"batch_size": 4})
+    records = Metrics(tmp_path, 100, 64, wandb_run=metrics.start_wandb("owt", "gpt2", {"batch_size": 4}))
     records.evaluation(10, {"train": 2.5, "val": 2.75}, 1e-3, 0.25)
     records.close()
     assert calls == [
@@ -191,8 +187,7 @@ def test_wandb_takes_a_run_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "HOME"):
         monkeypatch.setenv(name, str(tmp_path))
-    records = Metrics(tmp_path, 100, 64)
-    records.start_wandb("owt", "gpt2", {"batch_size": 4})
+    records = Metrics(tmp_path, 100, 64, wandb_run=metrics.start_wandb("owt", "gpt2", {"batch_size": 4}))
     records.evaluation(10, {"train": 2.5, "val": 2.75}, 1e-3, -1.0)
     records.close()
     assert len(list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
