@@ -95,6 +95,9 @@ class LanguageModel(nn.Module):
         """Return the mean cross-entropy, in nats, of (B, T, V) logits against (B, T) targets; a target of -1 is left out."""
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
 
+    def tie_weights(self) -> None:
+        """Let parameters that are one be one again, after they were assigned one by one; a model may have none such."""
+
     @torch.no_grad()
     def generate(
         self,
@@ -166,7 +169,7 @@ class GPT(LanguageModel):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied (Press & Wolf 2017)
+        self.tie_weights()
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # each layer adds to the stream twice: keep its variance near one
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -193,6 +196,10 @@ class GPT(LanguageModel):
             return self.lm_head(x[:, [-1], :]), None
         logits = self.lm_head(x)
         return logits, self.loss(logits, targets)
+
+    def tie_weights(self) -> None:
+        """Let the token embedding and the output head be one matrix (Press & Wolf 2017)."""
+        self.transformer.wte.weight = self.lm_head.weight
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         n_params = super().get_num_params()

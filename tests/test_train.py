@@ -12,7 +12,6 @@ import torch
 
 import checkpoint
 import configurator
-import device
 import train
 from configurator import UserError
 from data import corpus
@@ -209,7 +208,7 @@ def test_finetuning_ones_own_model_starts_from_its_weights(flags: list[str], out
         tuned = tmp_path / f"tuned{index}"
         run(*flags, f"--init_from={source}", f"--out_dir={tuned}", "--max_iters=1", "--block_size=8", "--eval_iters=0")
         first = float(rows(tuned)[0]["val_loss"])
-        assert first < 3.3  # a new model has ln(17) = 2.8 at best after training, some 4.1 before
+        assert first < 2.75  # the trained weights give 2.6, new ones ln(18) = 2.89
         state = torch.load(tuned / "last.pt", weights_only=True)
         assert (state["iter_num"], state["model_args"]["block_size"]) == (1, 8)
 
@@ -285,14 +284,3 @@ def test_another_tokenizer_is_refused(flags: list[str], out_dir: Path, tmp_path:
     corpus.write_dataset(other, ["abc" * 100], ["abc" * 100], CharTokenizer.from_text("abc"), "abc")
     with pytest.raises(UserError, match="another tokenizer"):
         run("--init_from=resume", f"--out_dir={out_dir}", f"--dataset={other}")
-
-
-def test_seeds_of_dropout_do_not_depend_on_what_came_before() -> None:
-    """Catches dropout that differs between a run and its resumption."""
-    device.seed_dropout(1, 2, 3)
-    first = torch.rand(4)
-    torch.rand(100)
-    device.seed_dropout(1, 2, 3)
-    assert torch.equal(first, torch.rand(4))
-    device.seed_dropout(1, 2, 4)
-    assert not torch.equal(first, torch.rand(4))
