@@ -27,7 +27,7 @@ quickstart: $(VENV)/installed
 	echo && echo "== what it writes" && \
 	$(RUN) sample.py --out_dir=$(OUT) --num_samples=3 --max_new_tokens=300 --device=cpu
 	@echo
-	@echo "That was a GPT of 0.8 million parameters, after some two minutes of training. Next:"
+	@echo "That was a GPT of 0.8 million parameters, after 2,000 updates. Next:"
 	@echo "  source $(VENV)/bin/activate"
 	@echo "  python sample.py --out_dir=$(OUT) --start=\"The \"                  # give it a beginning"
 	@echo "  python train.py --init_from=resume --out_dir=$(OUT) --max_iters=4000 --lr_decay_iters=4000   # train on"
