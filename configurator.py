@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 ROOT = Path(__file__).resolve().parent
+CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 class UserError(ValueError):
@@ -123,6 +124,9 @@ def run(main: Callable[[Any], None], config_class: type) -> None:
     line on stderr; Ctrl-C with status 130. Everything else is a mistake in the program and keeps its traceback.
     """
     try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
         arguments = sys.argv[1:]
         if "--help" in arguments or "-h" in arguments:
             print(help_text(config_class, Path(sys.argv[0]).name), end="")
@@ -170,6 +174,14 @@ def help_text(config_class: type, script: str) -> str:
                 subsequent_indent=" " * 46,
             )
     return "\n".join(lines) + "\n"
+
+
+def write(text: str) -> None:
+    """Write text that a model made to stdout, at once and as it is; a terminal gets a sign for each control character.
+
+    So no text can move the cursor, change colours or type commands; a file or a pipe gets every character.
+    """
+    print(text.translate(CONTROL) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def one_line(message: str) -> str:

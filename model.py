@@ -5,6 +5,7 @@ Both map token ids to logits and a loss:
     model = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128))
     logits, loss = model(idx, targets)           # (B, T) ids in, (B, T, vocab_size) logits and the mean loss out
     model.generate(idx, max_new_tokens=100)      # (B, T + 100)
+    for token in model.stream(idx, 100): ...     # (B, 1) as each is drawn
 
 The names of the parameters are GPT-2's, so that state dicts pass between this model, nanoGPT and OpenAI's weights.
 
@@ -13,8 +14,9 @@ et al. 2019).
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -35,6 +37,14 @@ class GPTConfig:
     gelu: Literal["erf", "tanh"] = "erf"  # the exact GELU, or the approximation that OpenAI's weights were trained with
 
 
+@dataclass
+class KVCache:
+    """The keys and values of the tokens that a model has seen so far, so that each is computed once."""
+
+    layers: torch.Tensor  # (n_layer, 2, B, nh, room, hs), in the format that attention is computed in
+    length: int = 0  # tokens seen; what lies beyond is not read. Lowering it takes back the latest tokens
+
+
 class CausalSelfAttention(nn.Module):
     """Each position gathers from the positions up to its own what its query finds in their keys, in n_head ways at once."""
 
@@ -47,13 +57,29 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, past: torch.Tensor | None = None, start: int = 0, last_only: bool = False
+    ) -> torch.Tensor:
+        """Return (B, T, C) for the T positions of `x`, or (B, 1, C) for the last of them.
+
+        `past` is this layer's part of a cache, (2, B, nh, room, hs), which holds the `start` positions before `x` and takes
+        up those of `x`.
+        """
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = heads  # (B, nh, T, hs) each
+        if past is not None:
+            past[:, :, :, start : start + T] = heads[1:]
+            k, v = past[:, :, :, : start + T]  # (B, nh, start + T, hs) each
+        if last_only:
+            q = q[:, :, -1:]
+        mask = None
+        if start > 0 and q.size(2) > 1:  # query i stands at position start + i
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        is_causal = mask is None and q.size(2) > 1  # a query alone is the last position, which sees all
+        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        y = y.to(q.dtype).transpose(1, 2).reshape(B, -1, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -81,9 +107,13 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+    def forward(
+        self, x: torch.Tensor, past: torch.Tensor | None = None, start: int = 0, last_only: bool = False
+    ) -> torch.Tensor:
+        """Return (B, T, C), or (B, 1, C) for the last position alone; see `CausalSelfAttention.forward`."""
+        attended = self.attn(self.ln_1(x), past, start, last_only)
+        x = (x[:, -1:] if last_only else x) + attended
+        return x + self.mlp(self.ln_2(x))
 
 
 class LanguageModel(nn.Module):
@@ -98,25 +128,55 @@ class LanguageModel(nn.Module):
     def tie_weights(self) -> None:
         """Let parameters that are one be one again, after they were assigned one by one; a model may have none such."""
 
-    @torch.no_grad()
-    def generate(
+    def new_cache(self, batch_size: int, room: int) -> KVCache | None:
+        """Return an empty cache for sequences of up to `room` tokens; None for a model that looks back on nothing."""
+        return None
+
+    @torch.inference_mode()
+    def stream(
         self,
         idx: torch.Tensor,
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
+        stop_tokens: Sequence[int] = (),
         vocab_size: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
-        """Continue each row of `idx`, (B, T) with T >= 1, by sampling: (B, T + max_new_tokens).
+        generators: Sequence[torch.Generator] | None = None,
+        cache: KVCache | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Continue each row of `idx`, (B, T) with T >= 1, by sampling: yield the next tokens, (B, 1) int64, one by one.
 
-        The model sees the last `block_size` tokens. `vocab_size` is the number of ids that stand for text, where the
-        model's own vocabulary is padded; see `sample_next` for the rest.
+        The model sees the last `block_size` tokens, their positions counted from zero. Up to that length, each token's keys
+        and values are computed once; beyond it every position changes with every token, and the window is computed anew.
+
+        Ends after `max_new_tokens`, or once every row has had one of `stop_tokens`; a row that has repeats it until then.
+        `vocab_size` is the number of ids that stand for text, where the model's own vocabulary is padded. A `cache` holds
+        the keys and values of the first `cache.length` tokens of `idx`, and afterwards those of all but the last token,
+        as far as there is room. For the rest see `sample_next`.
         """
+        block_size = self.config.block_size
+        if cache is None:
+            cache = self.new_cache(idx.size(0), min(idx.size(1) + max_new_tokens, block_size))
+        token, stopped = idx[:, -1:], torch.zeros_like(idx[:, :1], dtype=torch.bool)
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])
-            idx = torch.cat((idx, sample_next(logits[:, -1, :vocab_size], temperature, top_k, generator)), dim=1)
-        return idx
+            if cache is None or idx.size(1) > block_size:
+                logits, _ = self(idx[:, -block_size:])
+            else:
+                cache.length = min(cache.length, idx.size(1) - 1)  # the last token's logits are wanted in any case
+                logits, _ = self(idx[:, cache.length :], cache=cache)
+            drawn = sample_next(logits[:, -1, :vocab_size], temperature, top_k, top_p, generators)
+            token = torch.where(stopped, token, drawn)
+            yield token
+            if stop_tokens:
+                stopped = stopped | torch.isin(token, torch.tensor(stop_tokens, device=token.device))
+                if stopped.all():
+                    return
+            idx = torch.cat((idx, token), dim=1)
+
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return `idx` with what `stream`, which takes the same arguments, adds to it: (B, T + max_new_tokens) at most."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **kwargs)), dim=1)
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
@@ -178,24 +238,35 @@ class GPT(LanguageModel):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return logits and loss: (B, T, vocab_size) with `targets`, else the last position's, (B, 1, vocab_size), and None.
 
-        `idx` and `targets` are (B, T) int64 with T <= block_size.
+        `idx` and `targets` are (B, T) int64. With a `cache`, `idx` stands behind the tokens that it holds, and is then held
+        too. In all that is block_size tokens at most.
         """
         B, T = idx.shape
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens are more than the context of block_size={self.config.block_size}")
-        positions = torch.arange(T, device=idx.device)
+        start = 0 if cache is None else cache.length
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens are more than the context of block_size={self.config.block_size}")
+        positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x)
-        x = self.transformer.ln_f(x)
-        if targets is None:
-            return self.lm_head(x[:, [-1], :]), None
-        logits = self.lm_head(x)
-        return logits, self.loss(logits, targets)
+        for layer, block in enumerate(self.transformer.h):
+            past = None if cache is None else cache.layers[layer]
+            last_only = targets is None and layer + 1 == self.config.n_layer  # no one looks at the others' output
+            x = block(x, past, start, last_only)  # (B, T, C), or (B, 1, C)
+        if cache is not None:
+            cache.length = start + T
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, vocab_size)
+        return logits, None if targets is None else self.loss(logits, targets)
+
+    def new_cache(self, batch_size: int, room: int) -> KVCache:
+        config, like = self.config, self.transformer.wpe.weight
+        shape = (config.n_layer, 2, batch_size, config.n_head, room, config.n_embd // config.n_head)
+        dtype = torch.float32 if like.device.type == "cpu" else like.dtype  # CPUs are slow at attention in 16 bits
+        return KVCache(torch.empty(shape, dtype=dtype, device=like.device))
 
     def tie_weights(self) -> None:
         """Let the token embedding and the output head be one matrix (Press & Wolf 2017)."""
@@ -224,7 +295,9 @@ class Bigram(LanguageModel):
         self.config = config
         self.token_embedding_table = nn.Embedding(config.vocab_size, config.vocab_size)  # N(0, 1), PyTorch's default
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return logits and loss, as `GPT.forward`; the sequence may have any length."""
         if targets is None:
             return self.token_embedding_table(idx[:, [-1]]), None  # (B, 1, V)
@@ -240,16 +313,34 @@ class Bigram(LanguageModel):
 
 
 def sample_next(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, generator: torch.Generator | None = None
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """Return the next token's id, (B, 1) int64, drawn from (B, V) logits.
 
-    A temperature below 1 makes the likely tokens more likely, 0 takes the likeliest; `top_k` leaves only the k likeliest.
+    A temperature below 1 makes the likely tokens more likely, 0 takes the likeliest. `top_k` leaves exactly the k likeliest;
+    of these, `top_p` leaves the fewest likely ones that make up that share of the probability (Holtzman et al. 2020). Row i
+    draws from `generators[i]`, so that its tokens do not depend on the other rows; without, from PyTorch's own generator.
     """
     if temperature < 1e-5:  # dividing by it could overflow, and would change nothing
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        values, ids = logits.topk(top_k)  # exactly k, also where several are equally likely
-        logits = torch.full_like(logits, -math.inf).scatter(-1, ids, values)
-    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)
+    # The largest sum of a logit and Gumbel noise is drawn from the softmax (Gumbel 1954). The noise belongs to a token, not
+    # to its rank, so that rounding in the logits, as between batches of different sizes, hardly ever changes what is drawn.
+    V = logits.size(-1)
+    if generators is None:
+        uniform = torch.rand(logits.shape, device=logits.device)  # (B, V)
+    else:
+        uniform = torch.stack([torch.rand(V, device=logits.device, generator=generator) for generator in generators])
+    logits, ids = logits.float() / temperature, None
+    if (top_k or V) < V or (top_p or 1.0) < 1.0:
+        logits, ids = logits.topk(min(top_k or V, V))  # (B, k), falling
+        uniform = uniform.gather(-1, ids)
+    if (top_p or 1.0) < 1.0:
+        probs = F.softmax(logits, dim=-1)
+        likelier = probs.cumsum(dim=-1) - probs  # the share of those before; nothing for the first
+        logits = logits.masked_fill(likelier >= top_p, -math.inf)
+    drawn = (logits - (-uniform.log()).log()).argmax(dim=-1, keepdim=True)
+    return drawn if ids is None else ids.gather(-1, drawn)

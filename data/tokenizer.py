@@ -12,7 +12,7 @@ import codecs
 import functools
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,19 +150,43 @@ Tokenizer = CharTokenizer | TiktokenTokenizer
 
 
 class StreamDecoder:
-    """Decodes a growing stream of ids, holding back the bytes of a UTF-8 character until the last of them is there."""
+    """Decodes a growing stream of ids up to a stop string, holding back what may turn out to be a part of it.
 
-    def __init__(self, tokenizer: Tokenizer):
+    The bytes of a UTF-8 character are held back, too, until the last of them is there.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        """Take the strings before the first of which the text ends; none of them empty."""
+        assert all(stop), "an empty string is everywhere"
+        self.stopped = False
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stop = tuple(stop)
+        self._held = ""
 
     def feed(self, token: int) -> str:
-        """Return the text that one more id completes, which may be empty."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
+        """Return the text that one more id makes certain, which may be empty; after a stop string it is."""
+        return self._certain(self._decoder.decode(self._tokenizer.token_bytes(token)))
 
     def finish(self) -> str:
-        """Return what is left at the end of the stream: a replacement character where a character stayed incomplete."""
-        return self._decoder.decode(b"", final=True)
+        """Return what was held back at the end of the stream; a character that stayed incomplete becomes a replacement."""
+        text = self._certain(self._decoder.decode(b"", final=True))
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _certain(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        ends = [at for at in map(text.find, self._stop) if at >= 0]
+        if ends:
+            self.stopped = True
+            return text[: min(ends)]
+        lengths = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        held = max(lengths, default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
 
 
 def from_dict(description: Any) -> Tokenizer:

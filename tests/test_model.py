@@ -252,13 +252,82 @@ def greedy(model: GPT, prompt: list[int], length: int) -> list[int]:
     return text
 
 
-@pytest.mark.parametrize("length", [1, 5, 12])
-def test_temperature_0_takes_the_likeliest_token_after_the_last_block(length):
-    """Sampling where there should be none, a window of another size, a prompt that gets lost."""
-    model, idx = tiny(), ids(2, length)
-    text = model.generate(idx, 20, temperature=0)
-    assert text.shape == (2, length + 20) and not text.requires_grad
-    assert text.tolist() == [greedy(model, row, 20) for row in idx.tolist()]
+@pytest.mark.parametrize("length", [1, 17, 24])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_cached_text_is_that_of_recomputation(rows, length):
+    """A cache that shifts, mixes or loses positions; a window of another size past the context; a prompt that gets lost."""
+    model, idx = tiny(block_size=24), ids(rows, length)
+    text = model.generate(idx, 72, temperature=0)
+    assert text.shape == (rows, length + 72) and not text.requires_grad
+    assert text.tolist() == [greedy(model, row, 72) for row in idx.tolist()]
+
+
+def test_a_prompt_longer_than_the_context_counts_with_its_end():
+    """An error, or the beginning of the prompt, for whoever gives more than the model can see."""
+    model, idx = tiny(), ids(2, 12)
+    assert model.generate(idx, 20, temperature=0).tolist() == [greedy(model, row, 20) for row in idx.tolist()]
+
+
+def seen_by(model: GPT) -> list[int]:
+    """A list that grows by the number of positions in each pass through the model from now on."""
+    lengths: list[int] = []
+    model.transformer.wte.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].size(1)))
+    return lengths
+
+
+def test_each_token_is_computed_once_up_to_the_context():
+    """A cache that is not used, which changes nothing but the time."""
+    model = tiny(block_size=24)
+    lengths = seen_by(model)
+    model.generate(ids(1, 5), 22)
+    assert lengths == [5] + [1] * 19 + [24] * 2
+
+
+def test_a_cache_that_is_kept_takes_only_what_is_new():
+    """A conversation that is computed again for each turn, or whose new turn does not see the ones before it."""
+    model = tiny(block_size=64)
+    lengths, cache = seen_by(model), model.new_cache(1, 64)
+    text = ids(1, 5)
+    for turn in range(3):
+        text = torch.cat((model.generate(text, 4, temperature=0, cache=cache), ids(1, 3, seed=turn)), dim=1)
+    assert lengths == [5, 1, 1, 1, 4, 1, 1, 1, 4, 1, 1, 1]
+    assert cache.length == text.size(1) - 4  # the last token drawn and the three after it are yet to be seen
+    expected = ids(1, 5).tolist()[0]
+    for turn in range(3):
+        expected = greedy(model, expected, 4) + ids(1, 3, seed=turn).tolist()[0]
+    assert text.tolist() == [expected]
+
+
+@pytest.mark.parametrize("kept, length", [(7, 9), (7, 7), (20, 7), (0, 7)])
+def test_a_cache_that_is_shortened_forgets_the_rest(kept, length):
+    """A turn that was taken back and still has its say; a text that the cache holds to its end and so gives no logits."""
+    model = tiny(block_size=64)
+    cache, text = model.new_cache(1, 64), ids(1, 20)
+    model.generate(text, 10, cache=cache)
+    cache.length = kept
+    other = torch.cat((text[:, :7], ids(1, 2, seed=5)), dim=1)[:, :length]
+    assert model.generate(other, 5, temperature=0, cache=cache).tolist() == [greedy(model, other[0].tolist(), 5)]
+
+
+def test_stop_tokens_end_each_row_and_then_the_text():
+    """A row that goes on behind its end, ends the others, or an end that is taken for no part of the text."""
+    model = tiny(block_size=64)
+    free = model.generate(ids(4, 5), 40, temperature=0)[:, 5:].tolist()
+    stop = free[0][6], free[1][3]
+    text = model.generate(ids(4, 5), 40, temperature=0, stop_tokens=stop)[:, 5:].tolist()
+    ends = [next((i for i, token in enumerate(row) if token in stop), 39) for row in free]
+    assert len({*ends}) > 1, "a test of nothing: all rows end at once"
+    length = max(ends) + 1
+    assert text == [row[: end + 1] + [row[end]] * (length - end - 1) for row, end in zip(free, ends, strict=True)]
+
+
+def test_tokens_come_as_they_are_drawn():
+    """A stream that is computed to its end before it begins."""
+    model = tiny()
+    lengths = seen_by(model)
+    stream = model.stream(ids(2, 3), 1000)
+    first = [next(stream) for _ in range(3)]
+    assert [token.shape for token in first] == [(2, 1)] * 3 and len(lengths) == 3
 
 
 def test_generating_nothing_returns_the_prompt():
@@ -286,16 +355,30 @@ def test_ids_beyond_the_vocabulary_are_never_sampled(temperature, top_k):
     assert model.generate(ids(8, 1, below=10), 20)[:, 1:].min() >= 10
 
 
-def test_a_seed_gives_the_same_text_again():
-    """Randomness from elsewhere than the generator, or a generator that is passed and not used."""
+def sources(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_a_seed_gives_the_same_text_again_alone_or_in_a_batch():
+    """Randomness from elsewhere than the row's generator, or a text that depends on its neighbours."""
     model = tiny()
-
-    def text(seed: int) -> list[int]:
-        return model.generate(ids(1, 4), 30, generator=torch.Generator().manual_seed(seed)).tolist()
-
-    first = text(7)
+    idx = ids(1, 4).expand(3, 4)
+    options = {"temperature": 0.9, "top_k": 9}
+    batch = model.generate(idx, 40, generators=sources(7, 8, 7), **options).tolist()
     torch.rand(5)
-    assert text(7) == first != text(8)
+    assert batch[0] == batch[2] != batch[1]
+    for row, seed in enumerate((7, 8)):
+        assert model.generate(idx[:1], 40, generators=sources(seed), **options).tolist() == [batch[row]]
+
+
+def test_without_generators_pytorchs_seed_counts():
+    """nanoGPT's way to the same text again, torch.manual_seed, that has no effect here."""
+    model, texts = tiny(), []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        texts.append(model.generate(ids(2, 4), 30).tolist())
+    assert texts[0] == texts[2] != texts[1]
+    assert texts[0][0] != texts[0][1]
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, None), (2.0, None), (1.0, 3), (0.7, 2), (1.0, 99)])
@@ -306,12 +389,52 @@ def test_sampled_frequencies_are_the_softmaxs(temperature, top_k):
     if top_k is not None:
         weights = [weight if weight in sorted(weights)[-top_k:] else 0.0 for weight in weights]
     draws = 20000
-    drawn = sample_next(torch.tensor(logits).expand(draws, 5), temperature, top_k, torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    drawn = sample_next(torch.tensor(logits).expand(draws, 5), temperature, top_k)
     counts = drawn.flatten().bincount(minlength=5).tolist()
     expected = [draws * weight / sum(weights) for weight in weights]
     assert all(count == 0 for count, number in zip(counts, expected, strict=True) if number == 0)
     chi_square = sum((count - number) ** 2 / number for count, number in zip(counts, expected, strict=True) if number)
     assert chi_square < 23.5  # one seed in ten thousand would exceed it
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p, left",
+    [
+        (None, 0.5, [2]),
+        (None, 0.65, [0, 2]),
+        (None, 0.85, [0, 2, 3]),
+        (None, 1.0, [0, 1, 2, 3, 4]),
+        (2, 0.8, [0, 2]),
+        (2, 0.7, [2]),
+    ],
+)
+def test_top_p_leaves_the_fewest_tokens_that_make_up_the_share(top_k, top_p, left):
+    """One token too many or too few; a share of all where top_k has taken some away; none left at all."""
+    probs = [0.2, 0.08, 0.55, 0.12, 0.05]
+    torch.manual_seed(1)
+    drawn = sample_next(torch.tensor(probs).log().expand(20000, 5), top_k=top_k, top_p=top_p).flatten()
+    counts = drawn.bincount(minlength=5).tolist()
+    total = sum(probs[i] for i in left)
+    assert [i for i in range(5) if counts[i]] == left
+    for i in left:
+        assert counts[i] / 20000 == pytest.approx(probs[i] / total, abs=0.02)
+
+
+def test_top_p_near_zero_takes_the_likeliest():
+    """A share so small that no token is within it."""
+    assert sample_next(torch.zeros(50, 7).index_fill(1, torch.tensor([4]), 1e-3), top_p=1e-9).unique().tolist() == [4]
+
+
+@pytest.mark.parametrize("top_k", [None, 40])
+def test_rounding_in_the_logits_hardly_ever_changes_what_is_drawn(top_k):
+    """Noise that belongs to ranks: where two tokens are nearly tied, they change places and another one is drawn."""
+    torch.manual_seed(1)
+    logits = torch.randn(1000, 50).round(decimals=1)  # many ties
+    seeds = range(1000)
+    drawn = sample_next(logits, top_k=top_k, generators=sources(*seeds))
+    again = sample_next(logits + torch.randn(1000, 50) * 1e-6, top_k=top_k, generators=sources(*seeds))
+    assert (drawn == again).float().mean() > 0.98
 
 
 def test_a_tiny_temperature_takes_the_likeliest_token():

@@ -71,7 +71,7 @@ def texts(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize(
-    "start, given, expected",
+    "start, given, ids",
     [
         ("\n", False, [10]),  # the default
         ("abba", True, [0, 1, 1, 0]),
@@ -79,28 +79,28 @@ def texts(capsys: pytest.CaptureFixture[str]):
         ("", True, [10]),  # nothing is as after a line break
     ],
 )
-def test_prompt_of_characters(start, given, expected):
+def test_prompt_of_characters(start, given, ids):
     """A prompt that is changed on its way, or an empty one, of which the model can make nothing."""
-    assert sample.encode_prompt(start, given, TABLE) == expected
+    assert sample.read_prompt(start, given, TABLE) == (start, ids)
 
 
 @pytest.mark.parametrize("start, given", [("\n", False), ("", True)])
 def test_no_prompt_where_the_table_has_no_line_break(start, given):
     """A default that cannot be encoded, for which nobody has asked."""
-    assert sample.encode_prompt(start, given, CharTokenizer(list("abc"))) == [0]
+    assert sample.read_prompt(start, given, CharTokenizer(list("abc"))) == ("", [0])
 
 
-@pytest.mark.parametrize("start, given, expected", [("3 1", True, [3, 1]), ("", True, [40])])
-def test_prompt_of_words(words, start, given, expected):
-    """An empty prompt that is not the end of a text, after which a new one begins."""
-    assert sample.encode_prompt(start, given, words) == expected
+@pytest.mark.parametrize("start, given, ids", [("3 1", True, [3, 1]), ("", True, [40])])
+def test_prompt_of_words(words, start, given, ids):
+    """An empty prompt that is not the end of a text, after which a new one begins; or whose end is shown."""
+    assert sample.read_prompt(start, given, words) == (start, ids)
 
 
-@pytest.mark.parametrize("content, expected", [("abba", [0, 1, 1, 0]), ("ab\n", [0, 1, 10]), ("", [10])])
-def test_prompt_from_a_file(tmp_path, content, expected):
+@pytest.mark.parametrize("content, ids", [("abba", [0, 1, 1, 0]), ("ab\n", [0, 1, 10]), ("", [10])])
+def test_prompt_from_a_file(tmp_path, content, ids):
     """The name of the file taken for the prompt, or a line break too many or too few."""
     (tmp_path / "prompt.txt").write_bytes(content.encode())
-    assert sample.encode_prompt(f"FILE:{tmp_path / 'prompt.txt'}", True, TABLE) == expected
+    assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}", True, TABLE) == (content, ids)
 
 
 @pytest.mark.parametrize("start, named", [("abZa", ("'Z'", "column 3")), ("a\n\u00e9", ("'\u00e9'", "line 2"))])
@@ -109,7 +109,7 @@ def test_an_unknown_character_is_named(tmp_path, start, named):
     (tmp_path / "prompt.txt").write_text(start, encoding="utf-8")
     for prompt in (start, f"FILE:{tmp_path / 'prompt.txt'}"):
         with pytest.raises(UserError, match="--start") as caught:
-            sample.encode_prompt(prompt, True, TABLE)
+            sample.read_prompt(prompt, True, TABLE)
         assert all(part in str(caught.value) for part in named) and "\n" not in str(caught.value)
 
 
@@ -181,7 +181,7 @@ def test_padding_of_the_vocabulary_is_never_sampled(tmp_path, words, texts, flag
     table = torch.zeros(64, 64)
     table[:, 41:] = 100
     out_dir = write(tmp_path / "out", words, Bigram, **{"token_embedding_table.weight": table})
-    (text,) = texts(out_dir=out_dir, start="3 1", num_samples=1, max_new_tokens=50, **flags)
+    (text,) = texts(out_dir=out_dir, start="3 1 ", num_samples=1, max_new_tokens=50, **flags)
     tokens = [int(word) for word in text.split()]
     assert tokens[:2] == [3, 1] and len(tokens) == 52
     assert max(tokens) <= 40
