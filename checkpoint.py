@@ -4,6 +4,7 @@ A checkpoint is nanoGPT's dictionary, so that files pass both ways: `model`, `op
 names), `iter_num` (updates done), `best_val_loss`, `config`. What nanoGPT does not know lies under one more key, `extra`:
 
     tokenizer        the description that data.tokenizer.from_dict reads
+    chat_format      the description that data.conversation.from_dict reads, of a model of conversations
     model            "gpt" or "bigram"
     gelu             "erf" or "tanh"
     scaler           state of the GradScaler, empty without one
@@ -20,7 +21,9 @@ from typing import Any
 
 import torch
 
+import huggingface
 from configurator import UserError, one_line
+from data import conversation
 from data import tokenizer as tokenizers
 from model import GPT, Bigram, GPTConfig
 
@@ -48,6 +51,12 @@ class Checkpoint:
     def kind(self) -> str:
         """The kind of model: a key of MODELS."""
         return self.extra.get("model", "gpt")
+
+    @property
+    def chat_format(self) -> conversation.ChatFormat | None:
+        """The format of the conversations that the model was trained on, if it was."""
+        description = self.extra.get("chat_format")
+        return None if description is None else conversation.from_dict(description)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -149,7 +158,10 @@ def newest(out_dir: Path) -> Path:
 
 
 def build_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT | Bigram:
-    """Return the checkpoint's model, on the CPU in float32, with its weights; UserError where they do not fit its shape."""
+    """Return the checkpoint's model, on the CPU in float32, with its weights, which leave the checkpoint.
+
+    UserError where they do not fit its shape.
+    """
     args = {name: checkpoint.model_args[name] for name in MODEL_ARGS}
     config = GPTConfig(**args | {"dropout": dropout, "gelu": checkpoint.extra.get("gelu", "erf")})
     with torch.device("meta"):  # allocates nothing: the shapes are compared before any memory is taken
@@ -160,10 +172,17 @@ def build_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT | Bigram:
         if wanted.get(name) != found.get(name):
             shapes = [tuple(side[name]) if name in side else "nothing" for side in (found, wanted)]
             raise UserError(f"{checkpoint.path}: damaged: {name!r} is {shapes[0]} where its shape needs {shapes[1]}")
-    model.load_state_dict({name: tensor.float() for name, tensor in checkpoint.weights.items()}, assign=True)
+    # Copied one by one, each original going at once, since it may be a part of the file, or memory; tied weights are one.
+    copies: dict[tuple, torch.Tensor] = {}
+    weights = {}
+    for name in list(checkpoint.weights):
+        tensor = checkpoint.weights.pop(name)
+        place = tensor.data_ptr(), tensor.shape, tensor.stride()
+        if place not in copies:
+            copies[place] = tensor.to(torch.float32, copy=True)
+        weights[name] = copies[place]
+    model.load_state_dict(weights, assign=True)
     model.tie_weights()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # so far it may be a part of the file
     return model
 
 
@@ -202,20 +221,37 @@ def load_model(
 ) -> tuple[GPT | Bigram, "tokenizers.Tokenizer", Checkpoint]:
     """Return the model that `init_from` names, its tokenizer and the checkpoint that it comes from.
 
-    `init_from` is "resume", for the run in `out_dir`, or the path of a run folder or a checkpoint file. Of a run it takes the
-    best weights; to go on training it with "resume", the newest. UserError where there is no such thing.
+    `init_from` is "resume", for the run in `out_dir`; the path of a run folder or a checkpoint file; or GPT-2 weights, as
+    `huggingface.load` takes them. Of a run it takes the best weights; to go on training it with "resume", the newest.
+    UserError where there is no such thing.
     """
     path = Path(out_dir if init_from == "resume" else init_from)
+    if init_from != "resume" and (huggingface.is_folder(path) or (huggingface.is_name(init_from) and not path.exists())):
+        checkpoint = _pretrained(init_from)
+        return build_model(checkpoint, dropout), tokenizer_of(checkpoint), checkpoint
     if path.is_dir():
         path = newest(path) if to_train and init_from == "resume" else find(path, (BEST, LAST))
     elif init_from == "resume":
         raise UserError(f"--out_dir={out_dir}: no such folder; train a model there first, or name another")
     elif not path.is_file():
-        raise UserError(
-            f"--init_from={init_from}: no such run folder or checkpoint file (GPT-2's weights cannot be loaded by name yet)"
-        )
+        raise UserError(f"--init_from={init_from}: no such run folder or checkpoint file, nor a name of GPT-2 weights")
     checkpoint = load(path, mmap=not to_train)
     return build_model(checkpoint, dropout), tokenizer_of(checkpoint), checkpoint
+
+
+def _pretrained(name: str) -> Checkpoint:
+    """Return GPT-2 weights in the form of a checkpoint that was never trained here."""
+    pretrained = huggingface.load(name)
+    return Checkpoint(
+        path=pretrained.path,
+        weights=pretrained.weights,
+        optimizer=None,
+        model_args=pretrained.model_args,
+        iter_num=0,
+        best_val_loss=float("inf"),
+        config={},
+        extra={"gelu": pretrained.gelu, "tokenizer": pretrained.tokenizer},
+    )
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> "tokenizers.Tokenizer":
@@ -273,6 +309,10 @@ def _check_extra(checkpoint: Checkpoint) -> None:
             raise UserError(f"{path}: its {name} is {_shown(extra[name])}: damaged, or of a later version")
     if type(extra.get("evaluated", 0)) is not int:
         raise UserError(f"{path}: damaged: 'evaluated' is {_shown(extra['evaluated'])}")
+    try:
+        checkpoint.chat_format  # noqa: B018 (reading it checks it)
+    except UserError as error:
+        raise UserError(f"{path}: damaged: {error}") from error
     scaler = extra.get("scaler", {})
     if not isinstance(scaler, dict) or not all(type(value) in (int, float) for value in scaler.values()):
         raise UserError(f"{path}: damaged: its scaler is {_shown(scaler)}")

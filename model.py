@@ -122,8 +122,12 @@ class LanguageModel(nn.Module):
     config: GPTConfig
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the mean cross-entropy, in nats, of (B, T, V) logits against (B, T) targets; a target of -1 is left out."""
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        """Return the mean cross-entropy, in nats, of (B, T, V) logits against (B, T) targets; a target of -1 is left out.
+
+        Where all are left out, as in a batch of nothing but a person's words in a chat, it is 0.
+        """
+        total = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1, reduction="sum")
+        return total / (targets != -1).sum().clamp(min=1)
 
     def tie_weights(self) -> None:
         """Let parameters that are one be one again, after they were assigned one by one; a model may have none such."""
@@ -237,6 +241,18 @@ class GPT(LanguageModel):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    @classmethod
+    def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
+        """Return the model with the weights that `model_type` names: gpt2, gpt2-medium, gpt2-large, gpt2-xl, and whatever
+        else train.py's init_from takes. `override_args` may set the dropout, which is 0 otherwise.
+        """
+        import checkpoint  # the rooms that read files stand on this one
+
+        override_args = override_args or {}
+        assert override_args.keys() <= {"dropout"}, "the rest of the shape is that of the weights"
+        model, _, _ = checkpoint.load_model(model_type, out_dir="", **override_args)
+        return model
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None

@@ -34,7 +34,7 @@ from model import GPT, Bigram, GPTConfig
 class Config(configurator.Config):
     # run
     out_dir: str = "out"  # folder of the run: checkpoints, metrics.csv, config.json
-    init_from: str = "scratch"  # scratch, resume (the run in out_dir), or the path of a run folder or checkpoint file
+    init_from: str = "scratch"  # scratch, resume (the run in out_dir), a run folder, a checkpoint file, gpt2, owner/name ...
     eval_interval: PositiveInt = 2000  # iterations between evaluations of both splits
     eval_iters: NonNegativeInt = 200  # batches in the evaluation of each split; 0 scores the whole split
     eval_only: bool = False  # evaluate once and stop
@@ -167,7 +167,7 @@ def train(config: Config, group: device.Group) -> None:
                 best_val_loss = min(best_val_loss, losses["val"])
                 metrics.evaluation(iteration, losses, learning_rate, mfu)
                 if iteration > 0 and group.is_main:
-                    extra = {"tokenizer": data.tokenizer.to_dict(), "scaler": scaler.state_dict(), "evaluated": evaluated}
+                    extra = {**data.describe(), "scaler": scaler.state_dict(), "evaluated": evaluated}
                     state = checkpoint.pack(model, optimizer, iteration, best_val_loss, resolved, extra)
                     checkpoint.save(out_dir / checkpoint.LAST, state)
                     if improved or config.always_save_checkpoint:

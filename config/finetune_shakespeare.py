@@ -3,8 +3,8 @@
 #   python data/shakespeare/prepare.py
 #   python train.py config/finetune_shakespeare.py
 #
-# Not measured here yet: the weights of GPT-2 cannot be loaded by name so far. To start from a model of your own, give
-# --init_from=<its out_dir> and a dataset of the same tokenizer.
+# Not measured here yet: it needs the weights of GPT-2. To start from a model of your own, give --init_from=<its out_dir> and a
+# dataset of the same tokenizer.
 
 import time
 

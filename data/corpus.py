@@ -5,6 +5,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import requests
@@ -122,24 +123,44 @@ def write_dataset(
     train.bin, which training does not take. `source` names the text; for `separate` see `encode_documents`.
     """
     splits = {name: encode_documents(texts, tokenizer, separate) for name, texts in (("train", train), ("val", val))}
-    for split, ids in splits.items():
-        if len(ids) < 2:
-            raise UserError(f"the text is too short: it leaves {len(ids)} tokens for {split}.bin, which needs at least 2")
     digest = hashlib.sha256()
     for document in train + val:
         digest.update(document.encode("utf-8"))
+    write_tokens(folder, splits, tokenizer, source, digest.hexdigest())
+
+
+def write_tokens(
+    folder: Path,
+    splits: dict[str, np.ndarray],
+    tokenizer: Tokenizer,
+    source: str,
+    sha256: str,
+    masks: dict[str, np.ndarray] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write the ids of the splits train and val as a dataset, as safely as `write_dataset`, and print their counts.
+
+    `masks` holds for each split a flag an id, whether it is to be learned; `extra` goes into meta.json. `sha256` is the
+    source's hexadecimal digest.
+    """
+    for split, ids in splits.items():
+        if len(ids) < 2:
+            raise UserError(f"the text is too short: it leaves {len(ids)} tokens for {split}.bin, which needs at least 2")
     dtype = token_dtype(tokenizer.vocab_size)
     meta = {
         "dtype": dtype,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": tokenizer.to_dict(),
         "source": source,
-        "sha256": digest.hexdigest(),
+        "sha256": sha256,
         "tokens": {split: len(ids) for split, ids in splits.items()},
     }
     little_endian = np.dtype(dtype).newbyteorder("<")
     files = {f"{split}.bin": ids.astype(little_endian).tobytes() for split, ids in splits.items()}
-    files["meta.json"] = json.dumps(meta, indent=1, ensure_ascii=False).encode("utf-8")
+    for split, mask in (masks or {}).items():
+        assert mask.shape == splits[split].shape
+        files[f"{split}.mask.bin"] = (mask != 0).astype(np.uint8).tobytes()
+    files["meta.json"] = json.dumps(meta | (extra or {}), indent=1, ensure_ascii=False).encode("utf-8")
     _replace_files(folder, files)
     print(f"{source}: {tokenizer}, stored as {dtype}")
     for split, ids in splits.items():
@@ -163,6 +184,14 @@ def _replace_files(folder: Path, files: dict[str, bytes]) -> None:
     finally:
         for name in files:
             (folder / f"{name}.tmp").unlink(missing_ok=True)
+
+
+def check_name(name: str, folder: Path) -> None:
+    """Raise UserError where data/<name> is no place for what the prepare.py in `folder` writes."""
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+        raise UserError(f"--name={name}: a name is made of letters, digits, '-', '_' and '.'")
+    if name != folder.name and (folder.parent / name / "prepare.py").exists():
+        raise UserError(f"--name={name}: that is a dataset with a prepare.py of its own; choose another name")
 
 
 def shown_path(path: Path) -> str:

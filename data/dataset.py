@@ -6,14 +6,15 @@ eight, interrupted or not, see the same tokens.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from configurator import UserError
-from data import tokenizer
+from data import conversation, tokenizer
+from data.conversation import ChatFormat
 
 DATA = Path(__file__).resolve().parent
 DTYPES = ("uint8", "uint16", "uint32")
@@ -25,7 +26,7 @@ STREAMS = {"train": 0, "eval_train": 1, "eval_val": 2}
 
 
 class Dataset:
-    """One dataset's folder: its tokenizer and the token files of its two splits."""
+    """One dataset's folder: its tokenizer, its chat format and the token files of its two splits."""
 
     def __init__(self, name: str):
         """Open data/<name>, or the folder `name` where that is a path; UserError where it is missing or damaged."""
@@ -36,6 +37,7 @@ class Dataset:
                 raise UserError(_missing(name, self.folder, split))
         self.tokenizer = tokenizer.from_folder(self.folder)
         self.dtype = np.dtype("<u2")  # nanoGPT's, whose folders have no meta.json
+        self.chat_format: ChatFormat | None = None  # that of a dataset of conversations
         counts = {}
         if (self.folder / "meta.json").is_file():
             meta = tokenizer.read_meta(self.folder)
@@ -43,6 +45,11 @@ class Dataset:
                 raise self._damaged("meta.json", f"dtype {meta.get('dtype')!r}, vocab_size {meta.get('vocab_size')!r}")
             self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
             counts = meta.get("tokens") if isinstance(meta.get("tokens"), dict) else {}
+            if meta.get("chat_format") is not None:
+                try:
+                    self.chat_format = conversation.from_dict(meta["chat_format"])
+                except UserError as error:
+                    raise self._damaged("meta.json", str(error)) from error
         self.tokens: dict[Split, int] = {}
         for split in ("train", "val"):
             size = (self.folder / f"{split}.bin").stat().st_size
@@ -66,6 +73,11 @@ class Dataset:
             tokens = self._open(split)
             for part in (tokens[:CHECKED_TOKENS], tokens[-CHECKED_TOKENS:]):
                 self._check_ids(split, part, vocab_size)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the dataset, so that its text can be generated without it."""
+        formats = {} if self.chat_format is None else {"chat_format": conversation.to_dict(self.chat_format)}
+        return {"tokenizer": self.tokenizer.to_dict(), **formats}
 
     def draw(self, split: Split, stream: Stream, seed: int, iteration: int, count: int, block_size: int) -> np.ndarray:
         """Return where `count` random windows of `block_size` + 1 tokens start: (count,) int64.

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import chat
 import configurator
+import export
 import sample
 import train
 from data import corpus
@@ -48,7 +50,9 @@ TABLE = [
     ("train", f"{RUN} --dataset=TMP/pickled", "could run code"),
     ("train", f"{RUN} --device=tpu", "cuda:<number>"),
     ("train", f"{RUN} --device=cuda:99", "CUDA devices here"),
-    ("train", f"{RUN} --init_from=gpt2", "--init_from=gpt2"),
+    ("train", f"{RUN} --init_from=gpt2", "gpt2: not all of it is in"),
+    ("train", f"{RUN} --init_from=someone/something", "HF_HUB_OFFLINE is set"),
+    ("train", f"{RUN} --init_from=TMP/other_model", "model_type = 'llama'"),
     ("train", f"{RUN} --init_from=TMP", "no checkpoint in TMP"),
     ("train", f"{RUN} --init_from=TMP/binary.py", "not a checkpoint"),
     ("train", "--init_from=resume --out_dir=TMP/none", "no checkpoint in TMP/none"),
@@ -61,7 +65,22 @@ TABLE = [
     ("sample", "--out_dir=TMP/run --temperature=-1", "at least 0"),
     ("sample", "--init_from=TMP/hostile.pt", "TMP/hostile.pt"),
     ("sample", "--init_from=TMP/empty.pt", "TMP/empty.pt"),
-    ("sample", "--init_from=gpt2", "--init_from=gpt2"),
+    ("sample", "--init_from=gpt2-medium", "gpt2-medium: not all of it is in"),
+    ("sample", "--init_from=gpt5", "nor a name of GPT-2 weights"),
+    ("sample", "--out_dir=TMP/run --top_p=0", "above 0 and at most 1"),
+    ("sample", "--out_dir=TMP/run --num_samples=0", "at least 1"),
+    ("chat", "--out_dir=TMP/none", "no such folder"),
+    ("chat", "--out_dir=TMP/run --chat_format=alpaca", "plain, nanochatgpt or dialogpt"),
+    ("chat", "--out_dir=TMP/run", "--chat_format=plain does not go with this model"),
+    ("chat", "--out_dir=TMP/run --user_name=", "a name is one line of text"),
+    ("chat", "--out_dir=TMP/run --context=FILE:TMP/nothing.txt", "TMP/nothing.txt"),
+    ("export", "--out_dir=TMP/run", "--to=exported"),
+    ("export", "--out_dir=TMP/run --to=TMP/run", "no part of an export"),
+    ("export", "--out_dir=TMP/none --to=TMP/new", "no such folder"),
+    ("data/chat/prepare", "--input=TMP/nothing", "TMP/nothing"),
+    ("data/chat/prepare", "--input=TMP/syntax.py", "line 1"),
+    ("data/chat/prepare", "--tokenizer=nothing_here", "nothing_here"),
+    ("data/chat/prepare", "--chat_format=dialogpt", "<|endoftext|>"),
     ("data/text/prepare", "", "--input="),
     ("data/text/prepare", "--input=TMP/nothing", "no such file"),
     ("data/text/prepare", "--input=TMP/binary.py", "not UTF-8"),
@@ -90,6 +109,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tmp / "binary.py").write_bytes(bytes(range(255, 0, -1)))
     (tmp / "hostile.pt").write_bytes(pickle.dumps({"model": Hostile()}, protocol=2))
     (tmp / "empty.pt").write_bytes(b"")
+    (tmp / "other_model").mkdir()
+    (tmp / "other_model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp / "other_model" / "model.safetensors").write_bytes(b"")
     tokenizer = CharTokenizer(["B", "e"])
     for name in ("data", "odd", "beyond", "meta", "pickled"):
         corpus.write_dataset(tmp / name, ["Be" * 200], ["eB" * 50], tokenizer, "two letters")
@@ -119,7 +141,7 @@ def test_a_mistake_gets_one_line(
         monkeypatch.setitem(sys.modules, "prepare", module)
         spec.loader.exec_module(module)
     else:
-        module = {"train": train, "sample": sample}[script]
+        module = {"train": train, "sample": sample, "chat": chat, "export": export}[script]
     given = arguments.replace("DATA", "TMP/data").replace("TMP", str(folder)).split()
     monkeypatch.setattr("sys.argv", [f"{script}.py", *given])
     monkeypatch.chdir(tmp_path)

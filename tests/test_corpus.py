@@ -260,6 +260,21 @@ def test_split_without_a_target_is_refused(tmp_path: Path, train: list[str], val
     assert not folder.exists()
 
 
+def test_masks_and_further_keys_are_written(tmp_path: Path) -> None:
+    """Masks of another width or order than their tokens', and a description that lacks what it was given, are caught."""
+    splits = {"train": np.array([2, 1, 0, 1]), "val": np.array([1, 2, 0])}
+    masks = {"train": np.array([True, False, False, True]), "val": np.array([0, 1, 1])}
+    corpus.write_tokens(tmp_path, splits, CharTokenizer(["a", "b", "c"]), "letters", "12ab", masks, {"chat_format": None})
+    assert (tmp_path / "train.bin").read_bytes() == b"\x02\x01\x00\x01"
+    assert (tmp_path / "train.mask.bin").read_bytes() == b"\x01\x00\x00\x01"
+    assert (tmp_path / "val.mask.bin").read_bytes() == b"\x00\x01\x01"
+    meta = json.loads((tmp_path / "meta.json").read_text(encoding="utf-8"))
+    assert (meta["sha256"], meta["source"], meta["tokens"]) == ("12ab", "letters", {"train": 4, "val": 3})
+    assert "chat_format" in meta
+    _, targets = Dataset(str(tmp_path)).windows("train", np.array([0]), 3, 3)
+    assert targets.tolist() == [[-1, -1, 1]]
+
+
 OLD, NEW = ("abcd", "aabbccdd" * 4, "dcba"), ("wxyz", "wxyzwxyz" * 4, "zzxy")
 
 
@@ -327,6 +342,31 @@ def test_kill_at_any_moment_leaves_no_mixture(tmp_path: Path, before: tuple | No
             break
     assert outcomes[0] == before and outcomes[-1] == NEW
     assert len(outcomes) > 7
+
+
+def test_kill_at_any_moment_leaves_no_tokens_without_their_masks(tmp_path: Path) -> None:
+    """A conversation of which training would learn the user's words, for want of its masks, is caught."""
+    splits = {"train": np.array([0, 1, 2, 3] * 9), "val": np.array([3, 2, 1] * 3)}
+    masks = {split: ids % 2 for split, ids in splits.items()}
+    for steps in itertools.count():
+        folder = tmp_path / str(steps)
+        write(folder, OLD)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_after(steps, patch)
+            try:
+                corpus.write_tokens(folder, splits, CharTokenizer(list("wxyz")), "masked", "0", masks)
+                finished = True
+            except Killed:
+                finished = False
+        found = read(folder)
+        assert found in (OLD, ("wxyz", "wxyz" * 9, "zyx" * 3), None)
+        if found is not None:
+            flags = {path.name: path.read_bytes() for path in folder.glob("*.mask.bin")}
+            whole = {f"{split}.mask.bin": bytes(mask.tolist()) for split, mask in masks.items()}
+            assert flags == ({} if found == OLD else whole)
+        if finished:
+            break
+    assert found not in (OLD, None) and steps > 7
 
 
 def test_failed_write_keeps_the_dataset_and_leaves_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ import pytest
 
 from configurator import UserError
 from data import corpus
+from data.conversation import FORMATS
 from data.dataset import Dataset
+from data.tokenizer import CharTokenizer
 
 Command = Callable
 
@@ -200,6 +202,145 @@ def test_bad_text_is_refused_in_one_line(
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(project / "data" / "text" / "prepare.py"), run_name="__main__")
+    assert end.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("prepare.py: error: ") and error.count("\n") == 1
+    assert [part for part in told if part not in error] == []
+    assert sorted(project.rglob("*")) == before
+
+
+# conversations
+
+
+def line(*texts: str, system: str = "") -> str:
+    """Return a conversation in which user and assistant say `texts` in turn, as a line of a .jsonl file."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return json.dumps({"id": 7, "messages": messages}) + "\n"
+
+
+def test_made_up_conversations(command: Command, project: Path, shakespeare: str) -> None:
+    """Conversations that change from run to run or are in both splits, and characters that Shakespeare's lack, are caught."""
+    folder, files = project / "data" / "chat", []
+    for hash_seed in ("1", "2"):
+        process = command("data/chat/prepare.py", PYTHONHASHSEED=hash_seed)
+        assert (process.returncode, process.stderr) == (0, "")
+        files.append([(folder / f"{split}.bin").read_bytes() for split in ("train", "train.mask", "val", "val.mask")])
+    assert files[0] == files[1]
+    for shown in ("540 conversations to train, 60 to validate", "learned", "config/train_chat.py"):
+        assert shown in process.stdout
+    data = Dataset(str(folder))
+    assert data.chat_format == FORMATS["nanochatgpt"]
+    assert set(data.tokenizer.characters) - set("<>") <= set(shakespeare)
+    text, tag = decoded(folder), "<endOfText>"
+    turns = [turn.split(tag) for turn in text.split("<human>")[1:]]
+    assert all(len(turn) == 3 and turn[1].startswith("<bot>") and turn[2] == "" for turn in turns)
+    answers: dict[str, set[str]] = {}
+    for question, answer, _ in turns:
+        answers.setdefault(question, set()).add(answer)
+    asked_back = {q for q, a in answers.items() if len(a) > 1}  # what only the turns before can tell
+    assert {"What is my name?", "What pet do I have?", "And a sheep?"} & set(answers)
+    assert all(q.startswith(("And ", "Do ", "Who ", "What is my ", "What pet ", "Which animal ")) for q in asked_back)
+
+
+def test_conversations_of_a_file(command: Command, project: Path, tmp_path: Path, gpt2_vocabulary: None) -> None:
+    """Conversations that are lost, doubled or cut by the split, and masks and formats that are not their own, are caught."""
+    lines = [line(f"Question {i}?", f"Answer {i}.") for i in range(10)]
+    put(tmp_path / "mine.jsonl", b"\xef\xbb\xbf" + "\r\n \n".join(lines).encode())
+    process = command(
+        project / "data" / "chat" / "prepare.py",
+        "--input=mine.jsonl",
+        "--tokenizer=gpt2",
+        "--chat_format=dialogpt",
+        "--val_fraction=0.25",
+        "--name=mine",
+        cwd=tmp_path,
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "8 conversations to train, 2 to validate" in process.stdout
+    assert "config/finetune_chat.py --dataset=mine --out_dir=out-mine" in process.stdout
+    folder = project / "data" / "mine"
+    data = Dataset(str(folder))
+    assert data.chat_format == FORMATS["dialogpt"]
+    found = decoded(folder).split("<|endoftext|>")
+    assert sorted(zip(found[::2], found[1::2], strict=False)) == [(f"Question {i}?", f"Answer {i}.") for i in range(10)]
+    for split in ("train", "val"):
+        ids, mask = np.fromfile(folder / f"{split}.bin", "<u2"), np.fromfile(folder / f"{split}.mask.bin", "u1")
+        learned = data.tokenizer.decode(ids[mask == 1].tolist())
+        assert learned.count("Answer") == learned.count("<|endoftext|>") == (8 if split == "train" else 2)
+        assert "Question" not in learned
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    assert meta["source"] == "mine.jsonl"
+    assert meta["sha256"] == hashlib.sha256((tmp_path / "mine.jsonl").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_conversations_in_the_tokens_of_ones_own_model(by_path: bool, command: Command, project: Path, tmp_path: Path) -> None:
+    """A table of the conversations' own characters, which a model of another table cannot be finetuned on, is caught."""
+    folder = tmp_path / "own" if by_path else project / "data" / "own"
+    table = CharTokenizer.from_text("\n !:.?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+    corpus.write_dataset(folder, ["Ab" * 9], ["ab"], table, "letters")
+    put(tmp_path / "mine.jsonl", (line("Hi.", "Ho!") + line("Ho.", "Hi?", system="Sing!")) * 2)
+    name = str(folder) if by_path else "own"
+    for chat_format, status in (("plain", 0), ("nanochatgpt", 1)):
+        arguments = [f"--input={tmp_path / 'mine.jsonl'}", f"--tokenizer={name}", f"--chat_format={chat_format}"]
+        process = command("data/chat/prepare.py", *arguments)
+        assert process.returncode == status
+    assert "--chat_format=nanochatgpt: character '<'" in process.stderr and "try --chat_format=plain" in process.stderr
+    assert Dataset(str(project / "data" / "chat")).tokenizer.to_dict() == table.to_dict()
+    assert decoded(project / "data" / "chat").count("\nUser: Hi.\nAssistant: Ho!\n") == 2
+
+
+GOOD = line("Hi.", "Ho.")
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "told"),
+    [
+        ("", "", ["talk.jsonl", "it has 0"]),
+        ("\n \n", "", ["talk.jsonl", "it has 0"]),
+        (GOOD, "", ["talk.jsonl", "it has 1", "at least 2"]),
+        (GOOD + "\n" + b"caf\xe9\n".decode("latin-1"), "", ["line 3", "not JSON"]),
+        (GOOD.encode() + b'"caf\xe9"\n', "", ["line 2", "not UTF-8"]),
+        (GOOD * 2 + "{", "", ["line 3", "not JSON"]),
+        (GOOD + "[" * 100_000, "", ["line 2", "not JSON"]),
+        (GOOD + '["Hi."]\n', "", ["line 2", "no list of messages"]),
+        (GOOD + '{"text": "Hi."}\n', "", ["line 2", "no list of messages"]),
+        (GOOD + line("Hi."), "", ["line 2", "no reply"]),
+        (GOOD + line("Hi.", ""), "", ["line 2", "message 2", "empty"]),
+        (GOOD + GOOD.replace("assistant", "gpt"), "", ["line 2", "message 2", "'gpt'"]),
+        (GOOD + GOOD.replace('"Ho."', "3"), "", ["line 2", "message 2", "content is 3"]),
+        (GOOD + line("Hi.", "Ho.<endOfText>"), "", ["line 2", "message 2", "<endOfText>"]),
+        (GOOD + line("Hi.", "Hé."), "--tokenizer=OWN", ["line 2", "'é'"]),
+        (GOOD * 2, "--chat_format=dialogpt", ["--chat_format=dialogpt", "--tokenizer=gpt2"]),
+        (GOOD * 2, "--chat_format=alpaca", ["--chat_format=alpaca", "nanochatgpt"]),
+        (GOOD * 2, "--tokenizer=words", ["--tokenizer=words", "char, gpt2", "dataset"]),
+        (GOOD * 2, "--name=../mine", ["--name=../mine", "letters"]),
+        (GOOD * 2, "--name=text", ["--name=text", "another name"]),
+        (GOOD * 2, "--val_fraction=1", ["--val_fraction=1", "below 1"]),
+        (GOOD * 2, "--input=nowhere.jsonl", ["nowhere.jsonl", "no such file"]),
+    ],
+)
+def test_bad_conversations_are_refused_in_one_line(
+    content: str | bytes,
+    arguments: str,
+    told: list[str],
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """A traceback, a message without the number of the line, or files that are written all the same, are caught."""
+    corpus.write_dataset(tmp_path / "own", ["Ho" * 9], ["Hi"], CharTokenizer(list("<>.: HTabdefhimnostuxO")), "letters")
+    put(tmp_path / "talk.jsonl", content)
+    before = sorted(project.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    given = arguments.replace("OWN", str(tmp_path / "own")).split()
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--input=talk.jsonl", *given])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(project / "data" / "chat" / "prepare.py"), run_name="__main__")
     assert end.value.code == 1
     error = capsys.readouterr().err
     assert error.startswith("prepare.py: error: ") and error.count("\n") == 1

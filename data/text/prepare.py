@@ -32,10 +32,7 @@ class Config(configurator.Config):
             raise UserError("--input=<file or folder> says which text to prepare; it is missing")
         if not Path(self.input).exists():
             raise UserError(f"--input={self.input}: no such file or folder")
-        if not self.name.replace("-", "").replace("_", "").replace(".", "").isalnum() or self.name.startswith("."):
-            raise UserError(f"--name={self.name}: a name is made of letters, digits, '-', '_' and '.'")
-        if self.name != FOLDER.name and (FOLDER.parent / self.name / "prepare.py").exists():
-            raise UserError(f"--name={self.name}: that is a dataset with a prepare.py of its own; choose another name")
+        corpus.check_name(self.name, FOLDER)
 
 
 def read_documents(path: Path) -> list[str]:

@@ -1,0 +1,47 @@
+"""Export a checkpoint to a folder that Hugging Face's transformers loads, with the same logits, and its tokenizer.
+
+python export.py --out_dir=out-shakespeare-char --to=shakespeare
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import checkpoint
+import configurator
+import huggingface
+from configurator import UserError
+from model import GPT
+
+
+@dataclass
+class Config(configurator.Config):
+    init_from: str = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
+    out_dir: str = "out"  # folder of the run
+    to: str = ""  # folder to write; an earlier export in it is replaced
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in the file
+
+    def validate(self) -> None:
+        if not self.to:
+            raise UserError("--to is missing: name the folder to write, as in --to=exported")
+
+
+def main(config: Config) -> None:
+    model, tokenizer, _ = checkpoint.load_model(config.init_from, config.out_dir)
+    if not isinstance(model, GPT):
+        raise UserError("transformers has no bigram model: only a GPT can be exported")
+    folder = Path(config.to)
+    huggingface.save(folder, model, tokenizer, getattr(torch, config.dtype))
+    files = sorted(folder.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    print(f"wrote {folder} ({size / 1e6:,.1f} MB): {', '.join(file.name for file in files)}")
+    print("in Python: from transformers import AutoModelForCausalLM, AutoTokenizer")
+    print(f"           model = AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    print(f"           tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})")
+    print(f"and here:  python sample.py --init_from={folder}")
+
+
+if __name__ == "__main__":
+    configurator.run(main, Config)

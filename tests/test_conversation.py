@@ -1,0 +1,302 @@
+"""Conversations as text: what each format writes, what is learned of it, and a model that learns it by heart."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import configurator
+import train
+from configurator import UserError
+from data import conversation, corpus
+from data.conversation import FORMATS, ChatFormat, Message
+from data.dataset import Dataset
+from data.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
+
+
+def talk(*texts: str, system: str = "") -> list[Message]:
+    """Return the conversation in which user and assistant say `texts` in turn."""
+    start = [{"role": "system", "content": system}] if system else []
+    return start + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def pieces(ids: list[int], learned: list[bool], tokenizer: Tokenizer) -> list[tuple[bool, str]]:
+    """Return (whether it is learned, text) of each run of equal flags."""
+    cuts = [0, *(i for i in range(1, len(ids)) if learned[i] != learned[i - 1]), len(ids)]
+    return [(learned[a], tokenizer.decode(ids[a:b])) for a, b in itertools.pairwise(cuts)]
+
+
+TWO_TURNS = talk("Hi.", "Hello!", "Who are you?", "A model.")
+WITH_SYSTEM = talk("Hi.", "Hello!", "Bye.", "Bye!", system="Be kind.")
+NO, YES = False, True
+WRITTEN = [
+    (
+        "plain",
+        TWO_TURNS,
+        [
+            (YES, "\nUser:"),
+            (NO, " Hi.\nAssistant:"),
+            (YES, " Hello!\nUser:"),
+            (NO, " Who are you?\nAssistant:"),
+            (YES, " A model.\n"),
+        ],
+    ),
+    (
+        "plain",
+        WITH_SYSTEM,
+        [
+            (YES, "\n"),
+            (NO, "Be kind.\nUser: Hi.\nAssistant:"),
+            (YES, " Hello!\nUser:"),
+            (NO, " Bye.\nAssistant:"),
+            (YES, " Bye!\n"),
+        ],
+    ),
+    (
+        "nanochatgpt",
+        TWO_TURNS,
+        [
+            (NO, "<human>Hi.<endOfText><bot>"),
+            (YES, "Hello!<endOfText>"),
+            (NO, "<human>Who are you?<endOfText><bot>"),
+            (YES, "A model.<endOfText>"),
+        ],
+    ),
+    (
+        "nanochatgpt",
+        WITH_SYSTEM,
+        [
+            (NO, "Be kind.<endOfText><human>Hi.<endOfText><bot>"),
+            (YES, "Hello!<endOfText>"),
+            (NO, "<human>Bye.<endOfText><bot>"),
+            (YES, "Bye!<endOfText>"),
+        ],
+    ),
+    (
+        "dialogpt",
+        TWO_TURNS,
+        [
+            (NO, "Hi.<|endoftext|>"),
+            (YES, "Hello!<|endoftext|>"),
+            (NO, "Who are you?<|endoftext|>"),
+            (YES, "A model.<|endoftext|>"),
+        ],
+    ),
+    (
+        "dialogpt",
+        WITH_SYSTEM,
+        [
+            (NO, "Be kind.<|endoftext|>Hi.<|endoftext|>"),
+            (YES, "Hello!<|endoftext|>"),
+            (NO, "Bye.<|endoftext|>"),
+            (YES, "Bye!<|endoftext|>"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "messages", "expected"), WRITTEN)
+def test_what_is_written_and_what_is_learned(name: str, messages: list[Message], expected: list, gpt2_vocabulary: None) -> None:
+    """Catches another text than the format's, a flag beside its token, and the user's or the system's words as targets."""
+    ends = "<|endoftext|>" if name == "plain" else ""
+    in_bytes = [(flag, ends + text.removeprefix("\n") if i == 0 else text) for i, (flag, text) in enumerate(expected)]
+    tokenizer = TiktokenTokenizer("gpt2")
+    assert pieces(*conversation.encode(FORMATS[name], messages, tokenizer), tokenizer) == (in_bytes if ends else expected)
+    text = "".join(text for _, text in expected)
+    assert conversation.render(FORMATS[name], messages) == text
+    table = CharTokenizer.from_text(text)
+    assert pieces(*conversation.encode(FORMATS[name], messages, table), table) == expected
+
+
+def test_plain_text_has_the_tokens_that_gpt2_was_trained_on(gpt2_vocabulary: None) -> None:
+    """Catches a space that belongs to the header, which splits words as no text in GPT-2's training is split."""
+    tokenizer = TiktokenTokenizer("gpt2")
+    ids, _ = conversation.encode(FORMATS["plain"], TWO_TURNS, tokenizer)
+    text = "User: Hi.\nAssistant: Hello!\nUser: Who are you?\nAssistant: A model.\n"
+    assert ids == [50256, *tokenizer.encode_array(text)]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("messages", [TWO_TURNS, WITH_SYSTEM, talk(" a\n", "\n\nb ", "<|endoftext|>", "<bot>3'll 🙂")])
+def test_a_chat_turn_by_turn_has_the_ids_of_training(name: str, messages: list[Message], gpt2_vocabulary: None) -> None:
+    """Catches tokens that form across the boundaries at which a chat stops and goes on."""
+    tokenizer, chat_format = TiktokenTokenizer("gpt2"), FORMATS[name]
+    turns = [message["content"] for message in messages if message["role"] != "system"]
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    ids = conversation.encode_opening(chat_format, tokenizer, system)
+    for user, assistant in zip(turns[::2], turns[1::2], strict=True):
+        ids += conversation.encode_prompt_turn(chat_format, user, tokenizer)
+        ids += conversation.encode_reply(chat_format, assistant, tokenizer)
+    whole, learned = conversation.encode(chat_format, messages, tokenizer)
+    assert whole == ids and len(learned) == len(ids)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_people_write_is_never_a_special_token(name: str, gpt2_vocabulary: None) -> None:
+    """Catches a message that ends the document, or another's turn, by naming the special token."""
+    tokenizer, end = TiktokenTokenizer("gpt2"), "<|endoftext|>"
+    ids, _ = conversation.encode(FORMATS[name], talk(f"{end} a", f"b {end}", end, end, system=end), tokenizer)
+    assert ids.count(50256) == {"plain": 1, "nanochatgpt": 0, "dialogpt": 5}[name]
+    assert tokenizer.decode(ids).count(end) == 5 + ids.count(50256)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_reply_is_followed_by_a_stop_that_is_learned(name: str, gpt2_vocabulary: None) -> None:
+    """Catches a model that is never taught to end its reply, within a conversation or at its end."""
+    chat_format, messages = FORMATS[name], talk("a", "one", "b", "two")
+    text = conversation.render(chat_format, messages)
+    for tokenizer in (CharTokenizer.from_text(text), TiktokenTokenizer("gpt2")):
+        ids, learned = conversation.encode(chat_format, messages, tokenizer)
+        runs = [text for flag, text in pieces(ids * 2, learned * 2, tokenizer) if flag]
+        replies = [run for run in runs if "one" in run or "two" in run]
+        assert len(replies) == 4
+        ended = replies[:3]  # the last one is cut off here where a separator would follow
+        stops = (chat_format.stop, "<|endoftext|>")  # a document's end ends the reply as well
+        assert all(any(stop in run.replace("\n\n", "\n") for stop in stops) for run in ended), runs
+
+
+def test_separator(gpt2_vocabulary: None) -> None:
+    """Catches documents that run together, and a table without line breaks that is refused for the lack of one."""
+    assert conversation.separator(TiktokenTokenizer("gpt2")) == [50256]
+    assert conversation.separator(CharTokenizer(["a", "\n"])) == [1]
+    assert conversation.separator(CharTokenizer(["a"])) == []
+
+
+# descriptions
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_survive_json(name: str) -> None:
+    """Catches a field that is lost on the way through a checkpoint or meta.json."""
+    assert conversation.from_dict(json.loads(json.dumps(conversation.to_dict(FORMATS[name])))) == FORMATS[name]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stop": ""},
+        {"stop": "never written"},
+        {"stop": None},
+        {"user": 3},
+        {"lead": ["x"]},
+        {"separated": 1},
+        {"separated": "yes"},
+        {"name": "\x1b[31m"},
+        {"more": "x"},
+    ],
+)
+def test_malformed_formats_are_refused(change: dict) -> None:
+    """Catches a stranger's format that ends in a traceback, never ends a reply, or reaches the terminal."""
+    with pytest.raises(UserError, match="malformed chat format") as refusal:
+        conversation.from_dict(conversation.to_dict(FORMATS["plain"]) | change)
+    assert str(refusal.value).isprintable()
+
+
+@pytest.mark.parametrize("description", [None, "plain", [], {}, {"name": "plain"}])
+def test_what_is_no_format_is_refused(description: object) -> None:
+    """Catches a description of another kind that ends in a traceback."""
+    with pytest.raises(UserError, match="malformed chat format"):
+        conversation.from_dict(description)
+
+
+# conversations
+
+
+@pytest.mark.parametrize("messages", [TWO_TURNS, WITH_SYSTEM, talk("a", "b"), talk("a", "<|endoftext|>")])
+def test_good_conversations_pass(messages: list[Message]) -> None:
+    """Catches a check that refuses what can be learned."""
+    conversation.check(messages, FORMATS["plain"])
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        (None, "no list of messages"),
+        ({}, "no list of messages"),
+        ([], "no list of messages"),
+        (["hi"], "message 1: its role is None"),
+        ([{"role": "bot", "content": "x"}], "message 1: its role is 'bot', not system, user or assistant"),
+        ([{"role": ["user"], "content": "x"}], "message 1: its role is ['user']"),
+        ([*talk("a"), {"role": "assistant"}], "message 2: its content is None, not a text"),
+        ([*talk("a"), {"role": "assistant", "content": [{"text": "b"}]}], "message 2: its content is [{'text': 'b'}]"),
+        (talk("a", " \n"), "message 2: its content is empty"),
+        (talk("a", "b\ud83d"), "message 2: its content has half a character"),
+        (talk("a"), "ends with a message of the user"),
+        (talk("a", "b", "c"), "ends with a message of the user"),
+        ([{"role": "system", "content": "x"}], "ends with a message of the system"),
+        (talk("a", "b")[1:], "message 1 is of the assistant, where one of the user is due"),
+        (talk("a", "b") + talk("c", "d")[1:], "message 3 is of the assistant, where one of the user is due"),
+        (talk("a", "b", system="x")[::2], "message 2 is of the assistant, where one of the user is due"),
+        (talk("a", "b") + talk("c", "d", system="x"), "message 3 is of the system, where one of the user is due"),
+        (talk("a", "b\nUser: c"), "message 2: the reply holds '\\nUser:', which ends replies in the format plain"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(messages: object, told: str) -> None:
+    """Catches a mistake that is learned, or told of another message."""
+    with pytest.raises(UserError) as refusal:
+        conversation.check(messages, FORMATS["plain"])
+    assert told in str(refusal.value)
+
+
+# datasets
+
+
+def write(folder: Path, chat_format: ChatFormat, conversations: list[list[Message]], extra: dict | None = None) -> None:
+    table = CharTokenizer.from_text("".join(conversation.render(chat_format, messages) for messages in conversations))
+    encoded = [conversation.encode(chat_format, messages, table) for messages in conversations]
+    ids = np.array([token for ids, _ in encoded for token in ids])
+    mask = np.array([flag for _, flags in encoded for flag in flags])
+    extra = {"chat_format": conversation.to_dict(chat_format)} if extra is None else extra
+    corpus.write_tokens(folder, {"train": ids, "val": ids}, table, "test", "0", {"train": mask, "val": mask}, extra)
+
+
+def test_dataset_knows_its_format(tmp_path: Path, dataset: Path) -> None:
+    """Catches a format that gets lost between prepare.py and training, and one that plain text is given."""
+    write(tmp_path / "chat", FORMATS["plain"], [TWO_TURNS])
+    assert Dataset(str(tmp_path / "chat")).chat_format == FORMATS["plain"]
+    assert Dataset(str(dataset)).chat_format is None
+
+
+@pytest.mark.parametrize("found", ["plain", {"name": "plain"}, 3])
+def test_dataset_with_a_malformed_format_is_refused(tmp_path: Path, found: object) -> None:
+    """Catches a traceback on another's dataset."""
+    write(tmp_path, FORMATS["plain"], [TWO_TURNS], {"chat_format": found})
+    with pytest.raises(UserError, match=r"meta\.json is damaged \(malformed chat format"):
+        Dataset(str(tmp_path))
+
+
+LEARNED = [
+    talk("I am Eve.", "Hi Eve.", "Who am I?", "Eve."),
+    talk("I am Bob.", "Hi Bob.", "Who am I?", "Bob."),
+    talk("What is hot?", "Fire.", "What is cold?", "Ice."),
+    talk("Bye!", "See you."),
+]
+
+
+@pytest.mark.parametrize("name", ["plain", "nanochatgpt"])
+def test_a_tiny_model_answers_what_it_was_taught(name: str, tmp_path: Path) -> None:
+    """Catches masks that are a token off, prompts that differ from those of training, and replies that do not end."""
+    chat_format = FORMATS[name]
+    write(tmp_path / "chat", chat_format, LEARNED * 4)
+    flags = (
+        "--n_layer=2 --n_head=4 --n_embd=64 --block_size=128 --batch_size=12 --gradient_accumulation_steps=1 --device=cpu "
+        "--max_iters=250 --learning_rate=5e-3 --beta2=0.99 --warmup_iters=20 --lr_decay_iters=250 --eval_interval=250 "
+        "--eval_iters=1 --log_interval=50"
+    )
+    paths = [f"--dataset={tmp_path / 'chat'}", f"--out_dir={tmp_path / 'out'}"]
+    train.main(configurator.parse(train.Config, [*flags.split(), *paths]))
+    model, tokenizer, _ = checkpoint.load_model("resume", str(tmp_path / "out"))
+    model.eval()
+    for messages in LEARNED:
+        ids = conversation.encode_opening(chat_format, tokenizer)
+        for user, assistant in zip(messages[::2], messages[1::2], strict=True):
+            ids += conversation.encode_prompt_turn(chat_format, user["content"], tokenizer)
+            limit = len(conversation.encode_reply(chat_format, assistant["content"], tokenizer)) + len(chat_format.stop) + 1
+            new = model.generate(torch.tensor([ids]), limit, temperature=0.0)[0, len(ids) :].tolist()
+            reply, stop, _ = tokenizer.decode(new).partition(chat_format.stop)
+            assert stop and reply.removeprefix(chat_format.lead).rstrip("\n") == assistant["content"]
+            ids += conversation.encode_reply(chat_format, assistant["content"], tokenizer)
