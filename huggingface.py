@@ -536,20 +536,17 @@ def _write_weights(path: Path, model: GPT, rows: int, dtype: torch.dtype) -> Non
 
 
 def _tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
-    """Return the content of a tokenizer's files by their names."""
+    """Return the content of a tokenizer's files by their names; UserError for an encoding other than GPT-2's."""
     if isinstance(tokenizer, CharTokenizer):
         description = _character_table(tokenizer)
         about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         files = {}
-    else:
+    elif tokenizer.name == "gpt2":
         description, files = _byte_pairs(tokenizer)
-        about = {
-            "tokenizer_class": "GPT2Tokenizer" if tokenizer.name == "gpt2" else "PreTrainedTokenizerFast",
-            "add_prefix_space": False,
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
-            "unk_token": END_OF_TEXT,
-        }
+        about = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
+        about |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+    else:
+        raise UserError(f"the encoding {tokenizer.name} cannot be exported: characters and gpt2 can")
     about |= {"model_max_length": block_size, "clean_up_tokenization_spaces": False}
     frame = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
     frame |= {"pre_tokenizer": None, "post_processor": None, "decoder": None}
@@ -573,37 +570,29 @@ def _character_table(tokenizer: CharTokenizer) -> dict[str, Any]:
 
 
 def _byte_pairs(tokenizer: TiktokenTokenizer) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the parts of a tokenizer.json that stand for an encoding, and for GPT-2's the files that came before it."""
+    """Return the parts of a tokenizer.json that stand for GPT-2's encoding, and the files that came before it."""
     end = tokenizer.end_of_text  # loads the encoding, or says why it cannot be
     import tiktoken
 
-    encoding = tiktoken.get_encoding(tokenizer.name)
-    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
-    if tokenizer.vocab_size != encoding.n_vocab or special.get(END_OF_TEXT) != end:
-        raise UserError(f"the tokenizer ({tokenizer}) is not tiktoken's of that name, which has {encoding.n_vocab:,} tokens")
+    ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks  # which tiktoken has under no public name
     letters = _letters()
     shown = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    vocabulary = {shown[token]: index for token, index in sorted(ranks.items(), key=lambda item: item[1])} | special
+    vocabulary = {shown[token]: index for token, index in sorted(ranks.items(), key=lambda item: item[1])} | {END_OF_TEXT: end}
     merges = [(shown[left], shown[right]) for left, right in _merges(ranks)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False}
     model |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
-    files = {}
-    if tokenizer.name == "gpt2":  # the pattern of ByteLevel is GPT-2's own
-        before: dict[str, Any] = byte_level
-        files["vocab.json"] = json.dumps(vocabulary, ensure_ascii=False)
-        files["merges.txt"] = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges)
-    else:
-        split = {"type": "Split", "pattern": {"Regex": _oniguruma(encoding._pat_str, tokenizer.name)}, "invert": False}
-        before = {"type": "Sequence", "pretokenizers": [split | {"behavior": "Isolated"}, byte_level | {"use_regex": False}]}
-        model["ignore_merges"] = True  # as tiktoken, which first looks for a piece as a whole
     description = {
-        "added_tokens": [{"id": index, "content": text} | flags for text, index in special.items()],
-        "pre_tokenizer": before,
+        "added_tokens": [{"id": end, "content": END_OF_TEXT} | flags],
+        "pre_tokenizer": byte_level,
         "post_processor": byte_level | {"trim_offsets": False},
         "decoder": byte_level,
         "model": model | {"vocab": vocabulary, "merges": [list(pair) for pair in merges]},
+    }
+    files = {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges),
     }
     return description, files
 
@@ -616,36 +605,16 @@ def _letters() -> list[str]:
 
 
 def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the pairs that byte-pair encoding joins, in order.
-
-    tiktoken joins any two parts whose joined bytes are a token. The parts that its run comes to before it can form a token are
-    always the same: those of that token by itself, by the tokens of lower ranks. Where these are not two, all pairs are
-    given that make the token.
-    """
+    """Yield the pairs that byte-pair encoding joins, in order: for each token the two that tokens of lower ranks leave."""
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
             continue
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
-            best = min(pairs)
-            if best >= rank:
-                break
-            at = pairs.index(best)
+            at = pairs.index(min(pairs))
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            yield parts[0], parts[1]
-        else:
-            cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
-            yield from ((left, right) for left, right in cuts if left in ranks and right in ranks)
-
-
-def _oniguruma(pattern: str, name: str) -> str:
-    """Return tiktoken's pattern as the tokenizers library reads it: there $ is a line's end, and {1,3}+ a repetition."""
-    pattern = re.sub(r"(\{\d+,?\d*\})\+\|", r"\1|", pattern)  # what ends an alternative gives nothing back anyway
-    if re.search(r"\{\d+,?\d*\}\+|\\\$|\[[^]]*\$", pattern):
-        raise UserError(f"the pattern of encoding '{name}' cannot be told to transformers; gpt2's can")
-    return pattern.replace("$", r"\z")
+        yield parts[0], parts[1]
 
 
 def _json(content: dict[str, Any]) -> str:
