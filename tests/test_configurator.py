@@ -1,5 +1,6 @@
 """The command line: what flags and config files mean, and how a person's mistakes are told."""
 
+import io
 import os
 import re
 import subprocess
@@ -434,3 +435,28 @@ def test_check_value_reads_a_checkpoints_config() -> None:
     assert configurator.check_value(Config, "learning_rate", 1, "ckpt.pt") == 1.0
     with pytest.raises(UserError, match=r"ckpt.pt: batch_size = 0: must be at least 1"):
         configurator.check_value(Config, "batch_size", 0, "ckpt.pt")
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    "stream, shown", [(Screen, "a\n\t\ufffd[2Jb\ufffd\ufffd\ufffdé"), (io.StringIO, "a\n\t\x1b[2Jb\x07\x9b\ré")]
+)
+def test_a_terminal_gets_no_control_characters(stream, shown, monkeypatch):
+    """A text that clears the screen of whoever samples it; a file that lacks what the model wrote."""
+    monkeypatch.setattr("sys.stdout", stream())
+    configurator.write("a\n\t\x1b[2Jb\x07\x9b\ré")
+    assert sys.stdout.getvalue() == shown
+
+
+def test_characters_that_the_output_cannot_encode_do_not_end_the_program(monkeypatch):
+    """A UnicodeEncodeError in the middle of a text, where the terminal is not in UTF-8."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    configurator.run(lambda config: print("na\u00efve"), Config)
+    out.flush()
+    assert out.buffer.getvalue().split() == [b"na?ve"]

@@ -11,6 +11,7 @@ import torch
 
 import device
 from configurator import ROOT, UserError
+from model import GPT, GPTConfig
 
 
 @pytest.fixture
@@ -208,3 +209,62 @@ def test_two_processes_are_a_group():
     sums = "1.0 2147483649.0 2.0"
     assert outputs == [[f"0 2 True gloo {sums}", "False"], [f"1 2 False gloo {sums}", "False"]]
     assert [process.returncode for process in processes] == [0, 0]
+
+
+def shape(**changes) -> GPTConfig:
+    return GPTConfig(**{"block_size": 32, "vocab_size": 50, "n_layer": 2, "n_head": 2, "n_embd": 64} | changes)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_that_is_ready_to_generate_writes_the_same_text(rows, bias, monkeypatch):
+    """Packed weights that lose the bias, the tied head or the order of the rows; small and large ones, single rows and more."""
+    torch.manual_seed(1)
+    model = GPT(shape(bias=bias))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    idx = torch.randint(50, (rows, 5))
+    expected = model.generate(idx, 60, temperature=0)
+    for small in (0, 1 << 30):
+        monkeypatch.setattr(device.PackedLinear, "SMALL", small)
+        ready = GPT(shape(bias=bias))
+        ready.load_state_dict(model.state_dict())
+        device.ready_to_generate(ready, "cpu", torch.float32)
+        assert not ready.training
+        assert any(isinstance(module, device.PackedLinear) for module in ready.modules()) == device.can_pack(torch.float32)
+        assert torch.equal(ready.generate(idx, 60, temperature=0), expected)
+
+
+def test_where_weights_cannot_be_packed_the_model_is_left_as_it_is(monkeypatch):
+    """An error on a machine whose PyTorch has no oneDNN, where all is well without it."""
+    monkeypatch.setattr(device, "can_pack", lambda dtype: False)
+    model = GPT(shape())
+    device.ready_to_generate(model, "cpu", torch.float32)
+    assert isinstance(model.lm_head, torch.nn.Linear)
+
+
+def test_generation_in_16_bits_stays_near_float32():
+    """A cache or a layer in the wrong format, which ends in an error or in other logits."""
+    torch.manual_seed(1)
+    model = GPT(shape())
+    idx = torch.randint(50, (2, 32))
+    exact, _ = model.eval()(idx)
+    device.ready_to_generate(model, "cpu", torch.bfloat16)
+    cache = model.new_cache(2, 32)
+    with torch.inference_mode():
+        for part in (idx[:, :20], idx[:, 20:25], idx[:, 25:26], idx[:, 26:]):
+            logits, _ = model(part, cache=cache)
+        alone, _ = model(idx)
+    assert logits.dtype == alone.dtype == torch.bfloat16
+    assert (logits.float() - exact).abs().max() < 0.02 and (alone.float() - exact).abs().max() < 0.02
+
+
+def test_a_texts_random_numbers_follow_from_its_own_number():
+    """Samples that change with the size of the batch, or are all the same."""
+
+    def draw(*numbers: int, seed: int = 7) -> list[float]:
+        return [torch.rand(1, generator=g).item() for g in device.text_generators(seed, numbers, "cpu")]
+
+    assert draw(0, 1, 2)[1:] == draw(1, 2)
+    assert len({*draw(*range(100)), *draw(*range(100), seed=8)}) == 200

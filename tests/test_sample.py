@@ -153,6 +153,65 @@ def test_the_same_seed_gives_the_same_texts(out_dir, texts):
     assert first[0] != first[1]
 
 
+def test_a_sample_is_the_same_alone_in_a_batch_and_in_several(out_dir, texts, monkeypatch):
+    """Texts that depend on how many are asked for, or on what has room in memory."""
+    flags = {"out_dir": out_dir, "start": "ab", "max_new_tokens": 40}
+    five = texts(num_samples=5, **flags)
+    assert len({*five}) == 5
+    assert texts(num_samples=1, **flags) == five[:1]
+    for room in (1, 2 * 8 * 2 * 16 * 8):  # one text, two texts: layers, channels and positions of float32 keys and values
+        monkeypatch.setattr(sample, "CACHE_BYTES", room)
+        assert texts(num_samples=5, **flags) == five
+
+
+def test_the_first_text_is_shown_as_it_grows(out_dir, monkeypatch):
+    """A screen that stays empty until the last token is there."""
+    shown: list[str] = []
+    monkeypatch.setattr(configurator, "write", shown.append)
+    sample.main(
+        configurator.parse(sample.Config, [f"--out_dir={out_dir}", "--start=abc", "--max_new_tokens=20", "--num_samples=2"])
+    )
+    assert shown[0] == "abc" and [len(piece) for piece in shown[1:21]] == [1] * 20
+    assert [text.count(LINE) for text in shown[21:]].count(1) == 2
+
+
+def test_the_speed_is_told_beside_the_text(out_dir, capsys):
+    """Figures among the text that is written to a file, or a count that takes in the prompt."""
+    sample.main(
+        configurator.parse(sample.Config, [f"--out_dir={out_dir}", "--start=abc", "--max_new_tokens=9", "--num_samples=3"])
+    )
+    output = capsys.readouterr()
+    assert "tokens/s" not in output.out and output.err.startswith("27 tokens in ") and output.err.endswith(" tokens/s\n")
+
+
+def test_a_text_ends_before_a_stop_string(tmp_path, texts):
+    """A stop string that is shown, one of several that is not heeded, a text that ends with its neighbour."""
+    cycle = torch.zeros(11, 11)
+    for token in range(11):
+        cycle[token, (token + 1) % 11] = 100
+    out_dir = write(tmp_path / "out", TABLE, Bigram, **{"token_embedding_table.weight": cycle})
+    flags = {"out_dir": out_dir, "start": "a", "num_samples": 2, "max_new_tokens": 30}
+    assert texts(stop="gh", **flags) == ["abcdef"] * 2
+    assert texts(stop="zz|ij|de", **flags) == ["abc"] * 2
+    assert texts(stop="zz", **flags) == ["abcdefghij\n" * 2 + "abcdefghi"] * 2
+
+
+def test_top_p_reaches_the_model(tmp_path, texts):
+    """A key that is read and not used."""
+    table = torch.zeros(11, 11)
+    table[:, 3] = 2.5  # more than half of the probability
+    out_dir = write(tmp_path / "out", TABLE, Bigram, **{"token_embedding_table.weight": table})
+    assert texts(out_dir=out_dir, start="a", top_p=0.5, temperature=1, num_samples=1, max_new_tokens=20) == ["a" + "d" * 20]
+
+
+def test_a_prompt_that_the_model_cannot_see_whole_is_told(out_dir, texts, capsys):
+    """A beginning that has no effect, without a word."""
+    flags = [f"--out_dir={out_dir}", "--start=abcdefghijab", "--num_samples=1", "--max_new_tokens=3"]
+    sample.main(configurator.parse(sample.Config, flags))
+    output = capsys.readouterr()
+    assert output.out.startswith("abcdefghijab") and "the last 8 of the prompt's 12 tokens" in output.err
+
+
 def test_temperature_0_always_takes_the_likeliest(tmp_path, texts):
     """Division by zero, or a text that still depends on the seed."""
     table = torch.randn(11, 11, generator=torch.Generator().manual_seed(1))

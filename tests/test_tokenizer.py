@@ -232,6 +232,30 @@ def test_stream_of_characters() -> None:
     assert stream.finish() == ""
 
 
+@quick
+@given(st.text("abc\u00e9", max_size=40), st.lists(st.text("abc\u00e9", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_stream_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
+    """Text from behind a stop string, a part of one that is shown or lost, another than the first, are caught."""
+    stream, shown = StreamDecoder(Bytes(), stop), ""
+    for byte in text.encode():
+        shown += stream.feed(byte)
+        assert not any(end in shown for end in stop)
+    shown += stream.finish()
+    assert stream.stopped == any(end in text for end in stop)
+    if stream.stopped:  # the one that is complete first
+        text = next(text[:n] for n in range(len(text) + 1) if any(end in text[:n] for end in stop))
+        text = text[: min(text.find(end) for end in stop if end in text)]
+    assert shown == text
+
+
+def test_stream_shows_what_cannot_be_part_of_a_stop_string() -> None:
+    """Text that is held back longer than it could belong to a stop string, as by one that is never found, is caught."""
+    stream = StreamDecoder(Bytes(), ["\n\nEnd", "stop"])
+    assert [stream.feed(byte) for byte in b"a\nb st\n\nEn"] == ["a", "", "\nb", " ", "", "", "st", "", "", ""]
+    assert stream.feed(ord("x")) == "\n\nEnx"
+    assert [stream.feed(byte) for byte in b"stop!"] == [""] * 5 and stream.stopped and stream.finish() == ""
+
+
 # descriptions
 
 
