@@ -220,7 +220,7 @@ def train(config: Config, group: device.Group) -> None:
 
     if group.is_main and (out_dir / checkpoint.BEST).exists():
         print(f"best val loss {best_val_loss:.4f}; checkpoint in {out_dir / checkpoint.BEST}")
-        print(f"next: python sample.py --out_dir={config.out_dir}")
+        print(f"next: python {'chat' if data.chat_format else 'sample'}.py --out_dir={config.out_dir}")
 
 
 def build_model(config: Config, data: Dataset) -> tuple[GPT | Bigram, checkpoint.Checkpoint | None]:
