@@ -67,9 +67,7 @@ def main(config: Config) -> None:
     model, tokenizer, start = checkpoint.load_model(config.init_from, config.out_dir)
     chat_format = choose_format(config, start.chat_format)
     size = model.get_num_params() / 1e6
-    device.ready_to_generate(model, where, dtype)
-    if device.resolve_compile(config.compile, where):
-        model.compile()
+    device.ready_to_generate(model, where, dtype, device.resolve_compile(config.compile, where))
     chat = Chat(model, tokenizer, chat_format, config, where)
     if sys.stdout.isatty():
         print(f"{start.path}: {size:.2f}M parameters, context {model.config.block_size:,}, format {chat_format.name}")

@@ -46,6 +46,7 @@ class Checkpoint:
     best_val_loss: float
     config: dict[str, Any]
     extra: dict[str, Any]
+    in_file: bool = True  # whether the weights may be parts of the file, which are copied to build a model
 
     @property
     def kind(self) -> str:
@@ -172,14 +173,14 @@ def build_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT | Bigram:
         if wanted.get(name) != found.get(name):
             shapes = [tuple(side[name]) if name in side else "nothing" for side in (found, wanted)]
             raise UserError(f"{checkpoint.path}: damaged: {name!r} is {shapes[0]} where its shape needs {shapes[1]}")
-    # Copied one by one, each original going at once, since it may be a part of the file, or memory; tied weights are one.
+    # Copied one by one, each original going at once, so that memory holds the weights once; tied ones are one.
     copies: dict[tuple, torch.Tensor] = {}
     weights = {}
     for name in list(checkpoint.weights):
         tensor = checkpoint.weights.pop(name)
         place = tensor.data_ptr(), tensor.shape, tensor.stride()
         if place not in copies:
-            copies[place] = tensor.to(torch.float32, copy=True)
+            copies[place] = tensor.to(torch.float32, copy=checkpoint.in_file)
         weights[name] = copies[place]
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
@@ -251,6 +252,7 @@ def _pretrained(name: str) -> Checkpoint:
         best_val_loss=float("inf"),
         config={},
         extra={"gelu": pretrained.gelu, "tokenizer": pretrained.tokenizer},
+        in_file=False,
     )
 
 

@@ -146,13 +146,15 @@ class PackedLinear(torch.nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def ready_to_generate(model: torch.nn.Module, device: str, dtype: torch.dtype) -> None:
+def ready_to_generate(model: torch.nn.Module, device: str, dtype: torch.dtype, compile: bool = False) -> None:
     """Move a model to `device` and into `dtype`, and arrange it for generation; it cannot be trained or saved after that.
 
     Where every token needs all the weights once, reading them is what takes the time: half the bytes, half the time.
     """
     model.eval().requires_grad_(False).to(device, dtype)
-    if device != "cpu" or not can_pack(dtype):
+    if compile:
+        model.compile()  # which cannot look into packed weights
+    if compile or device != "cpu" or not can_pack(dtype):
         return
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -50,9 +50,7 @@ def main(config: Config) -> None:
     start, prompt = read_prompt(config.start, "start" in config.given, tokenizer)
     if len(prompt) > model.config.block_size:
         configurator.warn(f"the model sees the last {model.config.block_size:,} of the prompt's {len(prompt):,} tokens")
-    device.ready_to_generate(model, where, dtype)
-    if device.resolve_compile(config.compile, where):
-        model.compile()
+    device.ready_to_generate(model, where, dtype, device.resolve_compile(config.compile, where))
 
     began, count = time.perf_counter(), 0
     batch_size = rows_in_memory(model, len(prompt) + config.max_new_tokens)
