@@ -74,10 +74,10 @@ def main(config: Config) -> None:
         print(line, flush=True)
     result = {"size": config.size, "dtype": str(dtype).removeprefix("torch."), "device": where, "batch_size": idx.size(0)}
     result |= {"new_tokens": config.new_tokens, "tokens_per_second": round(statistics.median(speeds), 1)}
-    if len(times) >= 150:  # of the last round
-        first, last = statistics.median(times[50:100]), statistics.median(times[-50:])
-        print(f"speed of the last 50 tokens to that of tokens 50 to 100: {first / last:.2f}")
-        result["last_to_first"] = round(first / last, 2)
+    if len(times) >= 200:  # of the last round
+        ratio = statistics.median(times[75:125]) / statistics.median(times[-50:])
+        print(f"speed of the last 50 tokens to that around the hundredth: {ratio:.2f}")
+        result["last_to_hundredth"] = round(ratio, 2)
     if ratios:
         result |= {"against": config.against, "ratio": round(statistics.median(ratios), 2)}
     print(f"median: {result['tokens_per_second']:,.1f} tokens/s" + (f", ratio {result['ratio']:.2f}" if ratios else ""))

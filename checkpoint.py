@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 import huggingface
 from configurator import UserError, one_line
@@ -165,7 +166,7 @@ def build_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT | Bigram:
     """
     args = {name: checkpoint.model_args[name] for name in MODEL_ARGS}
     config = GPTConfig(**args | {"dropout": dropout, "gelu": checkpoint.extra.get("gelu", "erf")})
-    with torch.device("meta"):  # allocates nothing: the shapes are compared before any memory is taken
+    with torch.device("meta"), _Unfilled():  # allocates nothing: the shapes are compared before any memory is taken
         model = MODELS[checkpoint.kind](config)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name: tensor.shape for name, tensor in checkpoint.weights.items()}
@@ -272,6 +273,15 @@ def tokenizer_of(checkpoint: Checkpoint) -> "tokenizers.Tokenizer":
     if tokenizer.vocab_size > checkpoint.model_args["vocab_size"]:
         raise UserError(f"{checkpoint.path}: its tokenizer ({tokenizer}) does not belong to its model")
     return tokenizer
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out the drawing of initial weights, for which PyTorch would import a thousand modules on the "meta" device."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return None
+        return function(*args, **kwargs or {})
 
 
 def _weights(named: dict[Any, Any], path: Path) -> dict[str, torch.Tensor]:
