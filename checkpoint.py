@@ -65,10 +65,13 @@ class Saver:
         scaler: torch.amp.GradScaler,
         tokenizer: dict[str, Any],
         config: dict[str, Any],
-        saved: int = -1,
+        saved: tuple[int, int] = (-1, -1),
         is_main: bool = True,
     ):
-        """Save `model` (the module itself, not a wrapper) and the others; the state of iteration `saved` is there already."""
+        """Save `model` (the module itself, not a wrapper) and the others.
+
+        The folder has a state already where `saved`, its iteration and that of its last evaluation, are those of one.
+        """
         self.failure = ""  # why the newest state that was to be saved is not on the disk
         self._out_dir, self._tokenizer, self._config, self._is_main = out_dir, tokenizer, config, is_main
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
@@ -76,16 +79,16 @@ class Saver:
 
     def is_due(self, iteration: int, interval: int, minutes: float) -> bool:
         """Return whether to save now: every `interval` iterations and `minutes` after the last time, 0 being never."""
-        if not self._is_main or iteration in (0, self._tried):
+        if not self._is_main or iteration in (0, self._tried[0]):
             return False
         elapsed = time.perf_counter() - self._tried_at
         return (interval > 0 and iteration % interval == 0) or (0 < 60 * minutes <= elapsed)
 
     def save(self, iter_num: int, best_val_loss: float, evaluated: int, stale: int, is_best: bool) -> None:
         """Write the state after `iter_num` updates, unless that was done before; a full disk is a warning and a `failure`."""
-        if not self._is_main or iter_num == self._tried:
+        if not self._is_main or self._tried == (iter_num, evaluated):
             return
-        self._tried, self.failure = iter_num, ""
+        self._tried, self.failure = (iter_num, evaluated), ""
         extra = {"tokenizer": self._tokenizer, "scaler": self._scaler.state_dict(), "evaluated": evaluated, "stale": stale}
         state = pack(self._model, self._optimizer, iter_num, best_val_loss, self._config, extra)
         try:

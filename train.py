@@ -132,12 +132,12 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     device_type, betas = torch.device(group.device).type, (config.beta1, config.beta2)
     optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
-    iteration, evaluated, stale, best_val_loss, saved = 0, -1, 0, math.inf, -1
+    iteration, evaluated, stale, best_val_loss, saved = 0, -1, 0, math.inf, (-1, -1)
     if start is not None and config.init_from == "resume":
         checkpoint.restore_optimizer(start, optimizer, scaler)
-        iteration = saved = start.iter_num
-        best_val_loss = start.best_val_loss
+        iteration, best_val_loss = start.iter_num, start.best_val_loss
         evaluated, stale = start.extra.get("evaluated", -1), start.extra.get("stale", 0)
+        saved = iteration, evaluated
     del start  # its tensors are in the model and the optimizer now
     compiled = torch.compile(model) if device.resolve_compile(config.compile, group.device) else model
     network = DistributedDataParallel(compiled) if group.size > 1 else compiled
@@ -232,7 +232,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
                 # with a scaler, a norm that is not finite is its own business: it skips the update and lowers its scale
                 numbers = {"loss": loss} if scaler.is_enabled() else {"loss": loss, "norm of the gradient": grad_norm}
                 stop_unless_finite(iteration, out_dir, numbers)
-                if not stopping and saver.is_due(iteration, config.checkpoint_interval, config.checkpoint_minutes):
+                if not signals.received and saver.is_due(iteration, config.checkpoint_interval, config.checkpoint_minutes):
                     t1 = time.perf_counter()  # saved this late, since only now the state is known to be sound
                     metrics.sync()
                     saver.save(iteration, best_val_loss, evaluated, stale, is_best=False)
