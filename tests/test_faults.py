@@ -15,6 +15,7 @@ import torch
 
 import checkpoint
 import configurator
+import device
 import metrics
 import train
 from configurator import UserError
@@ -231,7 +232,29 @@ def test_a_signal_ends_an_evaluation_too(
         with pytest.raises(SystemExit) as end:
             run(*flags, f"--out_dir={tmp_path / 'out'}")
     assert end.value.code == 128 + signal.SIGTERM
-    assert after.count("windows") <= 1 and after.count("step") <= 1 and after.count("save") == 1
+    evaluating = at <= 4 or 11 <= at <= 14
+    assert (after.count("windows"), after.count("step")) == (0, 0) if evaluating else (at % 2, 1)
+    assert after.count("save") == 1
+    go_on(tmp_path / "out")
+    assert same(outcome(tmp_path / "out"), undisturbed)
+
+
+@pytest.mark.parametrize("numbers", [2, 3])
+def test_a_signal_to_another_process_stops_this_one(
+    numbers: int, flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches processes that part, one in a training step or an evaluation in which it waits for the others for good."""
+    calls = []
+
+    def sum_up(group: device.Group, *given: float) -> list[float]:
+        calls.append(len(given))
+        return [*given[:-1], given[-1] + signal.SIGTERM * (len(given) == numbers and calls.count(numbers) == 4)]
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(device.Group, "sum", sum_up)
+        run(*flags, f"--out_dir={tmp_path / 'out'}")
+    assert end.value.code == 128 + signal.SIGTERM
+    assert checkpoint.load(tmp_path / "out" / checkpoint.LAST).iter_num == {2: 4, 3: 3}[numbers]
     go_on(tmp_path / "out")
     assert same(outcome(tmp_path / "out"), undisturbed)
 
@@ -431,17 +454,23 @@ def test_early_stopping_counts_evaluations_without_a_better_one(
 # new runs
 
 
-def test_a_new_run_sets_an_earlier_one_aside(flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, capsys) -> None:
+def test_a_new_run_sets_an_earlier_one_aside(
+    flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     """Catches an earlier run that is lost to a forgotten --init_from, and one whose best weights pass for the new run's."""
     out_dir = tmp_path / "undisturbed"
-    for iterations in (2, 1, 0):
-        run(*flags, f"--out_dir={out_dir}", f"--max_iters={iterations}")
-        assert str(out_dir / "previous") in capsys.readouterr().err
-        if iterations == 2:
-            assert same(outcome(out_dir / "previous"), undisturbed)
-    assert sorted(path.name for path in (out_dir / "previous").glob("*.pt")) == ["ckpt.pt", "last.pt"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop(patch, train, "clip_grad_norm_", 1)
+        run(*flags, f"--out_dir={out_dir}")
+    assert str(out_dir / "previous") in capsys.readouterr().err
+    assert same(outcome(out_dir / "previous"), undisturbed)
+    assert [path.name for path in out_dir.glob("*.pt")] == [checkpoint.LAST]
+    run(*flags, f"--out_dir={out_dir}", "--max_iters=0")
+    assert [path.name for path in (out_dir / "previous").glob("*.pt")] == [checkpoint.LAST]  # and not the first run's best
     assert torch.load(out_dir / "previous" / checkpoint.LAST, weights_only=True)["iter_num"] == 1
     assert not list(out_dir.glob("*.pt"))
+    run(*flags, f"--out_dir={out_dir}", "--max_iters=0")  # there was nothing worth to be set aside
+    assert (out_dir / "previous" / checkpoint.LAST).exists()
 
 
 @pytest.mark.parametrize(("flag", "saved"), [("--checkpoint_minutes=0", 6), ("--checkpoint_minutes=1e-9", 8)])
