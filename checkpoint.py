@@ -208,9 +208,13 @@ def find(out_dir: Path, names: tuple[str, ...]) -> Path:
 def newest(out_dir: Path) -> Path:
     """Return the file with the newest training state in a run folder, for resuming it; UserError where there is none."""
     path, best = find(out_dir, (LAST, BEST)), out_dir / BEST
-    if best.is_file() and not best.samefile(path) and load(best, mmap=True).iter_num > load(path, mmap=True).iter_num:
-        return best
-    return path
+    if not best.is_file() or best.samefile(path):
+        return path
+    try:
+        last = load(path, mmap=True)
+    except UserError as error:
+        raise UserError(f"{error}; without that file, the run goes on from {best}") from error
+    return best if load(best, mmap=True).iter_num > last.iter_num else path
 
 
 def build_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT | Bigram:

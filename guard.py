@@ -6,6 +6,7 @@ import re
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -22,17 +23,20 @@ except ImportError:  # Windows
 
 LOCK = "lock"  # a file in the run's folder, which the operating system holds locked for as long as the process lives
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C; the end of a job's time; of a terminal, which Windows has not
+SAME = 1.0
 NO_MEMORY = re.compile(r"out of memory|not enough memory|can(no|')t allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 class Signals:
     """Turns SIGNALS into a number to look at, for a run that stops when its state is whole.
 
-    That holds inside its `with` block and in the main thread. A second signal ends the process at once.
+    That holds inside its `with` block and in the main thread. A second signal ends the process at once; but not one within
+    SAME seconds, since a cluster may send its signal to every process, and `torchrun` passes on the one that it has got itself.
     """
 
     def __init__(self) -> None:
         self.received = 0  # number of the signal that came; 0 for none
+        self._received_at = 0.0
         self._previous = {}
 
     def __enter__(self) -> "Signals":
@@ -48,9 +52,12 @@ class Signals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        for each in self._previous:
-            signal.signal(each, signal.SIG_DFL)
+        if self.received:
+            if time.monotonic() - self._received_at > SAME:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self.received, self._received_at = number, time.monotonic()
         if os.environ.get("RANK", "0") == "0":
             line = f"\n{signal.Signals(number).name}: finishing this iteration and saving; a second one ends the run at once\n"
             with contextlib.suppress(OSError):

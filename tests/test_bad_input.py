@@ -88,7 +88,7 @@ TABLE = [
     ("train", "--init_from=resume --out_dir=TMP/moments_run", "the state of its optimizer does not fit"),
     ("train", "--init_from=resume --out_dir=TMP/stale_run", "'stale' is 'two'"),
     ("train", "--init_from=resume --out_dir=TMP/folder_run", "no checkpoint in TMP/folder_run"),
-    ("train", "--init_from=resume --out_dir=TMP/cut_run", "TMP/cut_run/last.pt: not a checkpoint, or damaged"),
+    ("train", "--init_from=resume --out_dir=TMP/cut_run", "without that file, the run goes on from TMP/cut_run/ckpt.pt"),
     ("train", "--init_from=resume --out_dir=TMP/lived_in --max_iters=9", "another run lives in TMP/lived_in"),
     ("train", f"{RUN} --out_dir=TMP/syntax.py", "TMP/syntax.py: cannot write there"),
     ("train", f"{RUN} --out_dir=TMP/syntax.py/out", "TMP/syntax.py/out: cannot write there"),

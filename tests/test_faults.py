@@ -16,6 +16,7 @@ import torch
 import checkpoint
 import configurator
 import device
+import guard
 import metrics
 import train
 from configurator import UserError
@@ -267,6 +268,7 @@ def test_a_second_signal_ends_the_run_at_once_and_leaves_files_whole(
     """Catches an impatient person's second Ctrl-C that is ignored, or that destroys what the first began to save."""
 
     def twice() -> None:
+        monkeypatch.setattr(guard, "SAME", -1.0)
         stop(monkeypatch, train, "clip_grad_norm_", 8, number)
         steps(monkeypatch, 1 + len(names), lambda *call: signal.raise_signal(number))
         run(*flags, f"--out_dir={tmp_path / 'out'}")

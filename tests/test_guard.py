@@ -122,9 +122,17 @@ def test_a_signal_is_noted_and_the_handlers_come_back(name: str, capfd):
         assert signals.received == 0
         signal.raise_signal(number)
         assert signals.received == number
-        assert signal.getsignal(number) == signal.SIG_DFL  # the next one ends the process
     assert before == [signal.getsignal(getattr(signal, each)) for each in guard.SIGNALS]
     assert f"{name}: finishing this iteration and saving" in capfd.readouterr().err
+
+
+def test_a_signal_that_comes_in_two_ways_is_one(capfd):
+    """A run that is killed in its save, since both the cluster and torchrun have passed on the same signal."""
+    with guard.Signals() as signals:
+        for name in ("SIGTERM", "SIGTERM", "SIGINT"):
+            signal.raise_signal(getattr(signal, name))
+        assert signals.received == signal.SIGTERM
+    assert capfd.readouterr().err.count("finishing this iteration") == 1
 
 
 def test_an_ignored_signal_stays_ignored():
