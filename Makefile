@@ -1,5 +1,6 @@
 # make         the quick start: install, prepare a dataset, train a small GPT on the CPU, print samples
 # make test    the tests
+# make soak    a run that is killed 50 times, against one that is not; some minutes
 # make lint    the style
 # make format  the style, applied
 # make clean   remove the environment (datasets and runs stay)
@@ -10,7 +11,7 @@ RUN := $(VENV)/bin/python
 OUT := out-quickstart
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test soak lint format clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/installed
@@ -36,6 +37,9 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest
+
+soak: $(VENV)/installed
+	$(RUN) tests/soak.py
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

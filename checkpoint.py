@@ -9,12 +9,15 @@ names), `iter_num` (updates done), `best_val_loss`, `config`. What nanoGPT does 
     gelu             "erf" or "tanh"
     scaler           state of the GradScaler, empty without one
     evaluated        the iteration of the last evaluation, which a resumed run does not repeat
+    stale            evaluations since the best one, for early stopping
 """
 
+import contextlib
 import dataclasses
 import os
 import pickle
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+import configurator
 import huggingface
 from configurator import UserError, one_line
 from data import conversation
@@ -61,16 +65,76 @@ class Checkpoint:
         return None if description is None else conversation.from_dict(description)
 
 
+class Saver:
+    """Writes the checkpoints of one run into its folder; in all processes but the main one, it does nothing."""
+
+    def __init__(
+        self,
+        out_dir: Path,
+        model: GPT | Bigram,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        description: dict[str, Any],
+        config: dict[str, Any],
+        saved: tuple[int, int] = (-1, -1),
+        is_main: bool = True,
+    ):
+        """Save `model` (the module itself, not a wrapper) and the others; `description` is that of the dataset.
+
+        The folder has a state already where `saved`, its iteration and that of its last evaluation, are those of one.
+        """
+        self.failure = ""  # why the newest state that was to be saved is not on the disk
+        self._out_dir, self._description, self._config, self._is_main = out_dir, description, config, is_main
+        self._model, self._optimizer, self._scaler = model, optimizer, scaler
+        self._tried, self._tried_at = saved, time.perf_counter()
+
+    def is_due(self, iteration: int, interval: int, minutes: float) -> bool:
+        """Return whether to save now: every `interval` iterations and `minutes` after the last time, 0 being never."""
+        if not self._is_main or iteration in (0, self._tried[0]):
+            return False
+        elapsed = time.perf_counter() - self._tried_at
+        return (interval > 0 and iteration % interval == 0) or (0 < 60 * minutes <= elapsed)
+
+    def save(self, iter_num: int, best_val_loss: float, evaluated: int, stale: int, is_best: bool) -> None:
+        """Write the state after `iter_num` updates, unless that was done before; a full disk is a warning and a `failure`."""
+        if not self._is_main or self._tried == (iter_num, evaluated):
+            return
+        self._tried, self.failure = (iter_num, evaluated), ""
+        extra = {**self._description, "scaler": self._scaler.state_dict(), "evaluated": evaluated, "stale": stale}
+        state = pack(self._model, self._optimizer, iter_num, best_val_loss, self._config, extra)
+        try:
+            if is_best:  # in this order, a run that is killed in between has its newest state in BEST; see `newest`
+                save(self._out_dir / BEST, state)
+                share(self._out_dir / BEST, self._out_dir / LAST)
+            else:
+                save(self._out_dir / LAST, state)
+        except OSError as error:
+            self.failure = f"{error.filename or self._out_dir}: {error.strerror}"
+            configurator.warn(f"iteration {iter_num} is not saved ({self.failure}); the files before it are whole")
+        self._tried_at = time.perf_counter()
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path` so that the file there is always whole: the old one until the new one is on the disk."""
+    """Write `state` to `path` so that the file there is always whole: the old one until the new one is on the disk.
+
+    OSError, with the name of the file, where it cannot be written.
+    """
     part = path.with_name(path.name + ".tmp")
-    part.unlink(missing_ok=True)  # one left by a killed `share` is another name of a checkpoint: not to be written into
     try:
+        part.unlink(missing_ok=True)  # one left by a killed `share` is another name of a checkpoint: not to be written into
         with open(part, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        cause = error
+        while not isinstance(cause, OSError):  # torch.save raises errors of its own on top of it
+            cause = cause.__context__
+            if cause is None:
+                raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -86,6 +150,7 @@ def share(path: Path, other: Path) -> None:
     else:
         os.replace(part, other)
         part.unlink(missing_ok=True)  # it is still there where both were names of one file already
+        _sync_folder(other.parent)
 
 
 def pack(
@@ -154,9 +219,13 @@ def find(out_dir: Path, names: tuple[str, ...]) -> Path:
 def newest(out_dir: Path) -> Path:
     """Return the file with the newest training state in a run folder, for resuming it; UserError where there is none."""
     path, best = find(out_dir, (LAST, BEST)), out_dir / BEST
-    if best.is_file() and not best.samefile(path) and load(best, mmap=True).iter_num > load(path, mmap=True).iter_num:
-        return best
-    return path
+    if not best.is_file() or best.samefile(path):
+        return path
+    try:
+        last = load(path, mmap=True)
+    except UserError as error:
+        raise UserError(f"{error}; without that file, the run goes on from {best}") from error
+    return best if load(best, mmap=True).iter_num > last.iter_num else path
 
 
 def build_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT | Bigram:
@@ -319,12 +388,13 @@ def _check_extra(checkpoint: Checkpoint) -> None:
     for name, known in (("model", list(MODELS)), ("gelu", ["erf", "tanh"])):
         if extra.get(name, known[0]) not in known:
             raise UserError(f"{path}: its {name} is {_shown(extra[name])}: damaged, or of a later version")
-    if type(extra.get("evaluated", 0)) is not int:
-        raise UserError(f"{path}: damaged: 'evaluated' is {_shown(extra['evaluated'])}")
     try:
         checkpoint.chat_format  # noqa: B018 (reading it checks it)
     except UserError as error:
         raise UserError(f"{path}: damaged: {error}") from error
+    for name in ("evaluated", "stale"):
+        if type(extra.get(name, 0)) is not int:
+            raise UserError(f"{path}: damaged: '{name}' is {_shown(extra[name])}")
     scaler = extra.get("scaler", {})
     if not isinstance(scaler, dict) or not all(type(value) in (int, float) for value in scaler.values()):
         raise UserError(f"{path}: damaged: its scaler is {_shown(scaler)}")
@@ -347,6 +417,15 @@ def _number(value: Any, path: Path) -> float:
     if type(value) is not float:
         raise UserError(f"{path}: damaged: its 'best_val_loss' is {_shown(value)}")
     return value
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlast a power failure; Windows has no such call, and some network disks refuse it."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def _kind(model: GPT | Bigram) -> str:

@@ -15,6 +15,7 @@ Python; it sees the values so far, and the names that it assigns must be keys.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -150,7 +151,8 @@ def run(main: Callable[[Any], None], config_class: type) -> None:
 def warn(message: str) -> None:
     """Print a line on stderr that a person should read; of several processes, the main one does."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: warning: {one_line(message)}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # stderr may be a file on the very disk that is full
+            print(f"{Path(sys.argv[0]).name}: warning: {one_line(message)}", file=sys.stderr)
 
 
 def help_text(config_class: type, script: str) -> str:

@@ -13,6 +13,7 @@ metrics.csv has a row for each evaluation (`train_loss` and `val_loss`) and one 
     mfu                  model FLOPs utilisation, running average; -1 where the device's peak is unknown
 """
 
+import contextlib
 import csv
 import io
 import math
@@ -24,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+import configurator
 from configurator import UserError
 
 COLUMNS = [
@@ -63,15 +65,12 @@ class Metrics:
         self._wandb = wandb_run
         if not is_main:
             return
-        path = out_dir / "metrics.csv"
-        rows = [row for row in read_rows(path) if _was_before(row, start, evaluated)] if start else []
-        with open(path.with_suffix(".csv.tmp"), "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(path.with_suffix(".csv.tmp"), path)
-        self._file = open(path, "a", buffering=1, newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._path = out_dir / "metrics.csv"
+        rows = [row for row in read_rows(self._path) if _was_before(row, start, evaluated)] if start else []
+        self._file: io.FileIO | None = None  # opened once the rows that are kept are in it
+        self._unwritten = "".join(map(_line, [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])).encode()
+        self._is_failing = False
+        self._flush()
         self._started = time.perf_counter() - (float(rows[-1]["seconds"]) if rows else 0.0)
         self._bar = tqdm(
             total=total_iterations, initial=start, unit="iter", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -79,9 +78,15 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """Print a line on stdout, above the progress bar."""
-        if self.is_main:
+        if not self.is_main:
+            return
+        try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:  # stdout is a file on a disk that is full: no reason to end a run
+            pass
 
     def evaluation(self, iteration: int, losses: dict[str, float], learning_rate: float, mfu: float) -> None:
         """Record the evaluation after `iteration` updates; `losses` has "train" and "val"."""
@@ -118,15 +123,38 @@ class Metrics:
         """End the records, also those of a run that fails."""
         if self.is_main:
             self._bar.close()
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+    def sync(self) -> None:
+        """Put the rows so far on the disk, for a checkpoint that must not be there without them after a power failure."""
+        if self.is_main and self._file is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
 
     def _write(self, iteration: int, **values: float) -> None:
         seconds = round(time.perf_counter() - self._started, 3)
         tokens = iteration * self._tokens_per_iteration
         numbers = {name: f"{value:.9g}" for name, value in values.items() if math.isfinite(value)}
-        self._writer.writerow({"iteration": iteration, "tokens": tokens, "seconds": seconds} | numbers)
+        self._unwritten += _line({"iteration": iteration, "tokens": tokens, "seconds": seconds} | numbers).encode()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write what is not in metrics.csv yet; on a full disk it waits, and training goes on."""
+        try:
+            if self._file is None:
+                part = self._path.with_suffix(".csv.tmp")
+                part.write_bytes(self._unwritten)
+                os.replace(part, self._path)
+                self._file, self._unwritten = open(self._path, "ab", buffering=0), b""
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]  # a disk that fills up takes a part
+        except OSError as error:
+            if not self._is_failing:
+                configurator.warn(f"{self._path}: {error.strerror}; its rows wait in memory")
+        self._is_failing = bool(self._unwritten)
 
 
 def start_wandb(project: str, name: str, config: dict[str, Any]) -> Any:
@@ -148,6 +176,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     text = path.read_bytes().decode("utf-8", errors="replace").replace("\0", "")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
     return [row for row in rows if list(row) == COLUMNS and None not in row.values() and _is_dated(row)]
+
+
+def _line(row: dict[str, Any]) -> str:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, COLUMNS).writerow(row)
+    return text.getvalue()
 
 
 def _is_dated(row: dict[str, str]) -> bool:

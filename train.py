@@ -3,17 +3,23 @@
 python train.py config/train_shakespeare_char_cpu.py             a small model on a laptop
 python train.py --init_from=resume --out_dir=out                 go on with the run in out/
 torchrun --standalone --nproc_per_node=8 train.py config/...     eight processes on one machine
+
+Ctrl-C or SIGTERM stops a run when its state is saved; it goes on, bit for bit, with --init_from=resume.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
+import shlex
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,11 +29,14 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 import checkpoint
 import configurator
 import device
+import guard
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Seed, UserError
-from data.dataset import Dataset, Split
+from data.dataset import Dataset, FileLost, Split
 from device import Compile, Dtype
 from metrics import Metrics, start_wandb
 from model import GPT, Bigram, GPTConfig
+
+RUN_FILES = (checkpoint.BEST, checkpoint.LAST, "metrics.csv", "config.json", "loss.png")  # what a run leaves in its folder
 
 
 @dataclass
@@ -40,6 +49,9 @@ class Config(configurator.Config):
     eval_only: bool = False  # evaluate once and stop
     log_interval: PositiveInt = 1  # iterations between printed losses
     always_save_checkpoint: bool = True  # ckpt.pt is the newest state rather than the best
+    checkpoint_interval: NonNegativeInt = 0  # iterations between saves of last.pt; 0 saves it at evaluations
+    checkpoint_minutes: NonNegativeFloat = 15  # and minutes after which it is saved in any case; 0 does not look at the clock
+    patience: NonNegativeInt = 0  # evaluations without a better validation loss after which to stop; 0 never does
     seed: Seed = 1337  # of initial weights, batches and dropout
     # Weights & Biases
     wandb_log: bool = False  # send the evaluations there too
@@ -83,14 +95,25 @@ class Config(configurator.Config):
 
 
 def main(config: Config) -> None:
+    out_dir = Path(config.out_dir)
     if config.init_from == "resume":
-        inherit(config, checkpoint.load(checkpoint.newest(Path(config.out_dir)), mmap=True))
-    with device.process_group(config.device, config.backend) as group:
-        train(config, group)
+        inherit(config, checkpoint.load(checkpoint.newest(out_dir), mmap=True))
+    advice = (
+        f"lower --batch_size (now {config.batch_size}) and raise --gradient_accumulation_steps (now "
+        f"{config.gradient_accumulation_steps}) to match, which changes no result; or lower --block_size, --n_layer or --n_embd"
+    )
+    with guard.memory(advice), device.process_group(config.device, config.backend) as group:
+        with contextlib.nullcontext() if config.eval_only else guard.only_run(out_dir, group):
+            ending = train(config, group)
+    if ending is not None:
+        raise ending
 
 
-def train(config: Config, group: device.Group) -> None:
-    """Train as `config` says, as one of the processes of `group`; all that uses the group ends with this function."""
+def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
+    """Train as `config` says, as one of the processes of `group`; all that uses the group ends with this function.
+
+    Returns what is to be raised when the processes have parted: an exit status after a signal, or the failure to save.
+    """
     steps, windows = config.gradient_accumulation_steps, config.gradient_accumulation_steps * config.batch_size
     if steps % group.size:
         raise UserError(
@@ -109,20 +132,22 @@ def train(config: Config, group: device.Group) -> None:
     device_type, betas = torch.device(group.device).type, (config.beta1, config.beta2)
     optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
-    iteration, evaluated, best_val_loss = 0, -1, math.inf
+    iteration, evaluated, stale, best_val_loss, saved = 0, -1, 0, math.inf, (-1, -1)
     if start is not None and config.init_from == "resume":
         checkpoint.restore_optimizer(start, optimizer, scaler)
         iteration, best_val_loss = start.iter_num, start.best_val_loss
-        evaluated = start.extra.get("evaluated", -1)
+        evaluated, stale = start.extra.get("evaluated", -1), start.extra.get("stale", 0)
+        saved = iteration, evaluated
     del start  # its tensors are in the model and the optimizer now
     compiled = torch.compile(model) if device.resolve_compile(config.compile, group.device) else model
     network = DistributedDataParallel(compiled) if group.size > 1 else compiled
 
+    signals = guard.Signals()
     if config.eval_only:
-        losses = evaluate(compiled, data, config, group, autocast)
+        losses = evaluate(compiled, data, config, group, autocast, signals)
         if group.is_main:
             print(f"step {iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        return
+        return None
 
     out_dir = Path(config.out_dir)
     resolved = dataclasses.asdict(config)
@@ -130,10 +155,10 @@ def train(config: Config, group: device.Group) -> None:
     if group.is_main:
         if config.wandb_log:
             wandb_run = start_wandb(config.wandb_project, config.wandb_run_name, resolved)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        if config.init_from != "resume" and (out_dir / checkpoint.BEST).exists():
-            configurator.warn(f"{out_dir} holds an earlier run, which this one replaces")
-        (out_dir / "config.json").write_text(json.dumps(resolved, indent=1) + "\n", encoding="utf-8")
+        if config.init_from != "resume":
+            set_aside(out_dir)
+        write_config(out_dir / "config.json", resolved)
+    saver = checkpoint.Saver(out_dir, model, optimizer, scaler, data.describe(), resolved, saved, group.is_main)
     metrics = Metrics(out_dir, config.max_iters, windows * T, iteration, evaluated, group.is_main, wandb_run)
     metrics.say(f"model: {config.model}, {model.get_num_params() / 1e6:.2f}M parameters, {vocab_size} tokens, context {T}")
     metrics.say(f"data: {config.dataset} ({data.tokenizer})")
@@ -148,79 +173,134 @@ def train(config: Config, group: device.Group) -> None:
 
     peak = device.peak_flops(group.device, dtype)
     mfu, logged, t0 = -1.0, iteration, time.perf_counter()
-    with metrics:
-        while True:
-            learning_rate = config.learning_rate
-            if config.decay_lr:
-                learning_rate = get_lr(iteration, learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters)
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = learning_rate
+    stopping, lost = False, None
+    with metrics, signals:
+        try:
+            while True:
+                learning_rate = config.learning_rate
+                if config.decay_lr:
+                    learning_rate = get_lr(iteration, learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters)
+                for param_group in optimizer.param_groups:
+                    param_group["lr"] = learning_rate
 
-            # evaluate, and write checkpoints
-            finished = iteration >= config.max_iters
-            if (finished or iteration % config.eval_interval == 0) and evaluated != iteration:
-                device.synchronize(group.device)
-                t1 = time.perf_counter()
-                losses = evaluate(compiled, data, config, group, autocast)
-                stop_unless_finite(iteration, out_dir, {f"{split} loss": loss for split, loss in losses.items()})
-                evaluated, improved = iteration, losses["val"] < best_val_loss
-                best_val_loss = min(best_val_loss, losses["val"])
-                metrics.evaluation(iteration, losses, learning_rate, mfu)
-                if iteration > 0 and group.is_main:
-                    extra = {**data.describe(), "scaler": scaler.state_dict(), "evaluated": evaluated}
-                    state = checkpoint.pack(model, optimizer, iteration, best_val_loss, resolved, extra)
-                    checkpoint.save(out_dir / checkpoint.LAST, state)
-                    if improved or config.always_save_checkpoint:
-                        checkpoint.share(out_dir / checkpoint.LAST, out_dir / checkpoint.BEST)
-                t0 += time.perf_counter() - t1  # what follows is timed without this
-            if finished:
-                break
+                # evaluate, and write checkpoints
+                finished = iteration >= config.max_iters
+                if (finished or iteration % config.eval_interval == 0) and evaluated != iteration:
+                    device.synchronize(group.device)
+                    t1 = time.perf_counter()
+                    losses = evaluate(compiled, data, config, group, autocast, signals)
+                    if losses is None:
+                        stopping = True
+                        break
+                    stop_unless_finite(iteration, out_dir, {f"{split} loss": loss for split, loss in losses.items()})
+                    evaluated, improved = iteration, losses["val"] < best_val_loss
+                    best_val_loss, stale = min(best_val_loss, losses["val"]), 0 if improved else stale + 1
+                    metrics.evaluation(iteration, losses, learning_rate, mfu)
+                    if iteration > 0:
+                        metrics.sync()
+                        is_best = improved or config.always_save_checkpoint
+                        saver.save(iteration, best_val_loss, evaluated, stale, is_best)
+                    t0 += time.perf_counter() - t1  # what follows is timed without this
+                stopping = stopping or (group.size == 1 and signals.received > 0)
+                if finished or stopping or 0 < config.patience <= stale:
+                    break
 
-            # forward and backward over this process's share of the micro-batches
-            loss = 0.0
-            starts = data.draw("train", "train", config.seed, iteration, windows, T)  # (windows,)
-            for micro_batch in range(group.rank, steps, group.size):
-                first = micro_batch * config.batch_size
-                batch = data.windows("train", starts[first : first + config.batch_size], T, vocab_size)
-                x, y = device.to_device(batch, group.device)  # (B, T) each
-                if config.dropout > 0:
-                    device.seed_dropout(config.seed, iteration, micro_batch)
-                if group.size > 1:
-                    network.require_backward_grad_sync = micro_batch + group.size >= steps  # only with the last one
-                with autocast:
-                    _, micro_loss = network(x, y)
-                loss += micro_loss.detach() / steps
-                scaler.scale(micro_loss * group.size / steps).backward()  # averaged over the processes, this is the mean
-            (loss,) = group.sum(loss.item())
+                # forward and backward over this process's share of the micro-batches
+                loss = 0.0
+                starts = data.draw("train", "train", config.seed, iteration, windows, T)  # (windows,)
+                for micro_batch in range(group.rank, steps, group.size):
+                    first = micro_batch * config.batch_size
+                    batch = data.windows("train", starts[first : first + config.batch_size], T, vocab_size)
+                    x, y = device.to_device(batch, group.device)  # (B, T) each
+                    if config.dropout > 0:
+                        device.seed_dropout(config.seed, iteration, micro_batch)
+                    if group.size > 1:
+                        network.require_backward_grad_sync = micro_batch + group.size >= steps  # only with the last one
+                    with autocast:
+                        _, micro_loss = network(x, y)
+                    loss += micro_loss.detach() / steps
+                    scaler.scale(micro_loss * group.size / steps).backward()  # averaged over the processes, this is the mean
+                loss, signalled = group.sum(loss.item(), signals.received)
+                stopping = signalled > 0  # all processes after the same update, whichever of them has got a signal
 
-            # update the weights, unless something is wrong with the gradient
-            scaler.unscale_(optimizer)
-            if config.grad_clip > 0:
-                grad_norm = clip_grad_norm_(model.parameters(), config.grad_clip).item()
-            else:
-                grad_norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
-            # with a scaler, a norm that is not finite is its own business: it skips the update and lowers its scale
-            numbers = {"loss": loss} if scaler.is_enabled() else {"loss": loss, "norm of the gradient": grad_norm}
-            stop_unless_finite(iteration, out_dir, numbers)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+                # update the weights, unless something is wrong with the gradient
+                scaler.unscale_(optimizer)
+                if config.grad_clip > 0:
+                    grad_norm = clip_grad_norm_(model.parameters(), config.grad_clip).item()
+                else:
+                    grad_norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+                # with a scaler, a norm that is not finite is its own business: it skips the update and lowers its scale
+                numbers = {"loss": loss} if scaler.is_enabled() else {"loss": loss, "norm of the gradient": grad_norm}
+                stop_unless_finite(iteration, out_dir, numbers)
+                if not signals.received and saver.is_due(iteration, config.checkpoint_interval, config.checkpoint_minutes):
+                    t1 = time.perf_counter()  # saved this late, since only now the state is known to be sound
+                    metrics.sync()
+                    saver.save(iteration, best_val_loss, evaluated, stale, is_best=False)
+                    t0 += time.perf_counter() - t1
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
 
-            # log
-            if iteration % config.log_interval == 0:
-                now = time.perf_counter()
-                seconds = (now - t0) / (iteration + 1 - logged)
-                t0, logged = now, iteration + 1
-                if peak is not None:
-                    utilisation = model.estimate_mfu(windows, seconds, peak * group.size)
-                    mfu = utilisation if mfu < 0 else 0.9 * mfu + 0.1 * utilisation
-                metrics.step(iteration, loss, learning_rate, grad_norm, seconds, windows * T / seconds, mfu)
-            metrics.advance()
-            iteration += 1
+                # log
+                if iteration % config.log_interval == 0:
+                    now = time.perf_counter()
+                    seconds = (now - t0) / (iteration + 1 - logged)
+                    t0, logged = now, iteration + 1
+                    if peak is not None:
+                        utilisation = model.estimate_mfu(windows, seconds, peak * group.size)
+                        mfu = utilisation if mfu < 0 else 0.9 * mfu + 0.1 * utilisation
+                    metrics.step(iteration, loss, learning_rate, grad_norm, seconds, windows * T / seconds, mfu)
+                metrics.advance()
+                iteration += 1
+        except FileLost as error:  # before the update: the state is whole, and worth more than what was read
+            lost = error
+        if iteration > 0 or stopping:
+            metrics.sync()
+            saver.save(iteration, best_val_loss, evaluated, stale, is_best=False)
 
+    if lost is not None:
+        raise lost  # at once: the other processes may wait for this one where it will not come
+    if saver.failure:
+        return UserError(f"the newest state could not be saved ({saver.failure}); make room there, and resume the run")
     if group.is_main and (out_dir / checkpoint.BEST).exists():
         print(f"best val loss {best_val_loss:.4f}; checkpoint in {out_dir / checkpoint.BEST}")
         print(f"next: python {'chat' if data.chat_format else 'sample'}.py --out_dir={config.out_dir}")
+    if group.is_main and 0 < config.patience <= stale:
+        print(f"stopped early: {stale} evaluations without a better validation loss; a larger --patience continues the run")
+    if not stopping:
+        return None
+    number = signals.received or signal.SIGTERM
+    if group.is_main:
+        launcher = "python" if group.size == 1 else f"torchrun --standalone --nproc_per_node={group.size}"
+        name = signal.Signals(number).name
+        print(f"{name}: stopped and saved after {iteration:,} of {config.max_iters:,} iterations; to go on:")
+        print(f"  {launcher} train.py --init_from=resume --out_dir={shlex.quote(config.out_dir)}")
+    return SystemExit(128 + number)
+
+
+def set_aside(out_dir: Path) -> None:
+    """Move an earlier run's files to a folder in `out_dir`, in place of those there: a new run begins with none of them."""
+    if not any((out_dir / name).exists() for name in (checkpoint.BEST, checkpoint.LAST)):
+        return
+    previous = out_dir / "previous"
+    previous.mkdir(exist_ok=True)
+    for name in RUN_FILES:
+        (previous / name).unlink(missing_ok=True)
+    for name in RUN_FILES:
+        if (out_dir / name).exists():
+            os.replace(out_dir / name, previous / name)
+    configurator.warn(f"{out_dir} held an earlier run, which lies in {previous} now")
+
+
+def write_config(path: Path, config: dict[str, Any]) -> None:
+    """Write `config` as JSON for people to read; a full disk is a warning, since no run depends on the file."""
+    part = path.with_name(path.name + ".tmp")
+    try:
+        part.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        configurator.warn(f"{path} is not written: {error.strerror}")
+        part.unlink(missing_ok=True)
 
 
 def build_model(config: Config, data: Dataset) -> tuple[GPT | Bigram, checkpoint.Checkpoint | None]:
@@ -288,17 +368,24 @@ def get_lr(iteration: int, learning_rate: float, min_lr: float, warmup_iters: in
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, data: Dataset, config: Config, group: device.Group, autocast: AbstractContextManager
-) -> dict[Split, float]:
+    model: torch.nn.Module,
+    data: Dataset,
+    config: Config,
+    group: device.Group,
+    autocast: AbstractContextManager,
+    signals: guard.Signals,
+) -> dict[Split, float] | None:
     """Return the mean loss of each split in nats a token: on the same random windows every time, or on the whole split.
 
-    The processes of `group` share the work, and all get the result.
+    The processes of `group` share the work, and all get the result; None where a signal has come to one of them.
     """
     model.eval()
     losses = {}
     for split in data.tokens:
         total = count = 0.0
         for index, (starts, length) in enumerate(evaluation_batches(data, split, config)):
+            if signals.received:
+                break
             if index % group.size == group.rank:
                 x, y = device.to_device(data.windows(split, starts, length, model.config.vocab_size), group.device)
                 with autocast:
@@ -306,10 +393,12 @@ def evaluate(
                 learned = (y != -1).sum().item()
                 total += loss.item() * learned if learned else 0.0
                 count += learned
-        total, count = group.sum(total, count)
+        total, count, interrupted = group.sum(total, count, signals.received)
+        if interrupted:
+            break
         losses[split] = total / count if count else math.nan
     model.train()
-    return losses
+    return None if interrupted else losses
 
 
 def evaluation_batches(data: Dataset, split: Split, config: Config) -> Iterator[tuple[np.ndarray, int]]:

@@ -1,16 +1,17 @@
-"""Token files, memory-mapped and checked, and the batches that are drawn from them.
+"""Token files, checked, and the batches that are drawn from them.
 
 The windows of a batch are a pure function of (seed, stream, iteration): there is no state to save, and one process or
-eight, interrupted or not, see the same tokens.
+eight, interrupted or not, see the same tokens. They are read rather than memory-mapped: that is quicker for so small parts,
+and where a file gets shorter in the meantime it is an error message rather than the end of the process.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 
 from configurator import UserError
 from data import conversation, tokenizer
@@ -23,6 +24,10 @@ CHECKED_TOKENS = 1 << 24  # at either end of a token file; further in, each batc
 Split = Literal["train", "val"]
 Stream = Literal["train", "eval_train", "eval_val"]
 STREAMS = {"train": 0, "eval_train": 1, "eval_val": 2}
+
+
+class FileLost(UserError):
+    """A token file that is gone, or another one, since the dataset was opened."""
 
 
 class Dataset:
@@ -58,9 +63,11 @@ class Dataset:
             self.tokens[split] = size // self.dtype.itemsize
             if counts.get(split, self.tokens[split]) != self.tokens[split]:
                 raise self._damaged(f"{split}.bin", f"{self.tokens[split]:,} tokens where meta.json counts {counts[split]}")
-            mask = self._mask_path(split)
-            if mask is not None and mask.stat().st_size != self.tokens[split]:
-                raise self._damaged(mask.name, f"{mask.stat().st_size} flags for {self.tokens[split]} tokens")
+        self.masks = [split for split in self.tokens if (self.folder / f"{split}.mask.bin").is_file()]
+        for split in self.masks:
+            flags = (self.folder / f"{split}.mask.bin").stat().st_size
+            if flags != self.tokens[split]:
+                raise self._damaged(f"{split}.mask.bin", f"{flags} flags for {self.tokens[split]} tokens")
 
     def check(self, block_size: int, vocab_size: int) -> None:
         """Raise UserError where the splits are too short for `block_size` or hold ids that are not below `vocab_size`."""
@@ -70,9 +77,8 @@ class Dataset:
                 raise UserError(
                     f"{self.folder.name}/{split}.bin has {count:,} tokens, too few for block_size={block_size}: {advice}"
                 )
-            tokens = self._open(split)
-            for part in (tokens[:CHECKED_TOKENS], tokens[-CHECKED_TOKENS:]):
-                self._check_ids(split, part, vocab_size)
+            length = min(count, CHECKED_TOKENS)
+            self._check_ids(split, self._read(split, "", self.dtype, np.array([0, count - length]), length), vocab_size)
 
     def describe(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the dataset, so that its text can be generated without it."""
@@ -102,29 +108,30 @@ class Dataset:
 
         Targets that a mask file leaves out are -1. UserError where an id is not below `vocab_size`.
         """
-        rows = sliding_window_view(self._open(split), length + 1)[starts]  # (B, T + 1)
+        rows = self._read(split, "", self.dtype, starts, length + 1)  # (B, T + 1)
         self._check_ids(split, rows, vocab_size)
         inputs, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
-        mask = self._mask_path(split)
-        if mask is not None:
-            flags = self._map(mask, np.dtype(np.uint8), self.tokens[split])
-            learned = sliding_window_view(flags, length + 1)[starts, 1:]
-            targets[learned == 0] = -1
+        if split in self.masks:
+            learned = self._read(split, ".mask", np.dtype(np.uint8), starts, length + 1)
+            targets[learned[:, 1:] == 0] = -1
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def _open(self, split: Split) -> np.ndarray:
-        """Map a token file, anew for each batch: a map that lives on keeps every page that it has touched in memory."""
-        return self._map(self.folder / f"{split}.bin", self.dtype, self.tokens[split])
-
-    def _map(self, path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-        size, expected = path.stat().st_size, count * dtype.itemsize
-        if size != expected:
-            raise UserError(f"{path} has changed during the run: {size:,} bytes, not {expected:,}")
-        return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
-
-    def _mask_path(self, split: Split) -> Path | None:
-        path = self.folder / f"{split}.mask.bin"
-        return path if path.is_file() else None
+    def _read(self, split: Split, suffix: str, dtype: np.dtype, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return what a file of the split holds at `starts`: (len(starts), length); FileLost where it has changed."""
+        path = self.folder / f"{split}{suffix}.bin"
+        rows = np.empty((len(starts), length), dtype)
+        expected = self.tokens[split] * dtype.itemsize
+        try:
+            with open(path, "rb", buffering=0) as file:
+                whole = os.fstat(file.fileno()).st_size == expected
+                for row, start in zip(rows, starts.tolist(), strict=True):
+                    file.seek(start * dtype.itemsize)
+                    whole = whole and file.readinto(row) == row.nbytes
+        except OSError as error:
+            raise FileLost(f"{path}: cannot be read any more ({error.strerror})") from error
+        if not whole:
+            raise FileLost(f"{path} has changed during the run: it no longer has its {expected:,} bytes")
+        return rows
 
     def _check_ids(self, split: Split, ids: np.ndarray, vocab_size: int) -> None:
         if ids.max() >= vocab_size:

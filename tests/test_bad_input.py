@@ -1,15 +1,22 @@
 """What a person may do wrong: each gets one line on stderr that says what to do, status 1, and no traceback."""
 
 import importlib.util
+import json
 import pickle
+import random
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import chat
 import configurator
+import device
 import export
+import guard
 import sample
 import train
 from data import corpus
@@ -48,6 +55,23 @@ TABLE = [
     ("train", f"{RUN} --dataset=TMP/beyond", "beyond the model's 2 tokens"),
     ("train", f"{RUN} --dataset=TMP/meta", "meta.json"),
     ("train", f"{RUN} --dataset=TMP/pickled", "could run code"),
+    ("train", f"{RUN} --dataset=TMP/empty", "val.bin is damaged"),
+    ("train", f"{RUN} --dataset=TMP/half", "holds no val.bin"),
+    ("train", f"{RUN} --dataset=TMP/cut", "train.bin is damaged"),
+    ("train", f"{RUN} --dataset=TMP/mask", "train.mask.bin is damaged"),
+    ("train", f"{RUN} --dataset=TMP/wide", "dtype 'int64'"),
+    ("train", f"{RUN} --dataset=TMP/other_size", "vocab_size 3"),
+    ("train", f"{RUN} --dataset=TMP/random_meta", "meta.json"),
+    ("train", f"{RUN} --dataset=TMP/cut_meta", "meta.json"),
+    ("train", f"{RUN} --dataset=TMP/empty_meta", "meta.json"),
+    ("train", f"{RUN} --dataset=TMP/deep_meta", "meta.json"),
+    ("train", f"{RUN} --dataset=TMP/characters", "meta.json"),
+    ("train", f"{RUN} --dataset=TMP/kind", "meta.json"),
+    ("train", f"{RUN} --dataset=TMP/cut_pickle", "meta.pkl"),
+    ("train", f"{RUN} --dataset=TMP/random_pickle", "meta.pkl"),
+    ("train", f"{RUN} --dataset=TMP/empty_pickle", "meta.pkl"),
+    ("train", f"{RUN} --dataset=TMP/other_pickle", "meta.pkl"),
+    ("train", f"{RUN} --n_embd=4194304 --n_head=1 --block_size=1", "out of memory: lower --batch_size (now 2)"),
     ("train", f"{RUN} --device=tpu", "cuda:<number>"),
     ("train", f"{RUN} --device=cuda:99", "CUDA devices here"),
     ("train", f"{RUN} --init_from=gpt2", "gpt2: not all of it is in"),
@@ -55,8 +79,27 @@ TABLE = [
     ("train", f"{RUN} --init_from=TMP/other_model", "model_type = 'llama'"),
     ("train", f"{RUN} --init_from=TMP", "no checkpoint in TMP"),
     ("train", f"{RUN} --init_from=TMP/binary.py", "not a checkpoint"),
+    ("train", f"{RUN} --init_from=TMP/cut.pt", "TMP/cut.pt: not a checkpoint, or damaged"),
+    ("train", f"{RUN} --init_from=TMP/random.pt", "TMP/random.pt: refused: not a checkpoint"),
+    ("train", f"{RUN} --init_from=TMP/hostile_zip.pt", "TMP/hostile_zip.pt: refused: it names"),
+    ("train", f"{RUN} --init_from=TMP/weights.pt", "TMP/weights.pt: not a checkpoint: it has no 'model'"),
+    ("train", f"{RUN} --init_from=TMP/shape.pt", "is (3, 3) where its shape needs"),
+    ("train", f"{RUN} --init_from=TMP/run --dataset=TMP/three", "another tokenizer"),
     ("train", "--init_from=resume --out_dir=TMP/none", "no checkpoint in TMP/none"),
-    ("train", f"{RUN} --out_dir=TMP/syntax.py", "TMP/syntax.py"),
+    ("train", "--init_from=resume --out_dir=TMP/run --dataset=TMP/three", "another tokenizer"),
+    ("train", "--init_from=resume --out_dir=TMP/run --dataset=gone", "dataset 'gone'"),
+    ("train", "--init_from=resume --out_dir=TMP/typed_run", "max_iters = 'many': not a whole number"),
+    ("train", "--init_from=resume --out_dir=TMP/moments_run", "the state of its optimizer does not fit"),
+    ("train", "--init_from=resume --out_dir=TMP/stale_run", "'stale' is 'two'"),
+    ("train", "--init_from=resume --out_dir=TMP/folder_run", "no checkpoint in TMP/folder_run"),
+    ("train", "--init_from=resume --out_dir=TMP/cut_run", "without that file, the run goes on from TMP/cut_run/ckpt.pt"),
+    ("train", "--init_from=resume --out_dir=TMP/lived_in --max_iters=9", "another run lives in TMP/lived_in"),
+    ("train", f"{RUN} --out_dir=TMP/syntax.py", "TMP/syntax.py: cannot write there"),
+    ("train", f"{RUN} --out_dir=TMP/syntax.py/out", "TMP/syntax.py/out: cannot write there"),
+    ("train", "--patience=-1", "at least 0"),
+    ("train", "--checkpoint_interval=0.5", "not a whole number"),
+    ("train", "--checkpoint_minutes=soon", "not a number"),
+    ("train", "--init_from", "--init_from=..."),
     ("sample", "--out_dir=TMP/none", "no such folder"),
     ("sample", "--out_dir=TMP", "no checkpoint in TMP"),
     ("sample", "--out_dir=TMP/run --start=Bee7", "'7' (U+0037) at line 1, column 4"),
@@ -81,6 +124,20 @@ TABLE = [
     ("data/chat/prepare", "--input=TMP/syntax.py", "line 1"),
     ("data/chat/prepare", "--tokenizer=nothing_here", "nothing_here"),
     ("data/chat/prepare", "--chat_format=dialogpt", "<|endoftext|>"),
+    ("sample", "--init_from=TMP/cut.pt", "TMP/cut.pt: not a checkpoint, or damaged"),
+    ("sample", "--init_from=TMP/random.pt", "TMP/random.pt: refused: not a checkpoint"),
+    ("sample", "--init_from=TMP/hostile_zip.pt", "TMP/hostile_zip.pt: refused: it names"),
+    ("sample", "--init_from=TMP/weights.pt", "it has no 'model'"),
+    ("sample", "--init_from=TMP/shape.pt", "is (3, 3) where its shape needs"),
+    ("sample", "--init_from=TMP/layers.pt", "n_layer=4096"),
+    ("sample", "--init_from=TMP/tokenizer.pt", "TMP/tokenizer.pt: damaged"),
+    ("sample", "--init_from=TMP/nanogpt.pt", "TMP/nanogpt.pt: its tokenizer"),
+    ("sample", "--init_from=TMP/run/metrics.csv", "metrics.csv: refused: not a checkpoint"),
+    ("sample", "--out_dir=TMP/syntax.py", "no such folder"),
+    ("sample", "--out_dir=TMP/run --start=FILE:", "Is a directory"),
+    ("sample", "--out_dir=TMP/run --num_samples=0", "at least 1"),
+    ("sample", "--out_dir=TMP/run --top_k=-1", "at least 0"),
+    ("sample", "--out_dir=TMP/run --device=cuda:99", "CUDA devices here"),
     ("data/text/prepare", "", "--input="),
     ("data/text/prepare", "--input=TMP/nothing", "no such file"),
     ("data/text/prepare", "--input=TMP/binary.py", "not UTF-8"),
@@ -89,7 +146,11 @@ TABLE = [
     ("data/text/prepare", "--input=TMP/syntax.py --name=shakespeare", "another name"),
     ("data/text/prepare", "--input=TMP/syntax.py --tokenizer=word", "char, gpt2"),
     ("data/text/prepare", "--input=TMP/syntax.py --val_fraction=1", "below 1"),
+    ("data/text/prepare", "--input=TMP/hostile.pt", "not UTF-8"),
+    ("data/text/prepare", "--input=TMP/one.txt", "too short"),
     ("data/shakespeare_char/prepare", "--link=x", "unknown key 'link'"),
+    ("data/shakespeare/prepare", "--url", "--url"),
+    ("data/python_char/prepare", "--input=x", "unknown key 'input'"),
 ]
 
 
@@ -98,8 +159,41 @@ class Hostile:
         return Path.touch, (Path("ran"),)
 
 
+NOISE = random.Random(1).randbytes(3000)
+FILES = {  # one file of a dataset that is otherwise whole
+    "empty": ("val.bin", b""),
+    "half": ("val.bin", None),
+    "cut": ("train.bin", b"\0" * 399),
+    "mask": ("train.mask.bin", b"\1" * 399),
+}
+META = {  # its meta.json: keys that are changed, or the whole file
+    "wide": {"dtype": "int64"},
+    "other_size": {"vocab_size": 3},
+    "characters": {"tokenizer": {"kind": "char", "characters": ["B", 7]}},
+    "kind": {"tokenizer": {"kind": "words"}},
+    "random_meta": NOISE,
+    "cut_meta": b'{"dtype": "uint8", "voc',
+    "empty_meta": b"",
+    "deep_meta": b"[" * 100_000,
+}
+PICKLES = {  # nanoGPT's meta.pkl in its place
+    "cut_pickle": pickle.dumps({"itos": {0: "B", 1: "e"}})[:-5],
+    "random_pickle": NOISE,
+    "empty_pickle": b"",
+    "other_pickle": pickle.dumps([1, 2, 3]),
+}
+STATES = {  # one value of a checkpoint that is otherwise whole, by the keys that lead to it
+    "shape": ("model", "transformer.h.0.mlp.c_fc.weight", torch.zeros(3, 3)),
+    "layers": ("model_args", "n_layer", 4096),
+    "tokenizer": ("extra", "tokenizer", {"kind": "char", "characters": ["B", "B"]}),
+    "typed_run": ("config", "max_iters", "many"),
+    "moments_run": ("optimizer", "state", 0, "exp_avg", torch.zeros(3)),
+    "stale_run": ("extra", "stale", "two"),
+}
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of things that are wrong, with one dataset, in data/, and one run, in run/, that are right."""
     tmp = tmp_path_factory.mktemp("bad")
     (tmp / "unknown_key.py").write_text("learning_rat = 1e-3\n")
@@ -112,8 +206,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tmp / "other_model").mkdir()
     (tmp / "other_model" / "config.json").write_text('{"model_type": "llama"}')
     (tmp / "other_model" / "model.safetensors").write_bytes(b"")
+    (tmp / "one.txt").write_text("e")
+    (tmp / "random.pt").write_bytes(NOISE)
     tokenizer = CharTokenizer(["B", "e"])
-    for name in ("data", "odd", "beyond", "meta", "pickled"):
+    for name in ("data", "odd", "beyond", "meta", "pickled", *FILES, *META, *PICKLES):
         corpus.write_dataset(tmp / name, ["Be" * 200], ["eB" * 50], tokenizer, "two letters")
     (tmp / "beyond" / "train.bin").write_bytes(b"\x07" * 400)
     (tmp / "meta" / "meta.json").write_text("[]")
@@ -122,12 +218,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (tmp / name / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "B", 1: "e"}}))
     (tmp / "odd" / "val.bin").write_bytes(b"\x00" * 99)
     (tmp / "pickled" / "meta.pkl").write_bytes(pickle.dumps(Hostile()))
+    for name, (file, content) in FILES.items():
+        if content is None:
+            (tmp / name / file).unlink()
+        else:
+            (tmp / name / file).write_bytes(content)
+    for name, content in META.items():
+        good = json.loads((tmp / name / "meta.json").read_text())
+        text = json.dumps(good | content) if isinstance(content, dict) else content
+        (tmp / name / "meta.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    for name, content in PICKLES.items():
+        (tmp / name / "meta.json").unlink()
+        (tmp / name / "meta.pkl").write_bytes(content)
+    corpus.write_dataset(tmp / "three", ["Bea" * 100], ["eBa" * 30], CharTokenizer(["B", "a", "e"]), "three letters")
     train.main(
         configurator.parse(
             train.Config, f"{RUN} --out_dir=TMP/run".replace("DATA", "TMP/data").replace("TMP", str(tmp)).split()
         )
     )
-    return tmp
+    whole = (tmp / "run" / "last.pt").read_bytes()
+    (tmp / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"model": {"a": Hostile()}}, tmp / "hostile_zip.pt")
+    torch.save(torch.load(tmp / "run" / "last.pt")["model"], tmp / "weights.pt")
+    for name, (*where, key, value) in STATES.items():
+        state = torch.load(tmp / "run" / "last.pt")
+        part = state
+        for step in where:
+            part = part[step]
+        part[key] = value
+        path = tmp / name / "last.pt" if name.endswith("_run") else tmp / f"{name}.pt"
+        path.parent.mkdir(exist_ok=True)
+        torch.save(state, path)
+    state = torch.load(tmp / "run" / "last.pt")
+    del state["extra"]  # as nanoGPT writes it: its tokenizer is that of a dataset
+    state["config"]["dataset"] = "gone"
+    torch.save(state, tmp / "nanogpt.pt")
+    (tmp / "folder_run" / "last.pt").mkdir(parents=True)
+    (tmp / "cut_run").mkdir()
+    (tmp / "cut_run" / "last.pt").write_bytes(whole[:-100])
+    (tmp / "cut_run" / "ckpt.pt").write_bytes(whole)
+    shutil.copytree(tmp / "run", tmp / "lived_in")
+    with guard.only_run(tmp / "lived_in", device.Group()):
+        yield tmp
 
 
 @pytest.mark.parametrize(("script", "arguments", "words"), TABLE)

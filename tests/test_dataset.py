@@ -1,7 +1,10 @@
 """Token files: opened, checked, and cut into the windows that training and evaluation see."""
 
 import json
+import os
 import pickle
+import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +312,27 @@ def test_mask_that_changes_during_the_run(tmp_path: Path, size: int) -> None:
     (tmp_path / "train.mask.bin").write_bytes(bytes(size))
     with pytest.raises(UserError, match=r"train\.mask\.bin"):
         data.windows("train", np.array([0]), 8, 100)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.mask.bin"])
+def test_file_that_vanishes_during_the_run(tmp_path: Path, name: str) -> None:
+    """A run that ends with a traceback, or goes on to learn what its mask leaves out, is caught."""
+    write(tmp_path, [1] * 30, [1] * 20)
+    (tmp_path / "train.mask.bin").write_bytes(bytes(30))
+    data = Dataset(str(tmp_path))
+    (tmp_path / name).unlink()
+    with pytest.raises(dataset.FileLost, match=rf"{re.escape(name)}: cannot be read any more"):
+        data.windows("train", np.array([0]), 8, 100)
+
+
+def test_file_that_gets_shorter_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever memory held, taken for tokens where the file ended before a window did, is caught."""
+    data = Dataset(str(write(tmp_path, [1] * 30, [1] * 20)))
+    (tmp_path / "train.bin").write_bytes(b"\1" * 25)
+    monkeypatch.setattr(os, "fstat", lambda descriptor: types.SimpleNamespace(st_size=30))  # it was whole a moment ago
+    assert data.windows("train", np.array([0, 16]), 8, 100)[0].tolist() == [[1] * 8] * 2
+    with pytest.raises(dataset.FileLost, match=r"train\.bin has changed"):
+        data.windows("train", np.array([0, 17]), 8, 100)
 
 
 def test_missing_dataset_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

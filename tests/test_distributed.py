@@ -2,6 +2,8 @@
 
 import csv
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,10 @@ import pytest
 import torch
 
 import checkpoint
+import device
+import guard
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 FLAGS = (
     "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --gradient_accumulation_steps=4 --dropout=0.2 "
     "--max_iters=6 --eval_interval=3 --warmup_iters=2 --lr_decay_iters=6 --learning_rate=1e-2 --device=cpu"
@@ -19,7 +24,7 @@ FLAGS = (
 
 def torchrun(processes: int, script: Path, *flags: str | Path, root: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *flags],
+        [*TORCHRUN, f"--nproc_per_node={processes}", script, *flags],
         cwd=root,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
         capture_output=True,
@@ -73,3 +78,47 @@ def test_micro_batches_that_cannot_be_shared_out_are_refused(project: Path, data
     assert finished.returncode != 0
     assert "gradient_accumulation_steps=3 micro-batches cannot be shared out evenly between 2 processes" in finished.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_stops_all_processes_after_one_update(project: Path, dataset: Path, tmp_path: Path) -> None:
+    """Catches processes that part at different iterations, wait for each other for good, or lose what they had done."""
+    flags = [*FLAGS, f"--dataset={dataset}", "--eval_iters=1", "--eval_interval=1000000", "--lr_decay_iters=1000"]
+    running = subprocess.Popen(
+        [*TORCHRUN, "--nproc_per_node=2", "train.py", *flags, f"--out_dir={tmp_path / 'out'}", "--max_iters=1000000"],
+        cwd=project,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not running.stdout.readline().startswith("iter 5: "):
+        assert running.poll() is None
+    running.send_signal(signal.SIGTERM)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode != 0
+    *_, stopped, command = out.splitlines()
+    done = int(re.search(r"SIGTERM: stopped and saved after ([\d,]+) of ", stopped)[1].replace(",", ""))
+    assert checkpoint.load(tmp_path / "out" / "last.pt").iter_num == done == len(records(tmp_path / "out")) - 1
+    assert "SIGTERM: finishing" in err and 'train.py", line' not in err  # torchrun has a traceback of its own
+    assert f"torchrun --standalone --nproc_per_node=2 train.py --init_from=resume --out_dir={tmp_path / 'out'}" in command
+    on = ["--init_from=resume", f"--out_dir={tmp_path / 'out'}"]
+    whole = [*flags, f"--out_dir={tmp_path / 'whole'}"]
+    for arguments in (on, whole):
+        finished = torchrun(2, project / "train.py", *arguments, f"--max_iters={done + 3}", root=project)
+        assert finished.returncode == 0, finished.stderr
+    weights = [checkpoint.load(tmp_path / name / "last.pt").weights for name in ("out", "whole")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert records(tmp_path / "out") == records(tmp_path / "whole")
+
+
+def test_a_folder_in_which_a_run_lives_is_refused_by_all_processes(project: Path, dataset: Path, tmp_path: Path) -> None:
+    """Catches processes that wait for the refused main one, or tell of it with a traceback."""
+    with guard.only_run(tmp_path / "out", device.Group()):
+        finished = torchrun(
+            2, project / "train.py", *FLAGS, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", root=project
+        )
+    assert finished.returncode != 0
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("train.py")]
+    assert any("another run lives in" in line for line in lines)
+    assert 'train.py", line' not in finished.stderr
+    assert not (tmp_path / "out").exists()  # nothing was written into it, and so it went with the one that held it

@@ -1,6 +1,8 @@
 """What a run prints and records: the lines that people's scripts parse, and rows that a resumed run has once each."""
 
 import csv
+import errno
+import io
 import math
 import sys
 import types
@@ -11,6 +13,11 @@ import pytest
 import metrics
 from configurator import UserError
 from metrics import Metrics
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 COLUMNS = "iteration,tokens,seconds,train_loss,val_loss,loss,learning_rate,grad_norm,tokens_per_second,mfu"
 BROKEN_OFF = [
@@ -139,6 +146,40 @@ def test_whole_rows_are_read_and_a_broken_one_is_not(tmp_path):
         path.write_bytes(whole[:-missing])
         assert metrics.read_rows(path) in (rows, rows[:-1]), f"without the last {missing} bytes"
     assert metrics.read_rows(tmp_path / "gone.csv") == []
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limits on files")
+@pytest.mark.parametrize("room", [0, 10, 75, 130, 200])
+def test_rows_wait_for_a_disk_that_is_full(tmp_path, capsys, clock, room):
+    """A run that ends for want of room for a row; rows that are lost or broken when there is room again."""
+    run(tmp_path, 0, 4)
+    before, (soft, hard) = (tmp_path / "metrics.csv").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        records = Metrics(tmp_path, 100, 64)
+        for iteration in range(4):
+            if iteration == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            if iteration == 0:
+                records.evaluation(iteration, {"train": 2.5, "val": 2.5}, 1e-3, -1.0)
+            records.step(iteration, 2.5, 1e-3, 1.0, 0.03, 1000.0, -1.0)
+        records.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    assert capsys.readouterr().err.count("its rows wait in memory") == 1
+
+
+def test_a_log_file_on_a_full_disk_ends_no_run(tmp_path, monkeypatch):
+    """A run that dies because its output, in a file, cannot be written."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    run(tmp_path, 0, 4)
+    assert len(rows(tmp_path)) == 5
 
 
 def test_a_process_that_is_not_the_main_one_does_nothing(tmp_path, capsys):
