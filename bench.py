@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     print(f"{config.size}: {model.get_num_params() / 1e6:.2f}M random weights; {where}, {dtype}, PyTorch {torch.__version__}")
     device.ready_to_generate(model, where, dtype)
     times: list[float] = []  # of each token of a round
-    speeds, ratios = [], []
+    speeds, ratios, slowings = [], [], []
     for number in range(-1, config.rounds):  # the first warms up
         seconds = timed(lambda: generate(model, idx, config, where, times), where)
         other_seconds = timed(run_other, where) if run_other else None
@@ -72,12 +72,13 @@ def main(config: Config) -> None:
             ratios.append(other_seconds / seconds)
             line += f", {config.against} {idx.size(0) * config.new_tokens / other_seconds:,.1f}, ratio {ratios[-1]:.2f}"
         print(line, flush=True)
+        if len(times) >= 200:
+            slowings.append(statistics.median(times[75:125]) / statistics.median(times[-50:]))
     result = {"size": config.size, "dtype": str(dtype).removeprefix("torch."), "device": where, "batch_size": idx.size(0)}
     result |= {"new_tokens": config.new_tokens, "tokens_per_second": round(statistics.median(speeds), 1)}
-    if len(times) >= 200:  # of the last round
-        ratio = statistics.median(times[75:125]) / statistics.median(times[-50:])
-        print(f"speed of the last 50 tokens to that around the hundredth: {ratio:.2f}")
-        result["last_to_hundredth"] = round(ratio, 2)
+    if slowings:
+        result["last_to_hundredth"] = round(statistics.median(slowings), 2)
+        print(f"speed of the last 50 tokens to that around the hundredth: {result['last_to_hundredth']}")
     if ratios:
         result |= {"against": config.against, "ratio": round(statistics.median(ratios), 2)}
     print(f"median: {result['tokens_per_second']:,.1f} tokens/s" + (f", ratio {result['ratio']:.2f}" if ratios else ""))

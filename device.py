@@ -152,6 +152,8 @@ def ready_to_generate(model: torch.nn.Module, device: str, dtype: torch.dtype, c
     Where every token needs all the weights once, reading them is what takes the time: half the bytes, half the time.
     """
     model.eval().requires_grad_(False).to(device, dtype)
+    if device.startswith("cuda"):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each length, which takes it 20 times the attention
     if compile:
         model.compile()  # which cannot look into packed weights
     if compile or device != "cpu" or not can_pack(dtype):
