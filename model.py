@@ -13,6 +13,7 @@ References: "Attention Is All You Need" (Vaswani et al. 2017), "Language Models 
 et al. 2019).
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class GPTConfig:
 class KVCache:
     """The keys and values of the tokens that a model has seen so far, so that each is computed once."""
 
-    layers: torch.Tensor  # (n_layer, 2, B, nh, room, hs), in the format that attention is computed in
+    layers: torch.Tensor  # (n_layer, 2, B, nh, room, hs), in the format that the model computes in
     length: int = 0  # tokens seen; what lies beyond is not read. Lowering it takes back the latest tokens
 
 
@@ -76,10 +77,14 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if start > 0 and q.size(2) > 1:  # query i stands at position start + i
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        dtype, exact = q.dtype, contextlib.nullcontext()
+        if q.device.type == "cpu" and dtype != torch.float32:  # CPUs are slow at attention in 16 bits
+            q, k, v, exact = q.float(), k.float(), v.float(), torch.autocast("cpu", enabled=False)
         dropout = self.dropout if self.training else 0.0
         is_causal = mask is None and q.size(2) > 1  # a query alone is the last position, which sees all
-        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
-        y = y.to(q.dtype).transpose(1, 2).reshape(B, -1, C)  # the heads side by side again
+        with exact:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        y = y.to(dtype).transpose(1, 2).reshape(B, -1, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -281,8 +286,7 @@ class GPT(LanguageModel):
     def new_cache(self, batch_size: int, room: int) -> KVCache:
         config, like = self.config, self.transformer.wpe.weight
         shape = (config.n_layer, 2, batch_size, config.n_head, room, config.n_embd // config.n_head)
-        dtype = torch.float32 if like.device.type == "cpu" else like.dtype  # CPUs are slow at attention in 16 bits
-        return KVCache(torch.empty(shape, dtype=dtype, device=like.device))
+        return KVCache(torch.empty(shape, dtype=like.dtype, device=like.device))
 
     def tie_weights(self) -> None:
         """Let the token embedding and the output head be one matrix (Press & Wolf 2017)."""
