@@ -41,7 +41,7 @@ class Config(configurator.Config):
     top_k: NonNegativeInt = 200  # as in sample.py
     seed: Seed = 1337  # of the weights, the prompt and the texts
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"  # of weights and products. auto: 16 bits on CUDA, else float32
+    dtype: Dtype = "auto"  # of weights and products. auto: 16 bits on CUDA and on CPUs made for it, else float32
 
     def validate(self) -> None:
         if self.against == "transformers" and not self.size.startswith("gpt2"):
@@ -50,7 +50,7 @@ class Config(configurator.Config):
 
 def main(config: Config) -> None:
     where = device.resolve_device(config.device)
-    dtype = device.resolve_dtype(config.dtype, where)
+    dtype = device.resolve_dtype(config.dtype, where, generating=True)
     device.set_up(where, config.seed)
     shape = GPTConfig(**SIZES[config.size])
     idx = torch.randint(shape.vocab_size, (config.batch_size, config.prompt_tokens), device=where)

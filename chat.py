@@ -50,7 +50,7 @@ class Config(configurator.Config):
     top_p: Annotated[float, configurator.Range(above=0, at_most=1)] = 1.0  # of them, the likeliest that make up this share
     seed: Seed = 1337  # the same seed and messages give the same replies
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"  # of weights and products. auto: 16 bits on CUDA, else float32; bfloat16 is faster on newer CPUs
+    dtype: Dtype = "auto"  # of weights and products. auto: 16 bits on CUDA and on CPUs made for it, else float32
     compile: Compile = False  # compile the model with torch.compile
 
     def validate(self) -> None:
@@ -62,7 +62,7 @@ class Config(configurator.Config):
 
 def main(config: Config) -> None:
     where = device.resolve_device(config.device)
-    dtype = device.resolve_dtype(config.dtype, where)
+    dtype = device.resolve_dtype(config.dtype, where, generating=True)
     device.set_up(where, config.seed)
     model, tokenizer, start = checkpoint.load_model(config.init_from, config.out_dir)
     chat_format = choose_format(config, start.chat_format)

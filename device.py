@@ -104,13 +104,24 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def resolve_dtype(name: Dtype, device: str) -> torch.dtype:
-    """Return the number format to compute in: for "auto", 16 bits on CUDA devices and float32 elsewhere."""
+def resolve_dtype(name: Dtype, device: str, generating: bool = False) -> torch.dtype:
+    """Return the number format to compute in: for "auto", 16 bits on CUDA devices and float32 elsewhere.
+
+    For `generating`, where the weights' bytes are what takes the time, also 16 bits on CPUs that have instructions for them.
+    """
     if name == "auto":
+        if generating and device == "cpu" and has_bfloat16_instructions():
+            return torch.bfloat16
         if not device.startswith("cuda"):
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether this CPU multiplies matrices in bfloat16 itself; where PyTorch cannot tell, it does not."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def resolve_compile(choice: Compile, device: str) -> bool:

@@ -38,13 +38,13 @@ class Config(configurator.Config):
     stop: str = ""  # end a text before this string; several are separated by |
     seed: Seed = 1337  # the same seed gives the same texts
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"  # of weights and products. auto: 16 bits on CUDA, else float32; bfloat16 is faster on newer CPUs
+    dtype: Dtype = "auto"  # of weights and products. auto: 16 bits on CUDA and on CPUs made for it, else float32
     compile: Compile = False  # compile the model with torch.compile
 
 
 def main(config: Config) -> None:
     where = device.resolve_device(config.device)
-    dtype = device.resolve_dtype(config.dtype, where)
+    dtype = device.resolve_dtype(config.dtype, where, generating=True)
     device.set_up(where, config.seed)
     model, tokenizer, _ = checkpoint.load_model(config.init_from, config.out_dir)
     start, prompt = read_prompt(config.start, "start" in config.given, tokenizer)

@@ -268,3 +268,13 @@ def test_a_texts_random_numbers_follow_from_its_own_number():
 
     assert draw(0, 1, 2)[1:] == draw(1, 2)
     assert len({*draw(*range(100)), *draw(*range(100), seed=8)}) == 200
+
+
+@pytest.mark.parametrize("name", ["auto", "float32"])
+@pytest.mark.parametrize("instructions", [True, False])
+def test_generation_is_in_16_bits_on_cpus_that_are_made_for_it(name, instructions, monkeypatch):
+    """A CPU that works out bfloat16 by detours, training in 16 bits that no one has asked for, a wish that is passed over."""
+    monkeypatch.setattr(device, "has_bfloat16_instructions", lambda: instructions)
+    expected = torch.bfloat16 if name == "auto" and instructions else torch.float32
+    assert device.resolve_dtype(name, "cpu", generating=True) is expected
+    assert device.resolve_dtype(name, "cpu") is torch.float32
