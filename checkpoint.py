@@ -15,8 +15,6 @@ names), `iter_num` (updates done), `best_val_loss`, `config`. What nanoGPT does 
 import contextlib
 import dataclasses
 import os
-import pickle
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,16 +177,7 @@ def load(path: Path, mmap: bool = False) -> Checkpoint:
 
     With `mmap`, tensors stay in the file until they are used: for those who need few of them, and do not keep them.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and _is_zip(path))
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it names {named[1]}, which could run code" if named else "not a checkpoint, or damaged"
-        raise UserError(f"{path}: refused: {why}") from error
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{path}: not a checkpoint, or damaged ({_first_line(error)})") from error
+    state = huggingface.read_pickled(path, "a checkpoint", mmap)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path}: not a checkpoint: it has no 'model'")
     checkpoint = Checkpoint(
@@ -446,12 +435,6 @@ def _is_plain(value: Any) -> bool:
         and value.device.type == "cpu"
         and not value.is_complex()
     )
-
-
-def _is_zip(path: Path) -> bool:
-    """Whether a checkpoint has the format since PyTorch 1.6, which can be memory-mapped."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def _first_line(error: object) -> str:

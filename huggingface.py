@@ -427,16 +427,26 @@ def _tensors(file: Path, names: list[str]) -> Iterator[torch.Tensor]:
             yield _floating(opened.get_tensor(name), name, file)
 
 
-def _unpickled(file: Path) -> dict[str, torch.Tensor]:
-    """Return the dictionary of tensors in a file of `torch.save`, memory-mapped where it can be, without running its code."""
+def read_pickled(file: Path, what: str, mmap: bool) -> Any:
+    """Return what `torch.save` has written to a file, without running code from it; UserError where that is not `what`.
+
+    With `mmap`, tensors stay in the file until they are used, if its format, that since PyTorch 1.6, allows it.
+    """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_mapped(file))
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and _is_mapped(file))
+    except FileNotFoundError:
+        raise
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it names {named[1]}, which could run code" if named else "not a file of weights, or damaged"
+        why = f"it names {named[1]}, which could run code" if named else f"not {what}, or damaged"
         raise UserError(f"{file}: refused: {why}") from error
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{file}: not a file of weights, or damaged ({_first_line(error)})") from error
+        raise UserError(f"{file}: not {what}, or damaged ({_first_line(error)})") from error
+
+
+def _unpickled(file: Path) -> dict[str, torch.Tensor]:
+    """Return the dictionary of tensors in a file of `torch.save`, memory-mapped where it can be."""
+    state = read_pickled(file, "a file of weights", mmap=True)
     if not isinstance(state, dict) or not state:
         raise UserError(f"{file}: not a file of weights")
     for name, tensor in state.items():
