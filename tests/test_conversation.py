@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import chat
 import checkpoint
 import configurator
 import train
@@ -279,7 +280,9 @@ LEARNED = [
 
 @pytest.mark.parametrize("name", ["plain", "nanochatgpt"])
 def test_a_tiny_model_answers_what_it_was_taught(name: str, tmp_path: Path) -> None:
-    """Catches masks that are a token off, prompts that differ from those of training, and replies that do not end."""
+    """Catches masks that are a token off, prompts that differ from those of training, replies that do not end, and a model
+    that a chat addresses otherwise than it was trained, since its checkpoint has not kept the format.
+    """
     chat_format = FORMATS[name]
     write(tmp_path / "chat", chat_format, LEARNED * 4)
     flags = (
@@ -289,9 +292,14 @@ def test_a_tiny_model_answers_what_it_was_taught(name: str, tmp_path: Path) -> N
     )
     paths = [f"--dataset={tmp_path / 'chat'}", f"--out_dir={tmp_path / 'out'}"]
     train.main(configurator.parse(train.Config, [*flags.split(), *paths]))
-    model, tokenizer, _ = checkpoint.load_model("resume", str(tmp_path / "out"))
+    model, tokenizer, start = checkpoint.load_model("resume", str(tmp_path / "out"))
     model.eval()
+    assert start.chat_format == chat_format
     for messages in LEARNED:
+        config = configurator.parse(chat.Config, ["--temperature=0", "--max_new_tokens=40"])
+        talk = chat.Chat(model, tokenizer, start.chat_format, config, "cpu")
+        for user, assistant in zip(messages[::2], messages[1::2], strict=True):
+            assert "".join(talk.send(user["content"])).strip() == assistant["content"]
         ids = conversation.encode_opening(chat_format, tokenizer)
         for user, assistant in zip(messages[::2], messages[1::2], strict=True):
             ids += conversation.encode_prompt_turn(chat_format, user["content"], tokenizer)

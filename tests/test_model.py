@@ -153,7 +153,7 @@ def test_optimizer_of_a_bigram():
 
 @pytest.mark.parametrize("model_class", [GPT, Bigram])
 def test_targets_of_minus_one_are_left_out(model_class):
-    """Masked targets that count in the sum, or in the number that it is divided by."""
+    """Masked targets that count in the sum, or in the number that it is divided by; nan where there are no others."""
     model, idx, targets = tiny(model_class), ids(2, 8), ids(2, 8, seed=3)
     targets[0, :5] = -1
     targets[1, 7] = -1
@@ -166,6 +166,7 @@ def test_targets_of_minus_one_are_left_out(model_class):
     ]
     assert len(losses) == 10
     assert loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert model(idx, torch.full_like(targets, -1))[1].item() == 0.0
 
 
 @pytest.mark.parametrize("model_class", [GPT, Bigram])

@@ -185,7 +185,7 @@ def test_the_speed_is_told_beside_the_text(out_dir, capsys):
 
 
 def test_a_text_ends_before_a_stop_string(tmp_path, texts):
-    """A stop string that is shown, one of several that is not heeded, a text that ends with its neighbour."""
+    """A stop string that is shown, or one of several that is not heeded."""
     cycle = torch.zeros(11, 11)
     for token in range(11):
         cycle[token, (token + 1) % 11] = 100
@@ -194,6 +194,20 @@ def test_a_text_ends_before_a_stop_string(tmp_path, texts):
     assert texts(stop="gh", **flags) == ["abcdef"] * 2
     assert texts(stop="zz|ij|de", **flags) == ["abc"] * 2
     assert texts(stop="zz", **flags) == ["abcdefghij\n" * 2 + "abcdefghi"] * 2
+
+
+def test_texts_that_end_are_not_counted_on(tmp_path, capsys):
+    """A speed that counts what nobody sees, or a text that ends when another does."""
+    table = torch.zeros(11, 11)
+    for one, other in ("ab", "aj", "bc", "cd", "de", "j\n", "ee", "\n\n"):
+        table[TABLE.encode(one)[0], TABLE.encode(other)[0]] = 100
+    out_dir = write(tmp_path / "out", TABLE, Bigram, **{"token_embedding_table.weight": table})
+    flags = [f"--out_dir={out_dir}", "--start=a", "--stop=e|\n", "--num_samples=8", "--max_new_tokens=30"]
+    sample.main(configurator.parse(sample.Config, flags))
+    output = capsys.readouterr()
+    found = output.out.split("\n" + LINE)[:-1]
+    assert {*found} == {"abcd", "aj"}
+    assert output.err.startswith(f"{sum(map(len, found))} tokens in ")  # each less its prompt, and with its stop string
 
 
 def test_top_p_reaches_the_model(tmp_path, texts):
