@@ -19,6 +19,7 @@ import torch
 import checkpoint
 import configurator
 import device
+import guard
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UserError
 from data import conversation, corpus
 from data.conversation import ChatFormat
@@ -60,6 +61,7 @@ class Config(configurator.Config):
                 raise UserError(f"--{key}={name}: a name is one line of text, and not empty")
 
 
+@guard.memory("give --dtype=bfloat16, or take a smaller model")
 def main(config: Config) -> None:
     where = device.resolve_device(config.device)
     dtype = device.resolve_dtype(config.dtype, where, generating=True)

@@ -16,6 +16,7 @@ import torch
 import checkpoint
 import configurator
 import device
+import guard
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UserError
 from data import corpus
 from data.tokenizer import CharTokenizer, StreamDecoder, Tokenizer
@@ -42,6 +43,7 @@ class Config(configurator.Config):
     compile: Compile = False  # compile the model with torch.compile
 
 
+@guard.memory("lower --num_samples or --max_new_tokens, give --dtype=bfloat16, or take a smaller model")
 def main(config: Config) -> None:
     where = device.resolve_device(config.device)
     dtype = device.resolve_dtype(config.dtype, where, generating=True)

@@ -111,7 +111,6 @@ TABLE = [
     ("sample", "--init_from=gpt2-medium", "gpt2-medium: not all of it is in"),
     ("sample", "--init_from=gpt5", "nor a name of GPT-2 weights"),
     ("sample", "--out_dir=TMP/run --top_p=0", "above 0 and at most 1"),
-    ("sample", "--out_dir=TMP/run --num_samples=0", "at least 1"),
     ("chat", "--out_dir=TMP/none", "no such folder"),
     ("chat", "--out_dir=TMP/run --chat_format=alpaca", "plain, nanochatgpt or dialogpt"),
     ("chat", "--out_dir=TMP/run", "--chat_format=plain does not go with this model"),
@@ -285,3 +284,16 @@ def test_a_mistake_gets_one_line(
     assert error.count("\n") == 1 and ": error: " in error, error
     assert words.replace("TMP", str(folder)) in error
     assert list(tmp_path.iterdir()) == []  # no run began, and no code of a file ran
+
+
+@pytest.mark.parametrize("script", [sample, chat])
+def test_memory_that_runs_out_is_one_line(script, monkeypatch) -> None:
+    """Catches a traceback for a model, or a number of texts, that is too large for the machine."""
+
+    def load(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
+
+    monkeypatch.setattr("checkpoint.load_model", load)
+    for _ in range(2):
+        with pytest.raises(configurator.UserError, match=r"out of memory: .*--dtype=bfloat16"):
+            script.main(configurator.parse(script.Config, ["--device=cpu"]))
