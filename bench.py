@@ -50,7 +50,7 @@ class Config(configurator.Config):
 
 def main(config: Config) -> None:
     where = device.resolve_device(config.device)
-    dtype = device.resolve_dtype(config.dtype, where, generating=True)
+    dtype = device.resolve_dtype(config.dtype, where)
     device.set_up(where, config.seed)
     shape = GPTConfig(**SIZES[config.size])
     idx = torch.randint(shape.vocab_size, (config.batch_size, config.prompt_tokens), device=where)
