@@ -294,7 +294,7 @@ print("libc" if device.keep_memory() else "none", before, used())
     if library == "none":
         pytest.skip("no glibc here")
     assert int(before) > 1000
-    assert int(after) < 100
+    assert int(after) < int(before) / 4  # once, where the pieces find their places
 
 
 def test_a_failed_compilation_is_one_warning_and_the_model_works(command, tmp_path):
