@@ -157,14 +157,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
         for i in range(0, len(x), rows):
             part, target = x[i : i + rows], targets[i : i + rows]
-            log_probs = F.log_softmax((part @ weight.T).float(), dim=-1)  # (rows, V)
-            total += F.nll_loss(log_probs, target, ignore_index=-1, reduction="sum")
+            logits = part @ weight.T  # (rows, V)
+            dtype = logits.dtype  # that of autocast, where it is on
+            error = F.log_softmax(logits.float(), dim=-1)
+            del logits
+            total += F.nll_loss(error, target, ignore_index=-1, reduction="sum")
             if wanted:
-                error = log_probs.exp_()  # the gradient of the logits: probabilities, less 1 at the target
+                error.exp_()  # the gradient of the logits: probabilities, less 1 at the target
                 error.scatter_add_(1, target.clamp(min=0)[:, None], torch.full_like(error[:, :1], -1.0))
                 error *= (target != -1)[:, None]
+                error = error.to(dtype)
                 dx[i : i + rows] = error @ weight
                 dweight += error.T @ part
+            del error  # before the next chunk needs as much
         if wanted:
             ctx.save_for_backward(dx, dweight)
         return total

@@ -36,7 +36,7 @@ from device import Compile, Dtype
 from metrics import Metrics, start_wandb
 from model import GPT, Bigram, GPTConfig
 
-LOGITS = 1 << 27  # bytes of logits in float32 from which on the loss is computed in chunks
+LOGITS = 1 << 27  # bytes of logits in float32 above which a CPU computes the loss in chunks
 LossRows = Annotated[int | Literal["auto"], configurator.Range(at_least=0)]
 
 RUN_FILES = (checkpoint.BEST, checkpoint.LAST, "metrics.csv", "config.json", "loss.png")  # what a run leaves in its folder
@@ -90,7 +90,7 @@ class Config(configurator.Config):
     dtype: Dtype = "auto"  # of matrix products; float16 scales the loss. auto: 16 bits where the device is made for it
     compile: Compile = "auto"  # compile the model with torch.compile. auto: on CUDA
     fused: bool = True  # AdamW as one kernel, on CUDA and CPUs
-    loss_rows: LossRows = "auto"  # positions whose logits are in memory at a time; 0: all. auto: 512 where all are many
+    loss_rows: LossRows = "auto"  # positions whose logits are there at a time; 0: all. auto: 256 on a CPU where all are many
     keep_memory: bool = True  # on a CPU under Linux: keep the memory of tensors for those of the next iteration
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of several processes. auto: nccl on CUDA, else gloo
 
@@ -154,7 +154,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     compiled = device.compiled(model) if device.resolve_compile(config.compile, group.device) else model
     network = DistributedDataParallel(compiled) if group.size > 1 else compiled
 
-    loss_rows = resolve_loss_rows(config, vocab_size)
+    loss_rows = resolve_loss_rows(config.loss_rows, group.device, config.batch_size * T, vocab_size)
     signals = guard.Signals()
     if config.eval_only:
         losses = evaluate(compiled, data, config, group, autocast, loss_rows, signals)
@@ -394,11 +394,11 @@ def training_batches(
         iteration += 1
 
 
-def resolve_loss_rows(config: Config, vocab_size: int) -> int:
-    """Return how many positions of a micro-batch may have their logits in memory at a time; 0 for all."""
-    if config.loss_rows != "auto":
-        return config.loss_rows
-    return 512 if 4 * config.batch_size * config.block_size * vocab_size > LOGITS else 0
+def resolve_loss_rows(choice: int | Literal["auto"], device: str, positions: int, vocab_size: int) -> int:
+    """Return how many of a micro-batch's positions may have their logits in memory at a time; 0 for all."""
+    if choice != "auto":
+        return choice
+    return 256 if device == "cpu" and 4 * positions * vocab_size > LOGITS else 0
 
 
 @torch.no_grad()

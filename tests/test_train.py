@@ -296,11 +296,10 @@ def test_another_tokenizer_is_refused(flags: list[str], out_dir: Path, tmp_path:
 
 def test_loss_rows_follow_the_size_of_the_logits() -> None:
     """Catches logits of GPT-2's vocabulary that set the peak of memory, and small models that are cut for nothing."""
-    auto = configurator.parse(train.Config, ["--batch_size=4", "--block_size=256"])
-    assert train.resolve_loss_rows(auto, 50304) == 512
-    assert train.resolve_loss_rows(auto, 65) == 0
-    given = configurator.parse(train.Config, ["--loss_rows=7"])
-    assert train.resolve_loss_rows(given, 65) == 7
+    assert train.resolve_loss_rows("auto", "cpu", 4 * 256, 50304) == 256
+    assert train.resolve_loss_rows("auto", "cuda", 4 * 256, 50304) == 0
+    assert train.resolve_loss_rows("auto", "cpu", 4 * 256, 65) == 0
+    assert train.resolve_loss_rows(7, "cuda", 4 * 256, 65) == 7
 
 
 def test_a_run_with_the_loss_in_chunks_has_the_same_losses(flags: list[str], out_dir: Path) -> None:
