@@ -81,8 +81,9 @@ def test_time_to_loss_counts_training_alone(monkeypatch: pytest.MonkeyPatch, cap
 
     monkeypatch.setattr(subprocess, "run", train)
     monkeypatch.setattr(metrics, "COLUMNS", ["iteration", "tokens", "seconds", "val_loss", "tokens_per_second"])
-    found = bench.timed_run("any", parse(bench.Config, []), [])
+    found = bench.timed_run("any", parse(bench.Config, []), "config/any.py", {})
     assert found == [(0, 0, 3.0), (4, 2, 2.0), (8, 3, 1.0)]
+    assert [bench.crossing(found, target) for target in (2.5, 2.0, 1.25, 0.9)] == [2.0, 4.0, 7.0, None]
 
 
 @pytest.mark.parametrize("flag", ["--against=transformers", "--block_size=4096", "--what=nothing"])
