@@ -102,10 +102,8 @@ def draw_heads(model: GPT, tokenizer: CharTokenizer, data: Dataset, text: str, p
         axes.text(0.97, 0.93, "what comes later", transform=axes.transAxes, ha="right", color="#777777")
         name_cells(axes, text[:t])
         axes.set(xlabel="looks at", ylabel="this character")
-        axes.set_title(
-            f"Layer {layer + 1}, head {head + 1} looks at {what}:\n{means.max():.0%} of its attention (an even share is {evenly:.0%})",
-            fontsize=11,
-        )
+        measured = f"{means.max():.0%} of its attention (an even share is {evenly:.0%})"
+        axes.set_title(f"Layer {layer + 1}, head {head + 1} looks at {what}:\n{measured}", fontsize=11)
     figure.colorbar(image, ax=panels, label="share of the attention", shrink=0.6)
     save(figure, path)
 
