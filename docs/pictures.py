@@ -1,0 +1,172 @@
+"""Draw the pictures of from_bigram_to_gpt.md, from a run of the bigram model and one of a GPT.
+
+python train.py config/train_bigram_char.py
+python train.py config/train_shakespeare_char_cpu.py
+python docs/pictures.py
+"""
+
+import io
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import checkpoint
+import configurator
+from configurator import UserError
+from data.dataset import Dataset
+from data.tokenizer import CharTokenizer
+from metrics import read_rows
+from model import GPT, Bigram
+
+WINDOWS = 200  # of the validation text: those on which the heads are measured
+
+
+@dataclass
+class Config(configurator.Config):
+    bigram: str = "out-bigram-char"  # folder of a run of the bigram model
+    gpt: str = "out-shakespeare-char-cpu"  # folder of a run of a GPT on the same dataset
+    text: str = "GREMIO:\nGood morrow, neighbour Baptista."  # what the heads are shown on; it is from the validation text
+    out_dir: str = "docs"  # folder for the pictures
+
+
+def main(config: Config) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    bigram, tokenizer, _ = checkpoint.load_model(config.bigram, "")
+    gpt, gpt_tokenizer, start = checkpoint.load_model(config.gpt, "")
+    if not (isinstance(bigram, Bigram) and isinstance(gpt, GPT) and isinstance(tokenizer, CharTokenizer)):
+        raise UserError(f"--bigram={config.bigram} --gpt={config.gpt}: give a bigram model of characters, and a GPT")
+    if tokenizer.to_dict() != gpt_tokenizer.to_dict():
+        raise UserError(f"--bigram={config.bigram} --gpt={config.gpt}: these were trained on different characters")
+    out_dir = Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    draw_table(bigram, tokenizer, out_dir / "bigram_table.png")
+    draw_heads(gpt, tokenizer, Dataset(start.config["dataset"]), config.text, out_dir / "attention.png")
+    draw_losses(Path(config.bigram), Path(config.gpt), tokenizer.vocab_size, out_dir / "losses.png")
+
+
+def draw_table(model: Bigram, tokenizer: CharTokenizer, path: Path) -> None:
+    """Draw the softmax of each row of the bigram model's table."""
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import PowerNorm
+
+    probs = F.softmax(model.token_embedding_table.weight.detach(), dim=-1)  # (V, V)
+    figure, axes = plt.subplots(figsize=(9.4, 8.6), layout="constrained")
+    image = axes.imshow(probs, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    name_cells(axes, tokenizer.characters)
+    axes.set(xlabel="next character", ylabel="character  (↵ line break, · space)")
+    axes.set_title("What the bigram model has learned: the softmax of its table")
+    figure.colorbar(image, label="probability", shrink=0.6, ticks=[0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1])
+    save(figure, path)
+
+
+def draw_heads(model: GPT, tokenizer: CharTokenizer, data: Dataset, text: str, path: Path) -> None:
+    """Draw on `text` the head that looks most at the latest space or line break, and the one that looks most at line breaks.
+
+    How much that is, is measured on windows of the validation split.
+    """
+    from matplotlib import pyplot as plt
+
+    T = model.config.block_size
+    starts = np.arange(0, data.tokens["val"] - T, T)[:WINDOWS]
+    idx, _ = data.windows("val", starts, T, tokenizer.vocab_size)  # (B, T)
+    shares = attention_shares(model, idx).transpose(1, 2)  # (n_layer, nh, B, T, T)
+    is_line = torch.tensor([c == "\n" for c in tokenizer.characters])[idx]  # (B, T)
+    is_break = torch.tensor([c in "\n " for c in tokenizer.characters])[idx]
+    latest = torch.where(is_break, torch.arange(T), -1).cummax(dim=1).values  # (B, T): where, as seen from each position
+    past = torch.ones(T, T, dtype=torch.bool).tril()
+    looked_at = {  # (B, T, T): the keys in question, for each query
+        "the latest space or line break": latest[:, :, None] == torch.arange(T),
+        "line breaks": is_line[:, None, :] & past,
+    }
+    shown = attention_shares(model, torch.tensor([tokenizer.encode(text)[:T]]))[:, 0]  # (n_layer, nh, t, t)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5.9), layout="constrained")
+    for axes, (what, keys) in zip(panels, looked_at.items(), strict=True):
+        able = keys.any(dim=-1)  # (B, T): the queries that have such a key
+        means = (shares * keys).sum(dim=-1)[:, :, able].mean(dim=-1)  # (n_layer, nh)
+        evenly = (keys / past.sum(dim=-1, keepdim=True)).sum(dim=-1)[able].mean()
+        layer, head = divmod(int(means.argmax()), model.config.n_head)
+        t = shown.size(-1)
+        image = axes.imshow(shown[layer, head].masked_fill(~past[:t, :t], math.nan), cmap="Blues", vmin=0, vmax=1)
+        axes.set_facecolor("#e8e8e8")
+        axes.text(0.97, 0.93, "what comes later", transform=axes.transAxes, ha="right", color="#777777")
+        name_cells(axes, text[:t])
+        axes.set(xlabel="looks at", ylabel="this character")
+        measured = f"{means.max():.0%} of its attention (an even share is {evenly:.0%})"
+        axes.set_title(f"Layer {layer + 1}, head {head + 1} looks at {what}:\n{measured}", fontsize=11)
+    figure.colorbar(image, ax=panels, label="share of the attention", shrink=0.6)
+    save(figure, path)
+
+
+@torch.no_grad()
+def attention_shares(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """Return how each position of `idx`, (B, T), shares out its attention: (n_layer, B, nh, T, T), with rows that sum to 1."""
+    model.eval()
+    B, T = idx.shape
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    x, shares = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(T)), []
+    for block in model.transformer.h:
+        heads = block.attn.c_attn(block.ln_1(x)).view(B, T, 3, model.config.n_head, -1)
+        q, k, _ = heads.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        scores = q @ k.mT / math.sqrt(q.size(-1))
+        shares.append(F.softmax(scores.masked_fill(future, -math.inf), dim=-1))
+        x = block(x)
+    return torch.stack(shares)
+
+
+def draw_losses(bigram: Path, gpt: Path, vocab_size: int, path: Path) -> None:
+    """Draw the losses of two runs against the tokens that they were trained on: lines in training, points in validation."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    axes.axhline(math.log(vocab_size), color="#777777", linestyle=":", linewidth=1)
+    nothing = {"color": "#777777", "ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform()}
+    axes.text(1, math.log(vocab_size), f"ln {vocab_size}: to know nothing", **nothing)
+    for folder, name, colour in ((bigram, "bigram model", "#1f5fa8"), (gpt, "GPT", "#c2560a")):
+        rows = [{key: float(value) for key, value in row.items() if value} for row in read_rows(folder / "metrics.csv")]
+        steps, evaluations = ([row for row in rows if key in row] for key in ("loss", "val_loss"))
+        if not steps or not evaluations:
+            raise UserError(f"{folder / 'metrics.csv'} holds no losses; train that model again")
+        millions, losses = [row["tokens"] / 1e6 for row in steps], [row["loss"] for row in steps]
+        axes.plot(millions, losses, color=colour, linewidth=1, alpha=0.45)
+        millions, losses = [row["tokens"] / 1e6 for row in evaluations], [row["val_loss"] for row in evaluations]
+        axes.plot(millions, losses, "o", color=colour, markersize=5)
+        axes.text(millions[-1], losses[-1], f"   {name}: {losses[-1]:.2f}", color=colour, va="center")
+    axes.set(xlabel="million tokens trained on", ylabel="loss, in nats a character")
+    axes.set_title("Bigram model and GPT: loss in training (lines) and validation (points)")
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def name_cells(axes: Any, characters: Sequence[str]) -> None:
+    """Label the rows and columns of an image with `characters`."""
+    names = [{"\n": "↵", " ": "·"}.get(character, character) for character in characters]
+    axes.set_xticks(range(len(names)), names, fontsize=8, family="monospace")
+    axes.set_yticks(range(len(names)), names, fontsize=8, family="monospace")
+    axes.tick_params(length=0)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write `figure` as a PNG of 256 colours, half the size of one of all."""
+    from matplotlib import pyplot as plt
+    from PIL import Image
+
+    png = io.BytesIO()
+    figure.savefig(png, dpi=100)
+    plt.close(figure)
+    Image.open(png).convert("RGB").quantize(256).save(path, optimize=True)
+    print(f"wrote {path} ({path.stat().st_size / 1000:.0f} kB)")
+
+
+if __name__ == "__main__":
+    configurator.run(main, Config)

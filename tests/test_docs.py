@@ -1,0 +1,85 @@
+"""docs/from_bigram_to_gpt.md keeps its word: its blocks run and print what it shows, and its commands draw its pictures."""
+
+import contextlib
+import io
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.tokenizer import TiktokenTokenizer
+from model import GPT, GPTConfig
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+WALK = DOCS / "from_bigram_to_gpt.md"
+TEXT = WALK.read_text(encoding="utf-8")
+BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)
+
+
+def run_blocks(text: str) -> dict[str, object]:
+    """Run the blocks of a page, one after the other in one namespace, which is returned; what they print has to stand below."""
+    names: dict[str, object] = {"__name__": "walk"}
+    for block in BLOCK.finditer(text):
+        line = text.count("\n", 0, block.start(1))
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile("\n" * line + block[1], str(WALK), "exec"), names)  # so that errors name the page's line
+        assert printed.getvalue() == (block[2] or ""), f"the block at line {line + 1}"
+    return names
+
+
+def test_blocks_run_and_print_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a block that no longer runs, an equation that no longer holds, and an output that is not that of its block."""
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        run_blocks(TEXT)
+    assert len(BLOCK.findall(TEXT)) == TEXT.count("```python") > 20
+    assert sum(1 for block in BLOCK.finditer(TEXT) if block[2]) == TEXT.count("```text")
+
+
+def test_what_is_said_of_tiny_shakespeare_and_of_gpt2(shakespeare: str, gpt2_vocabulary: None) -> None:
+    """Catches a false statement about the text, or about what GPT-2's encoding makes of words."""
+    names: dict[str, str] = {}
+    exec(BLOCK.search(TEXT)[1], names)
+    assert names["characters"] == "".join(sorted(set(shakespeare)))
+    assert shakespeare.startswith(names["text"])
+    assert set(shakespeare) & set("0123456789") == {"3"}
+    gpt2 = TiktokenTokenizer("gpt2")
+    pieces = {word: [gpt2.decode([i]) for i in gpt2.encode(word)] for word in ("lower", " lower", "slower", "Bee7")}
+    assert pieces == {"lower": ["lower"], " lower": [" lower"], "slower": ["sl", "ower"], "Bee7": ["Bee", "7"]}
+    assert round(len(shakespeare) / len(gpt2.encode_array(shakespeare)), 1) == 3.3
+
+
+def test_commands_draw_the_pictures(project: Path, text: str, command: Callable) -> None:
+    """Catches commands that do not fit together, and a page that shows a picture which they do not draw."""
+    (project / "data" / "shakespeare_char" / "input.txt").write_text(text, encoding="utf-8")
+    commands = re.search(r"```sh\n(.*?)```", TEXT, re.DOTALL)[1].splitlines()
+    quick = ["--max_iters=3", "--eval_iters=1", "--eval_interval=2", "--log_interval=1", "--device=cpu"]
+    for line in commands:
+        flags = quick if "train.py" in line else ["--text=1 plus 1\n", "--out_dir=drawn"] if "pictures.py" in line else []
+        finished = command(*line.split()[1:], *flags)
+        assert finished.returncode == 0, f"{line}\n{finished.stderr}"
+    shown = sorted(re.findall(r"!\[[^\]]+\]\((\S+)\)", TEXT))
+    assert len(shown) == 3
+    assert sorted(path.name for path in (project / "drawn").iterdir()) == shown
+    for name in shown:
+        for folder in (project / "drawn", DOCS):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert (DOCS / name).stat().st_size < 60_000
+
+
+def test_drawn_shares_are_those_of_the_model() -> None:
+    """Catches a picture of other shares than those with which the attention adds up its values."""
+    attention_shares = runpy.run_path(str(DOCS / "pictures.py"))["attention_shares"]
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=6))
+    idx = torch.randint(5, (3, 7))
+    shares = attention_shares(model, idx)  # (n_layer, B, nh, T, T)
+    x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(7))
+    for block, layer in zip(model.transformer.h, shares, strict=True):
+        v = block.attn.c_attn(block.ln_1(x))[:, :, 12:].view(3, 7, 2, 3).transpose(1, 2)  # (B, nh, T, hs)
+        gathered = block.attn.c_proj((layer @ v).transpose(1, 2).reshape(3, 7, 6))
+        assert torch.allclose(block.attn(block.ln_1(x)), gathered, atol=1e-6)
+        x = block(x)
