@@ -50,8 +50,9 @@ def local(path: str) -> Source:
 def hub(path: str, name: str, revision: str) -> Source:
     """Return the Parquet files of the split train of a dataset on the Hub, or of a folder in that layout.
 
-    The datasets library finds them and runs no code from there. They are read here: its own streams have skipped documents
-    when they went on, and its cache would need all files for a sample. UserError where they cannot be had.
+    The datasets library finds them, and runs no code from there. They are read here, since its cache would need all of them
+    for a sample, and its streams have lost documents when they went on (its issues 7538, 8145, 8308). UserError where they
+    cannot be had.
     """
     advice = "or give local files: --input=FILE_OR_FOLDER (Parquet, JSONL or text)"
     try:
