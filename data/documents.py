@@ -135,7 +135,8 @@ def _open(file: str) -> BinaryIO:
         return open(file, "rb")
     import fsspec
 
-    return fsspec.open(file, "rb").open()
+    system, path = fsspec.core.url_to_fs(file)
+    return system.open(path, "rb")
 
 
 def _digest(value: Any) -> str:

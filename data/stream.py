@@ -2,12 +2,11 @@
 
 First all documents are tokenized, in their order, into tokens.part, by threads: tiktoken works outside of Python's lock.
 progress.part notes how far that has come. Then the documents are put in the order of the splits. Memory holds some chunks of
-text or a block of tokens, and at the end some 40 bytes a document; the disk holds the tokens twice.
+text or a block of tokens, and at the end some 30 bytes a document; the disk holds the tokens twice.
 """
 
 import functools
 import hashlib
-import itertools
 import json
 import os
 import sys
@@ -35,7 +34,7 @@ except ImportError:  # Windows
 TOKENS, PROGRESS = "tokens.part", "progress.part"
 CHUNK = 1 << 20  # characters that a thread tokenizes at a time
 NOTE = 1 << 24  # tokens between two notes of the progress
-BLOCK = 1 << 25  # tokens that are put in order at a time
+BLOCK, BLOCK_DOCUMENTS = 1 << 25, 1 << 17  # tokens, and documents, that are put in order at a time
 
 
 def prepare(
@@ -88,11 +87,11 @@ def _prepare(
     dtype = np.dtype(corpus.token_dtype(tokenizer.vocab_size)).newbyteorder("<")
     recipe = {"files": source.identity, "tokenizer": tokenizer.name, "max_tokens": max_tokens}
     state = _begin(folder, file, recipe, dtype)
-    if state["position"] is not None:
-        _tokenize(folder, file, state, source, tokenizer, dtype, workers)
+    _tokenize(folder, file, state, source, tokenizer, dtype, workers)
     bounds, sha256 = _bounds(folder / TOKENS, tokenizer.end_of_text, dtype)
     splits = dict(zip(("train", "val"), split(len(bounds) - 1), strict=True))
-    counts = {name: int((bounds[chosen + 1] - bounds[chosen]).sum()) for name, chosen in splits.items()}
+    lengths = np.diff(bounds)
+    counts = {name: int(lengths[chosen].sum()) for name, chosen in splits.items()}
     corpus.check_counts(counts)
     with tqdm(total=int(bounds[-1]), desc="arranging", unit="token", unit_scale=True, disable=None) as bar:
         for name, chosen in splits.items():
@@ -159,7 +158,7 @@ def _tokenize(
             if state["tokens"] - noted >= NOTE:
                 noted = state["tokens"]
                 _note(folder, file, state)
-    _note(folder, file, state | {"position": None})
+    _note(folder, file, state)
 
 
 def _note(folder: Path, file: BinaryIO, state: dict[str, Any]) -> None:
@@ -228,16 +227,14 @@ def _arrange(source: Path, target: Path, bounds: np.ndarray, chosen: np.ndarray,
 
     The target is put together block by block, each in one sweep through the source.
     """
-    starts = bounds[chosen]
-    lengths = bounds[chosen + 1] - starts
-    begins = np.cumsum(lengths) - lengths  # in the target
-    edges = np.flatnonzero(np.diff(begins // BLOCK)) + 1
     with open(source, "rb", buffering=0) as tokens, open(target, "wb") as file:
-        for first, last in itertools.pairwise([0, *edges.tolist(), len(chosen)]):
-            ids = np.empty(int(lengths[first:last].sum()), dtype)
-            for index in (first + np.argsort(starts[first:last])).tolist():
-                begin = int(begins[index] - begins[first])
-                row = ids[begin : begin + int(lengths[index])]
+        for first, last in _blocks(bounds, chosen):
+            starts = bounds[chosen[first:last]]
+            lengths = bounds[chosen[first:last] + 1] - starts
+            ends = np.cumsum(lengths)  # in the block
+            ids = np.empty(int(ends[-1]), dtype)
+            for index in np.argsort(starts).tolist():
+                row = ids[int(ends[index] - lengths[index]) : int(ends[index])]
                 tokens.seek(int(starts[index]) * dtype.itemsize)
                 if tokens.readinto(row) != row.nbytes:
                     raise UserError(f"{source} has changed while it was read; run the same command again")
@@ -245,3 +242,16 @@ def _arrange(source: Path, target: Path, bounds: np.ndarray, chosen: np.ndarray,
             bar.update(len(ids))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _blocks(bounds: np.ndarray, chosen: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield the first and the one after the last of the documents `chosen` that make up each block: BLOCK tokens or fewer.
+
+    A document that is longer is a block of its own.
+    """
+    first = 0
+    while first < len(chosen):
+        some = chosen[first : first + BLOCK_DOCUMENTS]
+        count = int(np.searchsorted(np.cumsum(bounds[some + 1] - bounds[some]), BLOCK, side="right"))
+        yield first, first + max(1, count)
+        first += max(1, count)

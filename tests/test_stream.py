@@ -23,8 +23,9 @@ from data.dataset import Dataset
 from data.tokenizer import CharTokenizer, TiktokenTokenizer
 
 END = 256
-TEXTS = [f"{i} plus {i} is {2 * i}, " * (i % 7) + "é" * (i % 3) for i in range(60)] + ["long " * 300, "", "<|endoftext|>"]
-TOKENS = [[*text.encode(), END] for text in TEXTS]
+TEXTS = [f"{i} plus {i} is {2 * i}, " * (i % 7) + "é" * (i % 3) for i in range(60)]
+TEXTS += ["long " * 300, "", "<|endoftext|>", "\ud83d"]
+TOKENS = [[*text.replace("\ud83d", "\ufffd").encode(), END] for text in TEXTS]
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -107,7 +108,7 @@ def test_files_are_those_of_a_plain_loop(
         "source": "in",
         "sha256": hashlib.sha256(np.array(joined(TOKENS), "<u2").tobytes()).hexdigest(),
         "tokens": {"train": len(naive(TOKENS)[0]), "val": len(naive(TOKENS)[1])},
-        "documents": {"train": 50, "val": 13},
+        "documents": {"train": 51, "val": 13},
     }
     assert sorted(content(folder)) == ["meta.json", "train.bin", "val.bin"]
     assert f"train has {meta['tokens']['train']:,} tokens" in capsys.readouterr().out
@@ -122,10 +123,11 @@ def test_large_vocabulary(tmp_path: Path, source: documents.Source, tokenizer: T
     assert Dataset(str(tmp_path / "out")).dtype == np.dtype("<u4")
 
 
-@pytest.mark.parametrize("block", [1, 7, 1 << 20])
-def test_arranging_is_indexing(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tokens", "documents"), [(1, 100), (7, 100), (12, 100), (1 << 20, 3), (1 << 20, 1), (1 << 20, 81)])
+def test_arranging_is_indexing(tokens: int, documents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are put together wrongly: of one document, smaller than one, of all of them."""
-    monkeypatch.setattr(stream, "BLOCK", block)
+    monkeypatch.setattr(stream, "BLOCK", tokens)
+    monkeypatch.setattr(stream, "BLOCK_DOCUMENTS", documents)
     rng = np.random.default_rng(0)
     rows = [[*rng.integers(9, size=rng.integers(12)).tolist(), 9] for _ in range(80)] + [[1, 2]]
     np.array(joined(rows), "<u2").tofile(tmp_path / "tokens")
@@ -133,6 +135,10 @@ def test_arranging_is_indexing(block: int, tmp_path: Path, monkeypatch: pytest.M
     assert bounds.tolist() == [0, *np.cumsum([len(row) for row in rows]).tolist()]
     assert digest == hashlib.sha256((tmp_path / "tokens").read_bytes()).hexdigest()
     chosen = rng.permutation(81)
+    blocks = list(stream._blocks(bounds, chosen))
+    lengths = [sum(len(rows[index]) for index in chosen[first:last]) for first, last in blocks]
+    assert all(length <= tokens or last - first == 1 for length, (first, last) in zip(lengths, blocks, strict=True))
+    assert all(last - first <= documents for first, last in blocks)
     with stream.tqdm(disable=True) as bar:
         stream._arrange(tmp_path / "tokens", tmp_path / "out", bounds, chosen, np.dtype("<u2"), bar)
     assert np.fromfile(tmp_path / "out", "<u2").tolist() == joined([rows[index] for index in chosen])
@@ -148,6 +154,13 @@ def test_max_tokens_is_exact(limit: int, tmp_path: Path, source: documents.Sourc
     stream.prepare(tmp_path / "out", source, tokenizer, last_two, 3, limit)
     train, val = ids(tmp_path / "out")
     assert train + val == joined(TOKENS)[:limit]
+
+
+def test_sample_ends_the_reading(tmp_path: Path, tokenizer: TiktokenTokenizer) -> None:
+    """A small sample for which gigabytes are read is caught."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) + "not reached")
+    stream.prepare(tmp_path / "out", documents.local(str(tmp_path / "a.jsonl")), tokenizer, last_two, 1, 1500)
+    assert joined(ids(tmp_path / "out")) == joined(TOKENS)[:1500]
 
 
 def test_text_that_is_too_short(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
@@ -193,11 +206,7 @@ def test_threads_are_only_a_little_ahead() -> None:
 # what is interrupted
 
 
-class Killed(BaseException):
-    pass
-
-
-def at_step(step: int, act: Callable[[], Any]) -> pytest.MonkeyPatch:
+def at_step(step: int, act: Callable[[], Any], *others: tuple[Any, str]) -> pytest.MonkeyPatch:
     """Do `act` at the `step`-th call that leaves a trace on the disk, and at all after it."""
     patch, count = pytest.MonkeyPatch(), itertools.count(1)
 
@@ -209,7 +218,7 @@ def at_step(step: int, act: Callable[[], Any]) -> pytest.MonkeyPatch:
 
         return wrapper
 
-    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "unlink"), (stream.tqdm, "update")):
+    for owner, name in ((os, "fsync"), (os, "replace"), (stream.tqdm, "update"), *others):
         patch.setattr(owner, name, watched(getattr(owner, name)))
     return patch
 
@@ -219,7 +228,7 @@ def kill(call: Callable[[], None], step: int) -> bool:
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL), (Path, "unlink"))
         call()
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -239,9 +248,6 @@ def refuse(call: Callable[[], None], step: int) -> bool:
     except UserError as error:
         assert "No space left on device; make room" in str(error)
         return False
-    except OSError as error:  # when all is in its place, only a leaving is not cleared away
-        assert error.errno == errno.ENOSPC
-        return False
     finally:
         patch.undo()
     return True
@@ -253,7 +259,7 @@ def interrupt(call: Callable[[], None], step: int) -> bool:
     def stop() -> None:
         raise KeyboardInterrupt
 
-    patch = at_step(step, stop)
+    patch = at_step(step, stop, (Path, "unlink"))
     try:
         call()
     except KeyboardInterrupt:
@@ -279,13 +285,14 @@ def test_interrupted_at_any_step_goes_on(
         ended = end(lambda folder=folder: stream.prepare(folder, source, tokenizer, split, workers=2), step)
         found = {name: content(folder).get(name) for name in before}
         assert found in (before, whole) or found["train.bin"] is None
+        assert end is not refuse or not list(folder.glob("*.bin.tmp"))
         with open(folder / stream.TOKENS, "ab") as file:
             file.write(b"torn")  # what was written after the last note
         stream.prepare(folder, source, tokenizer, split, workers=3)
         assert content(folder) == whole
         if ended:
             break
-    assert step > 40
+    assert step > 30
 
 
 def test_tokens_are_on_the_disk_before_they_are_noted(
@@ -353,6 +360,13 @@ def test_something_else_begins_anew(
         assert sum(map(len, ids(folder))) == limit
     else:
         assert ids(folder) == naive(tokens)
+
+
+def test_file_that_cannot_be_opened_is_named(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
+    """Advice to make room where it is not room that is missing is caught."""
+    (tmp_path / "out" / stream.TOKENS).mkdir(parents=True)
+    with pytest.raises(OSError, match=stream.TOKENS):
+        stream.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
 
 
 def test_second_run_at_the_same_time(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
