@@ -1,6 +1,7 @@
 # make         the quick start: install, prepare a dataset, train a small GPT on the CPU, print samples
 # make test    the tests
 # make soak    a run that is killed 50 times, against one that is not; some minutes
+# make corpus  how fast a gigabyte of text is tokenized, and that a kill changes nothing; some minutes
 # make lint    the style
 # make format  the style, applied
 # make clean   remove the environment (datasets and runs stay)
@@ -11,7 +12,7 @@ RUN := $(VENV)/bin/python
 OUT := out-quickstart
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart test soak lint format clean
+.PHONY: quickstart test soak corpus lint format clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/installed
@@ -40,6 +41,9 @@ test: $(VENV)/installed-dev
 
 soak: $(VENV)/installed
 	$(RUN) tests/soak.py
+
+corpus: $(VENV)/installed
+	$(RUN) tests/corpus_speed.py
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

@@ -3,7 +3,7 @@
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 #
 # nanoGPT reports a validation loss of about 2.85 after some 5 days on 8 x A100; not yet measured here. The shape is
-# train.py's default.
+# train.py's default. --dataset=fineweb_edu trains on FineWeb-Edu instead, whose losses are not to be compared with these.
 
 wandb_log = True
 wandb_project = "owt"

@@ -84,6 +84,16 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8 first") from error
 
 
+def read_json(line: bytes, where: str) -> Any:
+    """Return the value in a line of a JSONL file; UserError, which says `where` that is, for one that is damaged."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text; convert it to UTF-8 first") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+
+
 def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
     """Cut `documents`, read as one text, where the last `val_fraction` of its characters begins."""
     rest = int(sum(map(len, documents)) * (1 - val_fraction))
@@ -143,9 +153,36 @@ def write_tokens(
     `masks` holds for each split a flag an id, whether it is to be learned; `extra` goes into meta.json. `sha256` is the
     source's hexadecimal digest.
     """
-    for split, ids in splits.items():
-        if len(ids) < 2:
-            raise UserError(f"the text is too short: it leaves {len(ids)} tokens for {split}.bin, which needs at least 2")
+    counts = {split: len(ids) for split, ids in splits.items()}
+    check_counts(counts)
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
+    files = {f"{split}.bin": ids.astype(dtype).tobytes() for split, ids in splits.items()}
+    for split, mask in (masks or {}).items():
+        assert mask.shape == splits[split].shape
+        files[f"{split}.mask.bin"] = (mask != 0).astype(np.uint8).tobytes()
+    finish(folder, files, counts, tokenizer, source, sha256, extra)
+
+
+def check_counts(counts: dict[str, int]) -> None:
+    """Raise UserError where a split has too few tokens to learn from."""
+    for split, count in counts.items():
+        if count < 2:
+            raise UserError(f"the text is too short: it leaves {count} tokens for {split}.bin, which needs at least 2")
+
+
+def finish(
+    folder: Path,
+    files: dict[str, bytes | None],
+    counts: dict[str, int],
+    tokenizer: Tokenizer,
+    source: str,
+    sha256: str,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Put token files, by name, and their meta.json in the place of the dataset in `folder`, and print `counts`, of tokens.
+
+    None stands for the content of a file that is written already, beside its place, with ".tmp" after its name.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
     meta = {
         "dtype": dtype,
@@ -153,26 +190,23 @@ def write_tokens(
         "tokenizer": tokenizer.to_dict(),
         "source": source,
         "sha256": sha256,
-        "tokens": {split: len(ids) for split, ids in splits.items()},
+        "tokens": counts,
     }
-    little_endian = np.dtype(dtype).newbyteorder("<")
-    files = {f"{split}.bin": ids.astype(little_endian).tobytes() for split, ids in splits.items()}
-    for split, mask in (masks or {}).items():
-        assert mask.shape == splits[split].shape
-        files[f"{split}.mask.bin"] = (mask != 0).astype(np.uint8).tobytes()
-    files["meta.json"] = json.dumps(meta | (extra or {}), indent=1, ensure_ascii=False).encode("utf-8")
+    files = files | {"meta.json": json.dumps(meta | (extra or {}), indent=1, ensure_ascii=False).encode("utf-8")}
     _replace_files(folder, files)
     print(f"{source}: {tokenizer}, stored as {dtype}")
-    for split, ids in splits.items():
-        print(f"{split} has {len(ids):,} tokens")
+    for split, count in counts.items():
+        print(f"{split} has {count:,} tokens")
     print(f"wrote {', '.join(sorted(files))} into {shown_path(folder)}")
 
 
-def _replace_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Put `files`, the whole content of a dataset by name, in the place of the dataset that `folder` holds."""
+def _replace_files(folder: Path, files: dict[str, bytes | None]) -> None:
+    """Put `files`, the whole content of a dataset by name (see `finish`), in the place of the dataset in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for name, content in files.items():
+            if content is None:
+                continue
             with open(folder / f"{name}.tmp", "wb") as file:
                 file.write(content)
                 file.flush()

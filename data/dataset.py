@@ -20,6 +20,7 @@ from data.conversation import ChatFormat
 DATA = Path(__file__).resolve().parent
 DTYPES = ("uint8", "uint16", "uint32")
 CHECKED_TOKENS = 1 << 24  # at either end of a token file; further in, each batch is checked as it is read
+CHECKED_AT_ONCE = 1 << 20  # so that a large file takes no more memory than a small one
 
 Split = Literal["train", "val"]
 Stream = Literal["train", "eval_train", "eval_val"]
@@ -77,8 +78,10 @@ class Dataset:
                 raise UserError(
                     f"{self.folder.name}/{split}.bin has {count:,} tokens, too few for block_size={block_size}: {advice}"
                 )
-            length = min(count, CHECKED_TOKENS)
-            self._check_ids(split, self._read(split, "", self.dtype, np.array([0, count - length]), length), vocab_size)
+            for end in {min(count, CHECKED_TOKENS), count}:
+                for start in range(max(0, end - CHECKED_TOKENS), end, CHECKED_AT_ONCE):
+                    part = self._read(split, "", self.dtype, np.array([start]), min(CHECKED_AT_ONCE, end - start))
+                    self._check_ids(split, part, vocab_size)
 
     def describe(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the dataset, so that its text can be generated without it."""

@@ -4,7 +4,10 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -228,9 +231,13 @@ def test_split_without_a_target(tmp_path: Path, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("place", [0, 49])
-def test_id_beyond_the_vocabulary_at_either_end(tmp_path: Path, split: str, place: int) -> None:
+@pytest.mark.parametrize("place", [0, 7, 8, 19, 30, 49])
+def test_id_beyond_the_vocabulary_at_either_end(
+    tmp_path: Path, split: str, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An id that would read past the embedding table in mid-run is caught."""
+    monkeypatch.setattr(dataset, "CHECKED_TOKENS", 20)
+    monkeypatch.setattr(dataset, "CHECKED_AT_ONCE", 8)
     tokens = {"train": [1] * 50, "val": [1] * 50}
     tokens[split][place] = 65
     data = Dataset(str(write(tmp_path, **tokens)))
@@ -390,3 +397,56 @@ def test_resident_memory_does_not_grow(tmp_path: Path) -> None:
         starts = data.draw("train", "train", 0, iteration, 16, 256)
         data.windows("train", starts, 256, 50257)
     assert resident() - before < 4 << 20
+
+
+def sparse(folder: Path, size: int) -> Path:
+    """A dataset of 100 characters, whose train.bin has so many bytes, zeros that take no room on the disk."""
+    write(folder, [0], [0] * 100_000, meta={"tokens": None})
+    os.truncate(folder / "train.bin", size)
+    return folder
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Iterator[Path]:
+    """A dataset with a train.bin of 20 GB."""
+    folder = sparse(tmp_path / "large", 20 * 10**9)
+    if (folder / "train.bin").stat().st_blocks * 512 > 1 << 20:
+        pytest.skip("this disk cannot leave out zeros")
+    yield folder
+    (folder / "train.bin").unlink()
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="this system does not tell what a process reads")
+def test_first_batch_of_a_large_file_comes_at_once(large: Path) -> None:
+    """A first batch for which the whole file is read is caught."""
+
+    def bytes_read() -> int:
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    before = bytes_read()
+    data = Dataset(str(large))
+    data.check(256, 100)
+    x, _ = data.windows("train", data.draw("train", "train", 0, 0, 16, 256), 256, 100)
+    assert data.tokens["train"] == 20 * 10**9 and x.shape == (16, 256)
+    assert bytes_read() - before < 40 << 20
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="this system does not tell a process's memory")
+def test_training_takes_no_more_memory_on_a_large_file(large: Path, tmp_path: Path) -> None:
+    """Memory that grows with the dataset, from the first look at it to the 200th iteration, is caught."""
+    shape = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=64 --batch_size=8 --gradient_accumulation_steps=1"
+    length = "--max_iters=200 --eval_interval=200 --eval_iters=1 --log_interval=100 --device=cpu --dtype=float32"
+    peaks = []
+    for folder in (sparse(tmp_path / "small", 1 << 20), large):
+        names = [f"--dataset={folder}", f"--out_dir={folder}-out"]
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *shape.split(), *length.split(), *names],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        peaks.append(usage.ru_maxrss)
+    assert 0.9 < peaks[1] / peaks[0] < 1.1, peaks

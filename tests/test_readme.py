@@ -11,11 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOWNLOADS = "-m venv|gpt2|data/shakespeare/|openwebtext|fineweb"  # no test does
 COMMANDS = [
     line
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
-    if line.startswith(("python", "torchrun")) and not re.search("-m venv|gpt2|data/shakespeare/", line)  # no test downloads
+    if line.startswith(("python", "torchrun")) and not re.search(DOWNLOADS, line)
 ]
 QUICK = ["--eval_iters=1", "--eval_interval=2"]
 

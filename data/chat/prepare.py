@@ -174,12 +174,7 @@ def read_conversations(path: Path, chat_format: ChatFormat) -> list[tuple[str, l
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            value = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 text; convert it to UTF-8 first") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error})") from error
+        value = corpus.read_json(line, where)
         try:
             conversation.check(value.get("messages") if isinstance(value, dict) else None, chat_format)
         except UserError as error:

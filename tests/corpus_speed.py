@@ -1,0 +1,137 @@
+"""How fast a large corpus is tokenized, against tiktoken alone, and that a kill half-way changes nothing: make corpus.
+
+python tests/corpus_speed.py [MEGABYTES [ROUNDS [THREADS]]]
+
+Makes up a JSONL file of documents, from sentences of the docstrings in Python's standard library. Each round tokenizes it with
+the whole command of data/fineweb_edu, and with `encode_ordinary_batch` alone, on texts that are in memory already. Then a run
+is killed half-way, its whole group, and goes on. Not a part of the tests: 1,000 MB take some minutes a round.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import tiktoken
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "corpus_speed"
+FOLDER = ROOT / "data" / NAME
+BATCH = 16 << 20  # characters that tiktoken alone gets at a time; all of them would take some 10 GB
+
+
+def make_up(path: Path, size: int) -> None:
+    """Write a JSONL file of about `size` bytes, the same for every call of the same Python."""
+    rng, sentences = random.Random(1), []
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(library.rglob("*.py")):
+        if "packages" not in str(file.relative_to(library)):
+            for docstring in re.findall(r'"""(.+?)"""', file.read_text(encoding="utf-8", errors="ignore"), re.DOTALL):
+                sentences += [" ".join(sentence.split()) for sentence in re.split(r"(?<=[.!?])\s", docstring)]
+    sentences = [sentence for sentence in sentences if 4 < len(sentence.split()) < 80]
+    with open(path, "w", encoding="utf-8") as lines:
+        while lines.tell() < size:
+            text = " ".join(rng.choices(sentences, k=1 + int(rng.lognormvariate(3, 1))))  # some 3,000 characters
+            lines.write(json.dumps({"text": text}) + "\n")
+
+
+def command(path: Path, threads: int) -> subprocess.Popen:
+    script = ROOT / "data" / "fineweb_edu" / "prepare.py"
+    flags = [f"--input={path}", f"--name={NAME}", f"--workers={threads}"]
+    return subprocess.Popen([sys.executable, script, *flags], stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def ours(path: Path, threads: int) -> tuple[float, int]:
+    """Return the seconds and the largest memory in bytes of the whole command, which is one process."""
+    start = time.perf_counter()
+    process = command(path, threads)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def batches(path: Path) -> Iterator[list[str]]:
+    texts, size = [], 0
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            texts.append(json.loads(line)["text"])
+            size += len(texts[-1])
+            if size > BATCH:
+                yield texts
+                texts, size = [], 0
+    yield texts
+
+
+def alone(path: Path, threads: int) -> float:
+    """Return the seconds in which tiktoken turns the texts into lists of ids, without all that comes before and after."""
+    encoding, seconds = tiktoken.get_encoding("gpt2"), 0.0
+    for texts in batches(path):
+        start = time.perf_counter()
+        encoding.encode_ordinary_batch(texts, num_threads=threads)
+        seconds += time.perf_counter() - start
+    return seconds
+
+
+def digests() -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(FOLDER.iterdir())}
+
+
+def killed(path: Path, threads: int, tokens: int) -> int:
+    """Kill a run when half of the tokens are noted, and return how many were; then let it go on."""
+    process, noted = command(path, threads), 0
+    while noted < tokens // 2 and process.poll() is None:
+        time.sleep(0.05)
+        if (FOLDER / "progress.part").exists():
+            noted = json.loads((FOLDER / "progress.part").read_bytes())["tokens"]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and not (FOLDER / "train.bin").exists()
+    ours(path, threads)
+    return noted
+
+
+def main(megabytes: int, rounds: int, threads: int) -> None:
+    scratch = Path(tempfile.mkdtemp())
+    try:
+        path, ratios, speeds, peaks = scratch / "made_up.jsonl", [], [], []
+        make_up(path, megabytes * 10**6)
+        for number in range(1, rounds + 1):
+            shutil.rmtree(FOLDER, ignore_errors=True)
+            seconds, peak = ours(path, threads)
+            found = digests()
+            tokens = sum(json.loads((FOLDER / "meta.json").read_bytes())["tokens"].values())
+            of_tiktoken = alone(path, threads)
+            print(
+                f"round {number}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {peak >> 20} MiB; "
+                f"tiktoken alone {tokens / of_tiktoken:,.0f} tokens/s; load {os.getloadavg()[0]:.1f}",
+                flush=True,
+            )
+            ratios.append(of_tiktoken / seconds)
+            speeds.append(tokens / seconds)
+            peaks.append(peak)
+        print(f"median: {statistics.median(speeds):,.0f} tokens/s, {statistics.median(ratios):.2f} times tiktoken alone")
+        print(f"peak: {max(peaks) >> 20} MiB, for {path.stat().st_size:,} bytes on {threads} threads")
+        shutil.rmtree(FOLDER)
+        noted = killed(path, threads, tokens)
+        assert digests() == found, f"{digests()} differ from {found}"
+        print(f"killed after {noted:,} tokens, gone on: byte for byte the same, sha256 of train.bin {found['train.bin']}")
+    finally:
+        shutil.rmtree(scratch)
+        shutil.rmtree(FOLDER, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    given = [int(argument) for argument in sys.argv[1:]]
+    main(*given, *(1000, 3, 2)[len(given) :])

@@ -1,0 +1,224 @@
+"""Where documents come from: files of each kind, read from any document on, and what is wrong with them."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configurator import UserError
+from data import documents
+
+TEXTS = ["one", "", "zwei\n🙂\n", "three <|endoftext|>", "\u2028 four\t", "fünf" * 50, "six\x00", " "]
+MISSING = "00000000000000000000000000000000000000aa"
+
+
+def jsonl(texts: list[str], **others: object) -> bytes:
+    return "".join(json.dumps({"text": text, **others}, ensure_ascii=False) + "\n" for text in texts).encode()
+
+
+def parquet(path: Path, columns: dict[str, list], rows: int = 1 << 20) -> Path:
+    """Write a Parquet file of row groups of `rows` rows."""
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(arrow.table(columns), path, row_group_size=rows)
+    return path
+
+
+def texts_of(source: documents.Source, position: documents.Position = documents.BEGINNING) -> list[str]:
+    return [text for _, _, text in documents.read(source, position)]
+
+
+def kinds(folder: Path, kind: str) -> str:
+    """Write TEXTS as files of some kind, and return what --input would name."""
+    folder.mkdir(exist_ok=True)
+    if kind == "jsonl":
+        (folder / "a.jsonl").write_bytes(jsonl(TEXTS, text2="no", id=3))
+    elif kind == "odd jsonl":  # a byte-order mark, lines without anything, other line ends, none at the end
+        lines = jsonl(TEXTS).split(b"\n")
+        (folder / "a.JSONL").write_bytes(b"\xef\xbb\xbf" + b"\r\n\n  \n".join(lines[:-1]))
+    elif kind == "gzip":
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS)))
+    elif kind == "parquet":
+        parquet(folder / "a.parquet", {"id": list(range(8)), "text": TEXTS}, rows=3)
+    elif kind == "text":
+        for index, text in enumerate(TEXTS):
+            (folder / f"{index}.txt").write_bytes(text.encode())
+        return str(folder)
+    else:
+        (folder / "b").mkdir()
+        (folder / "a.jsonl").write_bytes(jsonl(TEXTS[:2]))
+        (folder / "a1.jsonl").write_bytes(b"\n")
+        parquet(folder / "b" / "0.parquet", {"text": TEXTS[2:4]})
+        (folder / "b" / "1.txt").write_bytes(TEXTS[4].encode())
+        (folder / "b" / "2.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS[5:7])))
+        (folder / "c.jsonl").write_bytes(jsonl(TEXTS[7:]))
+        (folder / ".hidden.jsonl").write_bytes(b"no")
+        (folder / "b" / ".cache").mkdir()
+        (folder / "b" / ".cache" / "x.txt").write_bytes(b"no")
+        (folder / "README.md").write_bytes(b"no")
+        return str(folder)
+    return str(next(folder.iterdir()))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "odd jsonl", "gzip", "parquet", "text", "mixed"])
+def test_documents_from_every_position_on(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document that is lost, read twice or changed, at the beginning or where reading goes on, is caught."""
+    monkeypatch.setattr(documents, "BATCH", 2)
+    source = documents.local(kinds(tmp_path / "in", kind))
+    found = list(documents.read(source, documents.BEGINNING))
+    assert [text for _, _, text in found] == TEXTS
+    done = [read for _, read, _ in found]
+    assert done == sorted(done) and 0 <= done[0] and done[-1] <= sum(source.sizes)
+    assert kind in ("gzip", "odd jsonl", "mixed") or done[-1] == sum(source.sizes)
+    for count, (position, _, _) in enumerate(found, start=1):
+        assert texts_of(source, json.loads(json.dumps(position))) == TEXTS[count:]
+
+
+def test_half_a_character_is_read(tmp_path: Path) -> None:
+    """A lone surrogate, which JSON can spell and UTF-8 cannot, that ends a long run is caught."""
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud800b"}')
+    assert texts_of(documents.local(str(tmp_path))) == ["a\ud800b"]
+
+
+def test_identity_is_that_of_the_files(tmp_path: Path) -> None:
+    """A changed, new or missing file, taken for the one that was begun with, is caught; another name of it is none."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(TEXTS))
+    before = documents.local(str(path)).identity
+    assert documents.local(str(tmp_path / ".." / tmp_path.name)).identity == before
+    (tmp_path / "b.txt").write_text("more")
+    assert documents.local(str(tmp_path)).identity != before
+    path.write_bytes(jsonl(TEXTS[::-1]))
+    assert documents.local(str(path)).identity != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.jsonl", jsonl(["a", "b"]) + b"{\n", ["a.jsonl, line 3: not JSON"]),
+        ("a.jsonl", jsonl(["a", "b"])[:-4], ["a.jsonl, line 2: not JSON"]),
+        ("a.jsonl", jsonl(["a"]) + b'\n\n{"text": "caf\xe9"}\n', ["a.jsonl, line 4: not UTF-8"]),
+        ("a.jsonl", jsonl(["a"]) + b'{"txt": "b"}\n', ["a.jsonl, line 2", '"text"']),
+        ("a.jsonl", jsonl(["a"]) + b'{"text": null}\n', ["a.jsonl, line 2", '"text"']),
+        ("a.jsonl", b'["text"]', ["a.jsonl, line 1", '"text"']),
+        ("a.jsonl", b"[" * 100_000, ["a.jsonl, line 1: not JSON"]),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", ["a.jsonl, line 1"]),
+        ("a.jsonl.gz", gzip.compress(jsonl(["a" * 50] * 50))[:-20], ["a.jsonl.gz: cannot be read"]),
+        ("a.jsonl.gz", jsonl(["a"]), ["a.jsonl.gz: cannot be read"]),
+        ("a.txt", b"caf\xe9", ["a.txt", "not UTF-8", "byte 3"]),
+        ("a.parquet", b"PAR1 is not enough", ["a.parquet"]),
+        ("a.csv", b"text\na\n", ["--input=", ".parquet, .jsonl, .jsonl.gz, .txt"]),
+    ],
+)
+def test_damaged_files_are_named(name: str, content: bytes, told: list[str], tmp_path: Path) -> None:
+    """A traceback, a message without the file or the line, or a damaged document that is passed over, is caught."""
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as refusal:
+        texts_of(documents.local(str(tmp_path / name)))
+    assert [part for part in told if part not in str(refusal.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"content": ["a"], "id": [1]}, "a.parquet: no column 'text' among content, id"),
+        ({"text": ["a", "b", None, "d"]}, "a.parquet, row 3: the column 'text' holds None"),
+        ({"text": [1, 2]}, "a.parquet, row 1: the column 'text' holds 1"),
+    ],
+)
+def test_parquet_without_texts(columns: dict[str, list], told: str, tmp_path: Path) -> None:
+    """A column of another name or kind that gets a traceback, or goes in as "None", is caught."""
+    parquet(tmp_path / "a.parquet", columns)
+    with pytest.raises(UserError, match=told):
+        texts_of(documents.local(str(tmp_path)))
+
+
+def test_parquet_that_is_cut_off_inside(tmp_path: Path) -> None:
+    """Pages that are damaged where the end of the file is not, with a traceback, are caught."""
+    path = parquet(tmp_path / "a.parquet", {"text": [f"text {i}" * 9 for i in range(1000)]}, rows=100)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.parquet: cannot be read"):
+        texts_of(documents.local(str(path)))
+
+
+@pytest.mark.parametrize("input", ["nowhere", "bare", "bare/none.txt"])
+def test_wrong_folder(input: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path without documents that makes an empty dataset, or a traceback, is caught."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match=f"--input={input}: no "):
+        documents.local(input)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ImportError in place of what to install is caught."""
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        texts_of(documents.local(str(tmp_path)))
+
+
+# the Hub
+
+
+def test_hub_layout(tmp_path: Path) -> None:
+    """Documents in another order than that of the datasets library, or of another of its subsets, are caught."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    whole = datasets.Dataset.from_dict({"id": list(range(50)), "text": [f"text {i}" for i in range(50)]})
+    for part in range(3):
+        shard = whole.shard(3, part, contiguous=True)
+        path = tmp_path / "sample" / "10BT" / f"00{part}_00000.parquet"
+        parquet(path, {"id": shard["id"][:], "text": shard["text"][:]}, rows=7)
+    parquet(tmp_path / "sample" / "100BT" / "000_00000.parquet", {"id": [1], "text": ["of another subset"]})
+    subsets = [f"- config_name: sample-{n}BT\n  data_files:\n  - split: train\n    path: sample/{n}BT/*\n" for n in (10, 100)]
+    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(subsets) + "---\n")
+    source = documents.hub(str(tmp_path), "sample-10BT", "main")
+    assert texts_of(source) == whole["text"][:]
+    assert source.sizes == [path.stat().st_size for path in sorted(tmp_path.glob("sample/10BT/*"))]
+    assert documents.hub(str(tmp_path), "sample-100BT", "main").identity != source.identity
+
+
+def test_files_behind_an_address(tmp_path: Path) -> None:
+    """Files of a network, which are not opened as those of a disk are, that do not go on where they stopped are caught."""
+    fsspec = pytest.importorskip("fsspec", reason="datasets is not installed")
+    path = parquet(tmp_path / "a.parquet", {"text": TEXTS}, rows=3)
+    with fsspec.open("memory://folder/a.parquet", "wb") as file:
+        file.write(path.read_bytes())
+    source = documents.Source("remote", ["memory://folder/a.parquet", "memory://folder/gone.parquet"], [9, 9], "")
+    with pytest.raises(UserError, match=r"gone\.parquet: cannot be read .*the same command goes on"):
+        texts_of(source)
+    source = documents.Source("remote", source.files[:1], [9], "")
+    found = list(documents.read(source, documents.BEGINNING))
+    assert [text for _, _, text in found] == TEXTS
+    for count, (position, _, _) in enumerate(found, start=1):
+        assert texts_of(source, position) == TEXTS[count:]
+
+
+def test_hub_that_cannot_be_reached() -> None:
+    """A machine without a network that shows a traceback, or not what to do, is caught."""
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    with pytest.raises(UserError, match=r"cannot get nobody/nothing .*try again, or give local files: --input="):
+        documents.hub("nobody/nothing", "plain_text", MISSING)
+
+
+def test_hub_without_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ImportError in place of what to install is caught."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"nobody/nothing .*pip install datasets; or give local files: --input="):
+        documents.hub("nobody/nothing", "plain_text", MISSING)
+
+
+def test_nothing_is_imported_before_it_is_needed() -> None:
+    """An optional library that everybody would have to install is caught."""
+    code = "import sys, data.stream; print({'datasets', 'pyarrow', 'fsspec', 'torch', 'tiktoken'} & set(sys.modules))"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert process.stdout == "set()\n", process.stderr

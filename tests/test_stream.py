@@ -1,0 +1,446 @@
+"""Corpora tokenized bit by bit: the same files on any number of threads, and however often it was interrupted."""
+
+import errno
+import hashlib
+import itertools
+import json
+import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configurator import UserError
+from data import corpus, documents, stream
+from data.dataset import Dataset
+from data.tokenizer import CharTokenizer, TiktokenTokenizer
+
+END = 256
+TEXTS = [f"{i} plus {i} is {2 * i}, " * (i % 7) + "é" * (i % 3) for i in range(60)]
+TEXTS += ["long " * 300, "", "<|endoftext|>", "\ud83d"]
+TOKENS = [[*text.replace("\ud83d", "\ufffd").encode(), END] for text in TEXTS]
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+def split(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every fifth document is for validation, and those to train go backwards."""
+    documents = np.arange(count)
+    return documents[documents % 5 != 2][::-1], documents[documents % 5 == 2]
+
+
+def naive(tokens: list[list[int]]) -> tuple[list[int], list[int]]:
+    """What train.bin and val.bin are to hold."""
+    train = [ids for index, ids in enumerate(tokens) if index % 5 != 2][::-1]
+    return joined(train), joined(tokens[2::5])
+
+
+def joined(rows: list[list[int]]) -> list[int]:
+    return [token for row in rows for token in row]
+
+
+@pytest.fixture
+def tokenizer() -> TiktokenTokenizer:
+    """An encoding of bytes, which takes no vocabulary from anywhere."""
+    import tiktoken
+
+    tokenizer = TiktokenTokenizer("bytes", 257)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    special = {"<|endoftext|>": END}
+    tokenizer._encoding = tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens=special)
+    return tokenizer
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> documents.Source:
+    (tmp_path / "in").mkdir()
+    for name, texts in (("a", TEXTS[:40]), ("b", TEXTS[40:])):
+        (tmp_path / "in" / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return documents.local(str(tmp_path / "in"))
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "CHUNK", 400)
+    monkeypatch.setattr(stream, "NOTE", 1000)
+    monkeypatch.setattr(stream, "BLOCK", 500)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no test cuts the power, and each takes its time
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def ids(folder: Path, dtype: str = "<u2") -> tuple[list[int], list[int]]:
+    return tuple(np.fromfile(folder / f"{name}.bin", dtype).tolist() for name in ("train", "val"))
+
+
+@pytest.fixture
+def whole(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> dict[str, bytes]:
+    """The files that one thread makes where nothing happens to it."""
+    stream.prepare(tmp_path / "whole", source, tokenizer, split, workers=1)
+    return content(tmp_path / "whole")
+
+
+# the files
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 16])
+def test_files_are_those_of_a_plain_loop(
+    workers: int, tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer, capsys: pytest.CaptureFixture
+) -> None:
+    """Documents that threads bring out of order, without their ends, or into the wrong split, are caught."""
+    folder = tmp_path / "out" / "new"
+    stream.prepare(folder, source, tokenizer, split, workers)
+    assert ids(folder) == naive(TOKENS)
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta == {
+        "dtype": "uint16",
+        "vocab_size": 257,
+        "tokenizer": {"kind": "tiktoken", "name": "bytes", "vocab_size": 257},
+        "source": "in",
+        "sha256": hashlib.sha256(np.array(joined(TOKENS), "<u2").tobytes()).hexdigest(),
+        "tokens": {"train": len(naive(TOKENS)[0]), "val": len(naive(TOKENS)[1])},
+        "documents": {"train": 51, "val": 13},
+    }
+    assert sorted(content(folder)) == ["meta.json", "train.bin", "val.bin"]
+    assert f"train has {meta['tokens']['train']:,} tokens" in capsys.readouterr().out
+    assert Dataset(str(folder)).tokens == meta["tokens"]
+
+
+def test_large_vocabulary(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
+    """Ids beyond 65,535 that are cut to 16 bits, and documents that are looked for in the wrong type, are caught."""
+    tokenizer.vocab_size = 100_277
+    stream.prepare(tmp_path / "out", source, tokenizer, split, workers=2)
+    assert ids(tmp_path / "out", "<u4") == naive(TOKENS)
+    assert Dataset(str(tmp_path / "out")).dtype == np.dtype("<u4")
+
+
+@pytest.mark.parametrize(("tokens", "documents"), [(1, 100), (7, 100), (12, 100), (1 << 20, 3), (1 << 20, 1), (1 << 20, 81)])
+def test_arranging_is_indexing(tokens: int, documents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that are put together wrongly: of one document, smaller than one, of all of them."""
+    monkeypatch.setattr(stream, "BLOCK", tokens)
+    monkeypatch.setattr(stream, "BLOCK_DOCUMENTS", documents)
+    rng = np.random.default_rng(0)
+    rows = [[*rng.integers(9, size=rng.integers(12)).tolist(), 9] for _ in range(80)] + [[1, 2]]
+    np.array(joined(rows), "<u2").tofile(tmp_path / "tokens")
+    bounds, digest = stream._bounds(tmp_path / "tokens", 9, np.dtype("<u2"))
+    assert bounds.tolist() == [0, *np.cumsum([len(row) for row in rows]).tolist()]
+    assert digest == hashlib.sha256((tmp_path / "tokens").read_bytes()).hexdigest()
+    chosen = rng.permutation(81)
+    blocks = list(stream._blocks(bounds, chosen))
+    lengths = [sum(len(rows[index]) for index in chosen[first:last]) for first, last in blocks]
+    assert all(length <= tokens or last - first == 1 for length, (first, last) in zip(lengths, blocks, strict=True))
+    assert all(last - first <= documents for first, last in blocks)
+    with stream.tqdm(disable=True) as bar:
+        stream._arrange(tmp_path / "tokens", tmp_path / "out", bounds, chosen, np.dtype("<u2"), bar)
+    assert np.fromfile(tmp_path / "out", "<u2").tolist() == joined([rows[index] for index in chosen])
+
+
+def last_two(count: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(count - 2), np.arange(count - 2, count)
+
+
+@pytest.mark.parametrize("limit", [*range(90, 110), 400, 401, 1000, 1001, len(joined(TOKENS)), 10**9])
+def test_max_tokens_is_exact(limit: int, tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
+    """A sample of more or fewer tokens, or of others than the first, is caught."""
+    stream.prepare(tmp_path / "out", source, tokenizer, last_two, 3, limit)
+    train, val = ids(tmp_path / "out")
+    assert train + val == joined(TOKENS)[:limit]
+
+
+def test_sample_ends_the_reading(tmp_path: Path, tokenizer: TiktokenTokenizer) -> None:
+    """A small sample for which gigabytes are read is caught."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) + "not reached")
+    stream.prepare(tmp_path / "out", documents.local(str(tmp_path / "a.jsonl")), tokenizer, last_two, 1, 1500)
+    assert joined(ids(tmp_path / "out")) == joined(TOKENS)[:1500]
+
+
+def test_text_that_is_too_short(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
+    """A dataset that nothing can be learned from, or whose leavings spoil the next one, is caught."""
+    with pytest.raises(UserError, match=r"too short: it leaves 0 tokens for val\.bin"):
+        stream.prepare(tmp_path / "out", source, tokenizer, split, workers=1, max_tokens=2)
+    assert not list((tmp_path / "out").glob("*.bin*"))
+    stream.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
+    assert ids(tmp_path / "out") == naive(TOKENS)
+
+
+def test_damaged_document_leaves_nothing(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
+    """A folder that looks begun, an old dataset that is gone, or a message without the line, is caught."""
+    (tmp_path / "in" / "b.jsonl").write_text('{"text": "a"}\n{"text": "a}\n')
+    damaged = documents.local(str(tmp_path / "in"))
+    with pytest.raises(UserError, match=r"b\.jsonl, line 2: not JSON"):
+        stream.prepare(tmp_path / "out", damaged, tokenizer, split, workers=40)
+    assert not (tmp_path / "out").exists()
+    stream.prepare(tmp_path / "out", source := documents.local(str(tmp_path / "in" / "a.jsonl")), tokenizer, split, workers=1)
+    before = content(tmp_path / "out")
+    with pytest.raises(UserError, match="line 2"):
+        stream.prepare(tmp_path / "out", damaged, tokenizer, split, workers=40)
+    assert content(tmp_path / "out") == before and source.name == "a.jsonl"
+
+
+def test_threads_are_only_a_little_ahead() -> None:
+    """A queue that grows to the whole corpus, where reading is quicker than tokenizing, is caught."""
+    taken, given = itertools.count(), itertools.count()
+    ahead = []
+
+    def items() -> Iterator[tuple[int, int]]:
+        for index in range(100):
+            next(taken)
+            yield index, index
+
+    for mark, result in stream._ahead(lambda index: index * index, items(), 3):
+        next(given)
+        ahead.append(int(repr(taken)[6:-1]) - int(repr(given)[6:-1]))
+        assert result == mark * mark
+    assert len(ahead) == 100 and max(ahead) <= 6
+
+
+# what is interrupted
+
+
+def at_step(step: int, act: Callable[[], Any], *others: tuple[Any, str]) -> pytest.MonkeyPatch:
+    """Do `act` at the `step`-th call that leaves a trace on the disk, and at all after it."""
+    patch, count = pytest.MonkeyPatch(), itertools.count(1)
+
+    def watched(call: Callable) -> Callable:
+        def wrapper(*arguments: Any, **keywords: Any) -> Any:
+            if next(count) >= step:
+                act()
+            return call(*arguments, **keywords)
+
+        return wrapper
+
+    for owner, name in ((os, "fsync"), (os, "replace"), (stream.tqdm, "update"), *others):
+        patch.setattr(owner, name, watched(getattr(owner, name)))
+    return patch
+
+
+def kill(call: Callable[[], None], step: int) -> bool:
+    """Do `call` in a copy of this process, which gets SIGKILL at a step; return whether it has ended before."""
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL), (Path, "unlink"))
+        call()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status == 0
+
+
+def refuse(call: Callable[[], None], step: int) -> bool:
+    """Do `call` on a disk that is full from a step on; return whether it has ended before."""
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch = at_step(step, full)
+    try:
+        call()
+    except UserError as error:
+        assert "No space left on device; make room" in str(error)
+        return False
+    finally:
+        patch.undo()
+    return True
+
+
+def interrupt(call: Callable[[], None], step: int) -> bool:
+    """Do `call` until Ctrl-C at a step; return whether it has ended before."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    patch = at_step(step, stop, (Path, "unlink"))
+    try:
+        call()
+    except KeyboardInterrupt:
+        return False
+    finally:
+        patch.undo()
+    return True
+
+
+@pytest.mark.parametrize("end", [pytest.param(kill, marks=needs_fork), refuse, interrupt])
+def test_interrupted_at_any_step_goes_on(
+    end: Callable[[Callable[[], None], int], bool],
+    tmp_path: Path,
+    source: documents.Source,
+    tokenizer: TiktokenTokenizer,
+    whole: dict[str, bytes],
+) -> None:
+    """Tokens that are lost, doubled or mixed with those of the dataset before, wherever a run has ended, are caught."""
+    for step in itertools.count(1):
+        folder = tmp_path / str(step)
+        corpus.write_dataset(folder, ["abab"], ["baba"], CharTokenizer(["a", "b"]), "letters")
+        before = content(folder)
+        ended = end(lambda folder=folder: stream.prepare(folder, source, tokenizer, split, workers=2), step)
+        found = {name: content(folder).get(name) for name in before}
+        assert found in (before, whole) or found["train.bin"] is None
+        assert end is not refuse or not list(folder.glob("*.bin.tmp"))
+        with open(folder / stream.TOKENS, "ab") as file:
+            file.write(b"torn")  # what was written after the last note
+        stream.prepare(folder, source, tokenizer, split, workers=3)
+        assert content(folder) == whole
+        if ended:
+            break
+    assert step > 30
+
+
+def test_tokens_are_on_the_disk_before_they_are_noted(
+    tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that are noted and then lost with the power, and zeros that a run goes on from, are caught."""
+    safe = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: safe.append(os.fstat(descriptor).st_size))
+    replace = os.replace
+
+    def noted(one: Path, other: Path) -> None:
+        if other.name == stream.PROGRESS:
+            assert safe[-1] == 2 * json.loads(one.read_text())["tokens"] > 0
+        replace(one, other)
+
+    monkeypatch.setattr(os, "replace", noted)
+    stream.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
+    assert len(safe) > 5
+
+
+def test_what_is_done_is_not_done_again(
+    tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer, capsys: pytest.CaptureFixture
+) -> None:
+    """A run that begins anew each time, and so may never end, is caught."""
+    encoded: list[str] = []
+
+    class Counting(TiktokenTokenizer):
+        def encode_array(self, text: str) -> np.ndarray:
+            encoded.append(text)
+            return super().encode_array(text)
+
+    counting = Counting("bytes", 257)
+    counting._encoding = tokenizer._encoding
+    call = lambda: stream.prepare(tmp_path / "out", source, counting, split, workers=1)  # noqa: E731
+    for step in (20, 10):
+        assert not interrupt(call, step)
+    assert "going on after " in capsys.readouterr().out
+    call()
+    assert len(TEXTS) <= len(encoded) < 1.5 * len(TEXTS)
+
+
+@pytest.mark.parametrize("change", ["max_tokens", "tokenizer", "file", "note", "tokens"])
+def test_something_else_begins_anew(
+    change: str, tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer, capsys: pytest.CaptureFixture
+) -> None:
+    """Tokens of another text, encoding or length that a run goes on from are caught."""
+    folder, limit, tokens = tmp_path / "out", 0, TOKENS
+    assert not interrupt(lambda: stream.prepare(folder, source, tokenizer, split, workers=1), 30)
+    assert json.loads((folder / stream.PROGRESS).read_text())["tokens"] > 1000
+    if change == "max_tokens":
+        limit = 3000
+    elif change == "tokenizer":
+        tokenizer.name = "other bytes"
+    elif change == "file":
+        (tmp_path / "in" / "a.jsonl").write_text('{"text": "new"}\n')
+        source = documents.local(str(tmp_path / "in"))
+        tokens = [[*b"new", END], *TOKENS[40:]]
+    elif change == "note":
+        (folder / stream.PROGRESS).write_bytes(b"")
+    else:
+        (folder / stream.TOKENS).write_bytes(b"")
+    stream.prepare(folder, source, tokenizer, split, 1, limit)
+    assert "beginning anew" in capsys.readouterr().err
+    if limit:
+        assert sum(map(len, ids(folder))) == limit
+    else:
+        assert ids(folder) == naive(tokens)
+
+
+def test_file_that_cannot_be_opened_is_named(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
+    """Advice to make room where it is not room that is missing is caught."""
+    (tmp_path / "out" / stream.TOKENS).mkdir(parents=True)
+    with pytest.raises(OSError, match=stream.TOKENS):
+        stream.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
+
+
+def test_second_run_at_the_same_time(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
+    """Two processes that write into the same file, and what they make of it, are caught."""
+    fcntl = pytest.importorskip("fcntl", reason="this system has no flock")
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / stream.TOKENS, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(b"of the first")
+        file.flush()
+        with pytest.raises(UserError, match="another prepare"):
+            stream.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
+        assert (tmp_path / "out" / stream.TOKENS).read_bytes() == b"of the first"
+    stream.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
+    assert ids(tmp_path / "out") == naive(TOKENS)
+
+
+# OpenWebText and FineWeb-Edu
+
+
+def script(project: Path, name: str) -> dict[str, Any]:
+    path = list(sys.path)
+    found = runpy.run_path(str(project / "data" / name / "prepare.py"), run_name="prepare")
+    sys.path[:] = path
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 3, 1999, 2000, 2001, 12_345])
+def test_openwebtext_has_the_splits_of_nanogpt(count: int, project: Path) -> None:
+    """Another document in val.bin, with which no loss could be compared with nanoGPT's, is caught."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    train, val = script(project, "openwebtext")["split"](count)
+    expected = datasets.Dataset.from_dict({"i": range(count)}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    assert train.tolist() == expected["train"]["i"][:] and val.tolist() == expected["test"]["i"][:]
+
+
+def test_openwebtext_has_the_splits_of_nanogpt_in_full(project: Path) -> None:
+    """A numpy that shuffles in another way than the one with which nanoGPT's files were made is caught."""
+    train, val = script(project, "openwebtext")["split"](8_013_769)
+    assert (len(train), len(val)) == (8_009_762, 4_007)  # as nanoGPT's prepare.py notes them
+    assert val[:4].tolist() == [4327249, 4286500, 2184614, 4793011] and train[:2].tolist() == [4269689, 2140761]
+
+
+@pytest.mark.parametrize("count", [1, 2, 2000, 2001, 20_001])
+def test_fineweb_edu_validates_on_every_2000th(count: int, project: Path) -> None:
+    """A document in both splits or in none, and a small sample without validation, are caught."""
+    train, val = script(project, "fineweb_edu")["split"](count)
+    assert len(val) == math.ceil(count / 2000) and val[0] == 0 and (val % 2000 == 0).all()
+    assert len(train) == count - len(val) and (train % 2000 != 0).all() and (np.diff(train) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
+def test_command(
+    name: str, command: Callable[..., subprocess.CompletedProcess], project: Path, tmp_path: Path, gpt2_vocabulary: None
+) -> None:
+    """A command that does not give what it says, or a dataset that GPT-2 would not read, is caught."""
+    texts = [f"Document {i} says <|endoftext|> {i}." for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    process = command(f"data/{name}/prepare.py", f"--input={tmp_path}", "--name=mine", "--max_tokens=200")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "next: python train.py config/train_gpt2.py --dataset=mine" in process.stdout
+    data = Dataset(str(project / "data" / "mine"))
+    assert sum(data.tokens.values()) == 200 and data.tokenizer.name == "gpt2"
+    train, val = ids(project / "data" / "mine")
+    assert data.tokenizer.decode(val[: val.index(50256)]) in texts
+    assert data.tokenizer.decode(train[: train.index(50256)]) in texts
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
+def test_command_without_the_datasets_library(name: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that fails with a traceback, or leaves something behind, where people first try it, is caught."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(TiktokenTokenizer, "__init__", lambda self, name: None)
+    prepare = script(project, name)
+    with pytest.raises(UserError, match=r"pip install datasets.*--input=FILE_OR_FOLDER"):
+        prepare["main"](prepare["Config"]())
+    assert [path.name for path in (project / "data" / name).iterdir()] == ["prepare.py"]
