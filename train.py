@@ -30,6 +30,7 @@ import checkpoint
 import configurator
 import device
 import guard
+import plot
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Seed, UserError
 from data.dataset import Dataset, FileLost, Split
 from device import Compile, Dtype
@@ -174,7 +175,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     peak = device.peak_flops(group.device, dtype)
     mfu, logged, t0 = -1.0, iteration, time.perf_counter()
     stopping, lost = False, None
-    with metrics, signals:
+    with metrics, signals, plot.Curves(out_dir, group.is_main) as curves:
         try:
             while True:
                 learning_rate = config.learning_rate
@@ -200,6 +201,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
                         metrics.sync()
                         is_best = improved or config.always_save_checkpoint
                         saver.save(iteration, best_val_loss, evaluated, stale, is_best)
+                        curves.update()
                     t0 += time.perf_counter() - t1  # what follows is timed without this
                 stopping = stopping or (group.size == 1 and signals.received > 0)
                 if finished or stopping or 0 < config.patience <= stale:
