@@ -92,6 +92,8 @@ TABLE = [
     ("train", "--init_from=resume --out_dir=TMP/typed_run", "max_iters = 'many': not a whole number"),
     ("train", "--init_from=resume --out_dir=TMP/moments_run", "the state of its optimizer does not fit"),
     ("train", "--init_from=resume --out_dir=TMP/stale_run", "'stale' is 'two'"),
+    ("train", "--init_from=resume --out_dir=TMP/wandb_run", "its wandb is 7"),
+    ("train", "--sample_interval=-1", "at least 0"),
     ("train", "--init_from=resume --out_dir=TMP/folder_run", "no checkpoint in TMP/folder_run"),
     ("train", "--init_from=resume --out_dir=TMP/cut_run", "without that file, the run goes on from TMP/cut_run/ckpt.pt"),
     ("train", "--init_from=resume --out_dir=TMP/lived_in --max_iters=9", "another run lives in TMP/lived_in"),
@@ -198,6 +200,7 @@ STATES = {  # one value of a checkpoint that is otherwise whole, by the keys tha
     "typed_run": ("config", "max_iters", "many"),
     "moments_run": ("optimizer", "state", 0, "exp_avg", torch.zeros(3)),
     "stale_run": ("extra", "stale", "two"),
+    "wandb_run": ("extra", "wandb", 7),
 }
 
 
