@@ -80,7 +80,7 @@ class Metrics:
         rows = [row for row in read_rows(self._path) if _was_before(row, start, evaluated)] if start else []
         self._file: io.FileIO | None = None  # opened once the rows that are kept are in it
         self._unwritten = "".join(map(_line, [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])).encode()
-        self._is_failing = False
+        self._is_failing, self._status = False, ""
         self._flush()
         self._started = time.perf_counter() - (float(rows[-1]["seconds"]) if rows else 0.0)
         self._bar = tqdm(
@@ -117,6 +117,7 @@ class Metrics:
         self._iterations += 1
         self._clipped += clipped
         if self.is_main:
+            self._bar.set_postfix_str(self._status, refresh=False)
             self._bar.update()
 
     def step(
@@ -133,9 +134,8 @@ class Metrics:
         """Record a logged iteration, which took `seconds`; `rate` is in tokens per second, `peak_memory` in bytes."""
         if not self.is_main:
             return
-        self._bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {learning_rate:.2e}, {tqdm.format_sizeof(rate)} tokens/s", refresh=False
-        )
+        self._status = f"loss {loss:.4f}, lr {learning_rate:.2e}, {tqdm.format_sizeof(rate)} tokens/s"
+        self._bar.set_postfix_str(self._status, refresh=False)
         self.say(f"iter {iteration}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
         row = self._write(
             iteration,
@@ -151,7 +151,7 @@ class Metrics:
         self._send(row)
 
     def pause(self, reason: str) -> None:
-        """Show on the progress bar why it stands still."""
+        """Show on the progress bar why it stands still until the next iteration."""
         if self.is_main:
             self._bar.set_postfix_str(reason)
 
@@ -164,6 +164,7 @@ class Metrics:
     def close(self, has_failed: bool = False) -> None:
         """End the records, also those of a run that has failed."""
         if self.is_main:
+            self._bar.set_postfix_str(self._status, refresh=False)
             self._bar.close()
             if self._file is not None:
                 self._file.close()

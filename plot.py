@@ -67,6 +67,10 @@ class Run:
     val: np.ndarray  # (m,) of the evaluations
 
 
+class NothingToDraw(UserError):
+    """A file without losses, or no file, as of a run that has only begun."""
+
+
 def main(config: Config) -> None:
     paths = [Path(name) for name in config.runs.split(",") if name] or [Path(config.out_dir)]
     runs = [read(path, config.x) for path in paths]
@@ -102,8 +106,10 @@ class Curves:
         """Draw what there is; a failure is a warning, the first time."""
         began = time.perf_counter()
         try:
-            if self._is_main and metrics.read_rows(self._out_dir / "metrics.csv"):
+            if self._is_main:
                 draw([read(self._out_dir)], self._out_dir / "loss.png")
+        except NothingToDraw:
+            pass
         except Exception as error:  # no picture is worth a run
             if not self._has_failed:
                 configurator.warn(f"{self._out_dir / 'loss.png'} is not drawn: {error or type(error).__name__}")
@@ -122,17 +128,20 @@ def read(path: Path, x: str = "iterations") -> Run:
     """Read the run in a folder, a metrics.csv or a log; `x` is what its losses stand against. UserError where it has none."""
     file = path / "metrics.csv" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{file}: no such file; name run folders, metrics.csv files or logs")
+        raise NothingToDraw(f"{file}: no such file; name run folders, metrics.csv files or logs")
     name = file.resolve().parent.name if file.name == "metrics.csv" else path.name
     rows = metrics.read_rows(file)
     if rows:
         column = {"iterations": "iteration"}.get(x, x)
-        train = [(float(row[column]), float(row["loss"] or "nan")) for row in rows if row["learning_rate"]]
-        val = [(float(row[column]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+        try:
+            train = [(float(row[column]), float(row["loss"] or "nan")) for row in rows if row["learning_rate"]]
+            val = [(float(row[column]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+        except ValueError as error:
+            raise UserError(f"{file} is damaged: {error}") from error
     else:
         train, val = read_log(file, x)
     if not train and not val:
-        raise UserError(f"{file}: no losses in it (yet)")
+        raise NothingToDraw(f"{file}: no losses in it (yet)")
     return Run(name, *np.array(train, ndmin=2).reshape(-1, 2).T, *np.array(val, ndmin=2).reshape(-1, 2).T)
 
 
@@ -195,6 +204,7 @@ def draw(runs: list[Run], path: Path, x: str = "iterations", log: str = "none") 
     try:
         import matplotlib
         from matplotlib.figure import Figure
+        from PIL import Image  # which matplotlib stands on
     except ImportError as error:
         raise UserError("curves need the package matplotlib: pip install matplotlib") from error
     part = path.with_name(path.name + ".tmp")
@@ -206,6 +216,8 @@ def draw(runs: list[Run], path: Path, x: str = "iterations", log: str = "none") 
         fill(figure.add_subplot(), runs, x, log)
         try:
             figure.savefig(part, format=path.suffix[1:].lower())
+            if path.suffix.lower() == ".png":  # a third of the bytes, and nobody sees it
+                Image.open(part).convert("RGB").quantize(128).save(part, "PNG")
             os.replace(part, path)
         finally:
             with contextlib.suppress(OSError):

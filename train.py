@@ -278,10 +278,10 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
         raise lost  # at once: the other processes may wait for this one where it will not come
     if saver.failure:
         return UserError(f"the newest state could not be saved ({saver.failure}); make room there, and resume the run")
+    if group.is_main and (out_dir / "loss.png").exists():
+        print(f"curves in {out_dir / 'loss.png'}")
     if group.is_main and (out_dir / checkpoint.BEST).exists():
         print(f"best val loss {best_val_loss:.4f}; checkpoint in {out_dir / checkpoint.BEST}")
-        if (out_dir / "loss.png").exists():
-            print(f"curves in {out_dir / 'loss.png'}")
         print(f"next: python {'chat' if data.chat_format else 'sample'}.py --out_dir={shlex.quote(config.out_dir)}")
     if group.is_main and 0 < config.patience <= stale:
         print(f"stopped early: {stale} evaluations without a better validation loss; a larger --patience continues the run")

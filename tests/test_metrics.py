@@ -220,6 +220,34 @@ def test_a_log_file_on_a_full_disk_ends_no_run(tmp_path, monkeypatch):
     assert len(rows(tmp_path)) == 5
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_tells_where_the_run_is(tmp_path, monkeypatch):
+    """A bar without loss, rate, speed or time left; one that says for good what it stood still for; a model's bell rung."""
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    records = Metrics(tmp_path, 100, 64, start=20)
+    records.pause("evaluating")
+    assert " 20%|" in err.getvalue() and err.getvalue().rstrip().endswith("left, evaluating")
+    records.advance()
+    records.step(20, 2.12344, 6e-4, 1.5, 0.03, 123456.7, -1.0)
+    records.say("a\abell\x1b[2J")
+    records.close()
+    last = err.getvalue().rstrip().split("\r")[-1]
+    assert " 21/100, " in last and last.endswith(" left, loss 2.1234, lr 6.00e-04, 123k tokens/s")
+    assert out.getvalue().split("\n")[:2] == ["iter 20: loss 2.1234, time 30.00ms, mfu -100.00%", "a\ufffdbell\ufffd[2J"]
+
+
+def test_a_bar_stays_out_of_files(tmp_path, capsys):
+    """A log full of bars."""
+    run(tmp_path, 0, 4)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_process_that_is_not_the_main_one_does_nothing(tmp_path, capsys):
     """Eight processes that write one file and print each line eight times."""
     records = Metrics(tmp_path, 100, 64, is_main=False)

@@ -142,6 +142,13 @@ def test_a_file_without_losses_is_named(text: str, tmp_path: Path) -> None:
         plot.read(tmp_path)
 
 
+def test_a_number_that_is_none_is_named(run_folder: Path) -> None:
+    """Catches a traceback for a file that someone has edited."""
+    (run_folder / "metrics.csv").write_text(HEADER + ROWS.replace("3.5", "three"))
+    with pytest.raises(UserError, match=r"metrics.csv is damaged: .*three"):
+        plot.read(run_folder)
+
+
 # what is drawn
 
 
@@ -344,6 +351,16 @@ def test_a_failure_to_draw_is_one_warning(error: Exception, run_folder: Path, mo
         curves.draw()
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "loss.png is not drawn: " in warning
+
+
+def test_a_run_that_has_only_begun_is_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a warning about a picture that there cannot be yet."""
+    for text in (None, HEADER):
+        if text:
+            (tmp_path / "metrics.csv").write_text(text)
+        plot.Curves(tmp_path).draw()
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "loss.png").exists()
 
 
 def test_a_missing_matplotlib_is_named(run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
