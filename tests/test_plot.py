@@ -227,7 +227,7 @@ def test_large_numbers_get_another_unit(x: str) -> None:
     assert axes.get_lines()[0].get_xdata()[-1] == pytest.approx(7e9 / unit)
 
 
-@pytest.mark.parametrize("name", ["_hidden", "$odd$ $", "\\frac", "名前"])
+@pytest.mark.parametrize("name", ["_hidden", "$\\frac$", "$", "名前"])
 def test_a_name_is_text(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     """Catches a folder's name that is taken for a formula, or for a label to hide."""
     plot.draw([a_run([4, 3], [4, 3], name), a_run([4, 3], [4, 3])], tmp_path / "a.png")
@@ -242,9 +242,9 @@ def test_drawing_leaves_the_process_as_it_was(command, project: Path, run_folder
     script = project / "check.py"
     script.write_text(
         "import sys, pathlib, matplotlib, plot\n"
-        "matplotlib.rcParams['lines.linewidth'] = 77\n"
+        "matplotlib.rcParams['axes.facecolor'] = 'red'\n"
         f"plot.draw([plot.read(pathlib.Path({str(run_folder)!r}))], pathlib.Path('one.png'))\n"
-        "assert matplotlib.rcParams['lines.linewidth'] == 77\n"
+        "assert matplotlib.rcParams['axes.facecolor'] == 'red'\n"
         "matplotlib.rcdefaults()\n"
         f"plot.draw([plot.read(pathlib.Path({str(run_folder)!r}))], pathlib.Path('two.png'))\n"
         "assert pathlib.Path('one.png').read_bytes() == pathlib.Path('two.png').read_bytes()\n"
