@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ from data.tokenizer import END_OF_TEXT, StreamDecoder
 from device import Compile, Dtype
 from metrics import Metrics, start_wandb
 from model import GPT, Bigram, GPTConfig
+
+LOGITS = 1 << 27  # bytes of logits in float32 above which a CPU computes the loss in chunks
+LossRows = Annotated[int | Literal["auto"], configurator.Range(at_least=0)]
 
 RUN_FILES = (checkpoint.BEST, checkpoint.LAST, "metrics.csv", "config.json", "loss.png")  # what a run leaves in its folder
 
@@ -75,12 +78,13 @@ class Config(configurator.Config):
     n_embd: PositiveInt = 768  # channels, a multiple of n_head
     dropout: Probability = 0.0  # 0 is best for pretraining; for finetuning try 0.1 or more
     bias: bool = False  # biases in Linear and LayerNorm layers; without, it is a bit better and faster
-    # AdamW
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the hidden layers' matrices by Muon, the rest by AdamW
     learning_rate: PositiveFloat = 6e-4  # highest learning rate
     max_iters: NonNegativeInt = 600000  # updates in the whole run
     weight_decay: NonNegativeFloat = 1e-1  # of matrices and embeddings
-    beta1: Probability = 0.9  # decay of the mean of the gradient
-    beta2: Probability = 0.95  # decay of the mean of its square
+    beta1: Probability = 0.9  # AdamW's decay of the mean of the gradient
+    beta2: Probability = 0.95  # AdamW's decay of the mean of its square
     grad_clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 does not clip
     # learning rate decay
     decay_lr: bool = True  # warm up, then decay along a cosine
@@ -89,8 +93,11 @@ class Config(configurator.Config):
     min_lr: NonNegativeFloat = 6e-5  # learning rate from there on; about learning_rate / 10 (Chinchilla)
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"  # of matrix products; float16 scales the loss. auto: 16 bits on CUDA, else float32
+    dtype: Dtype = "auto"  # of matrix products; float16 scales the loss. auto: 16 bits where the device is made for it
     compile: Compile = "auto"  # compile the model with torch.compile. auto: on CUDA
+    fused: bool = True  # AdamW as one kernel, on CUDA and CPUs
+    loss_rows: LossRows = "auto"  # positions whose logits are there at a time; 0: all. auto: 256 on a CPU where all are many
+    keep_memory: bool = True  # on a CPU under Linux: keep the memory of tensors for those of the next iteration
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of several processes. auto: nccl on CUDA, else gloo
 
     def validate(self) -> None:
@@ -98,6 +105,8 @@ class Config(configurator.Config):
             raise UserError("--out_dir= is empty: name the folder for the run")
         if self.init_from == "scratch" and self.model == "gpt" and self.n_embd % self.n_head:
             raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}: {_nearest(self.n_embd, self.n_head)}")
+        if self.optimizer == "muon" and self.model == "bigram":
+            raise UserError("--optimizer=muon is for the matrices of layers, of which a bigram model has none: take adamw")
 
 
 def main(config: Config) -> None:
@@ -129,6 +138,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     dtype = device.resolve_dtype(config.dtype, group.device)
     autocast = device.autocast(group.device, dtype)
     device.set_up(group.device, config.seed)
+    kept = config.keep_memory and group.device == "cpu" and device.keep_memory()
 
     data = Dataset(config.dataset)
     model, start = build_model(config, data)
@@ -136,7 +146,9 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     data.check(T, vocab_size)
     model.to(group.device)
     device_type, betas = torch.device(group.device).type, (config.beta1, config.beta2)
-    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)
+    optimizer = model.configure_optimizers(
+        config.weight_decay, config.learning_rate, betas, device_type, config.optimizer == "muon", config.fused
+    )
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
     iteration, evaluated, stale, best_val_loss, saved = 0, -1, 0, math.inf, (-1, -1)
     wandb_id = None
@@ -147,12 +159,13 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
         saved = iteration, evaluated
         wandb_id = start.extra.get("wandb")
     del start  # its tensors are in the model and the optimizer now
-    compiled = torch.compile(model) if device.resolve_compile(config.compile, group.device) else model
+    compiled = device.compiled(model) if device.resolve_compile(config.compile, group.device) else model
     network = DistributedDataParallel(compiled) if group.size > 1 else compiled
 
+    loss_rows = resolve_loss_rows(config.loss_rows, group.device, config.batch_size * T, vocab_size)
     signals = guard.Signals()
     if config.eval_only:
-        losses = evaluate(compiled, data, config, group, autocast, signals)
+        losses = evaluate(compiled, data, config, group, autocast, loss_rows, signals)
         if group.is_main:
             print(f"step {iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         return None
@@ -170,7 +183,10 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     description = data.describe() | ({} if wandb_id is None else {"wandb": wandb_id})
     saver = checkpoint.Saver(out_dir, model, optimizer, scaler, description, resolved, saved, group.is_main)
     metrics = Metrics(out_dir, config.max_iters, windows * T, iteration, evaluated, group.is_main, wandb_run)
-    metrics.say(summary(config, model, data, group, dtype, compiled is not model))
+    chosen = [str(dtype).removeprefix("torch.") + " products", "compiled" if compiled is not model else "not compiled"]
+    chosen += [("fused " if config.fused else "") + {"adamw": "AdamW", "muon": "AdamW, and Muon"}[config.optimizer]]
+    chosen += [f"loss in chunks of {loss_rows} positions"] * (loss_rows > 0) + ["memory kept"] * kept
+    metrics.say(summary(config, model, data, group, ", ".join(chosen)))
     if config.init_from == "resume":
         metrics.say(f"resuming after {iteration:,} of {config.max_iters:,} iterations")
     if iteration >= config.max_iters:
@@ -179,8 +195,10 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     peak = device.peak_flops(group.device, dtype)
     mfu, logged, t0 = -1.0, iteration, time.perf_counter()
     stopping, lost = False, None
+    batches = training_batches(data, config, group, iteration, T, vocab_size)
     with metrics, signals, plot.Curves(out_dir, group.is_main) as curves:
         try:
+            x, y = next(batches)  # (B, T) each
             while True:
                 learning_rate = config.learning_rate
                 if config.decay_lr:
@@ -194,7 +212,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
                     device.synchronize(group.device)
                     t1 = time.perf_counter()
                     metrics.pause("evaluating")
-                    losses = evaluate(compiled, data, config, group, autocast, signals)
+                    losses = evaluate(compiled, data, config, group, autocast, loss_rows, signals)
                     if losses is None:
                         stopping = True
                         break
@@ -222,17 +240,14 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
 
                 # forward and backward over this process's share of the micro-batches
                 loss = 0.0
-                starts = data.draw("train", "train", config.seed, iteration, windows, T)  # (windows,)
                 for micro_batch in range(group.rank, steps, group.size):
-                    first = micro_batch * config.batch_size
-                    batch = data.windows("train", starts[first : first + config.batch_size], T, vocab_size)
-                    x, y = device.to_device(batch, group.device)  # (B, T) each
                     if config.dropout > 0:
                         device.seed_dropout(config.seed, iteration, micro_batch)
                     if group.size > 1:
                         network.require_backward_grad_sync = micro_batch + group.size >= steps  # only with the last one
                     with autocast:
-                        _, micro_loss = network(x, y)
+                        _, micro_loss = network(x, y, loss_rows=loss_rows)
+                    x, y = next(batches)  # while the device computes
                     loss += micro_loss.detach() / steps
                     scaler.scale(micro_loss * group.size / steps).backward()  # averaged over the processes, this is the mean
                 loss, signalled = group.sum(loss.item(), signals.received)
@@ -296,22 +311,19 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     return SystemExit(128 + number)
 
 
-def summary(
-    config: Config, model: GPT | Bigram, data: Dataset, group: device.Group, dtype: torch.dtype, is_compiled: bool
-) -> str:
-    """Return lines that tell what a run is: the model, the data, how long it goes on, and where."""
+def summary(config: Config, model: GPT | Bigram, data: Dataset, group: device.Group, chosen: str) -> str:
+    """Return lines that tell what a run is: the model, the data, how long it goes on, where, and, in `chosen`, how."""
     tokens, each = data.tokens["train"], config.gradient_accumulation_steps * config.batch_size * model.config.block_size
     keys = ["block_size"] if config.model == "bigram" else ["n_layer", "n_head", "n_embd", "block_size"]
     shape = ", ".join(f"{key}={getattr(model.config, key)}" for key in keys)
-    processes = f"{group.size} process{'es' if group.size > 1 else ''}"
     return (
         f"model: {config.model}, {model.get_num_params():,} parameters, {shape}\n"
         f"data: {config.dataset} ({data.tokenizer})\n"
         f"      {tokens:,} tokens to train, {data.tokens['val']:,} to validate\n"
         f"tokens per iteration: {each:,} ({tokens / each:,.0f} iterations an epoch)\n"
         f"run: {config.max_iters:,} iterations, {config.max_iters * each / tokens:,.2f} epochs\n"
-        f"machine: {device.describe(group.device)}, {processes}, {str(dtype).removeprefix('torch.')}, "
-        f"model {'compiled' if is_compiled else 'not compiled'}"
+        f"machine: {device.describe(group.device)}, {group.size} process{'es' if group.size > 1 else ''}\n"
+        f"         {chosen}"
     )
 
 
@@ -403,6 +415,26 @@ def get_lr(iteration: int, learning_rate: float, min_lr: float, warmup_iters: in
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
+def training_batches(
+    data: Dataset, config: Config, group: device.Group, iteration: int, block_size: int, vocab_size: int
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield this process's micro-batches from `iteration` on, on its device: (x, y), each (batch_size, block_size)."""
+    steps, size = config.gradient_accumulation_steps, config.batch_size
+    while True:
+        starts = data.draw("train", "train", config.seed, iteration, steps * size, block_size)  # (steps * size,)
+        for micro_batch in range(group.rank, steps, group.size):
+            chosen = starts[micro_batch * size : (micro_batch + 1) * size]
+            yield device.to_device(data.windows("train", chosen, block_size, vocab_size), group.device)
+        iteration += 1
+
+
+def resolve_loss_rows(choice: int | Literal["auto"], device: str, positions: int, vocab_size: int) -> int:
+    """Return how many of a micro-batch's positions may have their logits in memory at a time; 0 for all."""
+    if choice != "auto":
+        return choice
+    return 256 if device == "cpu" and 4 * positions * vocab_size > LOGITS else 0
+
+
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
@@ -410,6 +442,7 @@ def evaluate(
     config: Config,
     group: device.Group,
     autocast: AbstractContextManager,
+    loss_rows: int,
     signals: guard.Signals,
 ) -> dict[Split, float] | None:
     """Return the mean loss of each split in nats a token: on the same random windows every time, or on the whole split.
@@ -426,7 +459,7 @@ def evaluate(
             if index % group.size == group.rank:
                 x, y = device.to_device(data.windows(split, starts, length, model.config.vocab_size), group.device)
                 with autocast:
-                    _, loss = model(x, y)
+                    _, loss = model(x, y, loss_rows=loss_rows)
                 learned = (y != -1).sum().item()
                 total += loss.item() * learned if learned else 0.0
                 count += learned
