@@ -10,6 +10,7 @@ names), `iter_num` (updates done), `best_val_loss`, `config`. What nanoGPT does 
     scaler           state of the GradScaler, empty without one
     evaluated        the iteration of the last evaluation, which a resumed run does not repeat
     stale            evaluations since the best one, for early stopping
+    wandb            the id of the run at Weights & Biases, if it has one
 """
 
 import contextlib
@@ -404,6 +405,8 @@ def _check_extra(checkpoint: Checkpoint) -> None:
     for name in ("evaluated", "stale"):
         if type(extra.get(name, 0)) is not int:
             raise UserError(f"{path}: damaged: '{name}' is {_shown(extra[name])}")
+    if type(extra.get("wandb", "")) is not str:
+        raise UserError(f"{path}: damaged: its wandb is {_shown(extra['wandb'])}")
     scaler = extra.get("scaler", {})
     if not isinstance(scaler, dict) or not all(type(value) in (int, float) for value in scaler.values()):
         raise UserError(f"{path}: damaged: its scaler is {_shown(scaler)}")

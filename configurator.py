@@ -44,6 +44,7 @@ class Config:
     """What every script's config dataclass starts from."""
 
     given: ClassVar[frozenset[str]] = frozenset()  # the keys that a file or a flag has set; an instance gets its own
+    positional: ClassVar[str] = ""  # a key that takes arguments without dashes, joined by commas; else they are config files
 
     def validate(self) -> None:
         """Raise UserError where values that are fine one by one do not fit together."""
@@ -96,6 +97,9 @@ def parse(config_class: type, arguments: list[str]) -> Any:
             if key not in keys:
                 raise UserError(f"unknown key '{key}' in {argument}{_hint(key, keys, '--{}')}; --help lists all keys")
             updates = {key: _checked(f"--{key}={text}", text, kinds[key], is_text=True)}
+        elif config_class.positional and not argument.startswith("-"):
+            key = config_class.positional
+            updates = {key: ",".join(filter(None, (getattr(config, key), argument)))}
         else:
             path = _find_config_file(argument, keys)
             assigned = _run_config_file(path, argument, {key: getattr(config, key) for key in keys})
@@ -159,7 +163,8 @@ def help_text(config_class: type, script: str) -> str:
     """Return the --help page: each key's type, default and meaning, under the headings of the class's own comments."""
     kinds = typing.get_type_hints(config_class, include_extras=True)
     defaults = {field.name: getattr(config_class(), field.name) for field in dataclasses.fields(config_class)}
-    lines = [f"usage: python {script} [config/file.py ...] [--key=value ...]", ""]
+    plain = config_class.positional or "config/file.py"
+    lines = [f"usage: python {script} [{plain} ...] [--key=value ...]", ""]
     summary = (sys.modules[config_class.__module__].__doc__ or "").strip().split("\n\n")[0]
     lines += [*textwrap.wrap(summary, 100), ""]
     lines.append("Arguments are applied from left to right. Keys, with type, default and meaning:")

@@ -20,6 +20,11 @@ from configurator import UserError, warn
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # what glibc's malloc.h calls M_...
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Compile = bool | Literal["auto"]
 
@@ -217,6 +222,28 @@ def peak_flops(device: str, dtype: torch.dtype) -> float | None:
         if words.issuperset(name.split()) and "Laptop" not in words:
             return single if dtype == torch.float32 else half
     return None
+
+
+def describe(device: str) -> str:
+    """Return the device as a person knows it: the name of a GPU, or the threads that a CPU computes with."""
+    if device.startswith("cuda"):
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    threads = torch.get_num_threads()
+    return device if device == "mps" else f"{device} ({threads} thread{'s' if threads > 1 else ''})"
+
+
+def peak_memory(device: str) -> int | None:
+    """Return the most bytes that tensors have taken of a CUDA device so far; for other devices, that the process has taken.
+
+    On "mps" it is what PyTorch holds of the GPU's memory now. None where the system does not tell.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if device == "mps":
+        return torch.mps.driver_allocated_memory()
+    if resource is None:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def set_up(device: str, seed: int) -> None:

@@ -1,6 +1,6 @@
 """What a run records and shows: printed lines, a progress bar, metrics.csv and Weights & Biases.
 
-metrics.csv has a row for each evaluation (`train_loss` and `val_loss`) and one for each logged iteration (the others):
+metrics.csv has a row for each evaluation (`train_loss` and `val_loss`) and one for each logged iteration (what is below them):
 
     iteration            updates done before this row
     tokens               tokens trained on before this row
@@ -9,8 +9,14 @@ metrics.csv has a row for each evaluation (`train_loss` and `val_loss`) and one 
     loss                 mean over this iteration's batch, before its update
     learning_rate        of this iteration
     grad_norm            Euclidean norm of the gradient before clipping
+    clipped              share of the iterations since the last logged one, this one included, whose gradient was clipped
     tokens_per_second    since the last logged iteration
     mfu                  model FLOPs utilisation, running average; -1 where the device's peak is unknown
+    peak_memory_mb       10^6 bytes: the most that tensors took of a CUDA device so far; elsewhere, that the process took
+
+A number that is not finite is left empty, and so is what the system does not tell. Weights & Biases gets each row when it is
+written, under nanoGPT's names where it has them (`iter`, `train/loss`, `val/loss`, `lr`; `mfu` is in percent), and the best
+validation loss so far with each evaluation; its summary is the last row.
 """
 
 import contextlib
@@ -37,9 +43,13 @@ COLUMNS = [
     "loss",
     "learning_rate",
     "grad_norm",
+    "clipped",
     "tokens_per_second",
     "mfu",
+    "peak_memory_mb",
 ]
+WANDB_NAMES = {"iteration": "iter", "train_loss": "train/loss", "val_loss": "val/loss", "learning_rate": "lr"}
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
 class Metrics:
@@ -58,10 +68,11 @@ class Metrics:
         """Open metrics.csv in `out_dir`. A run that starts again at iteration `start` keeps the rows before it.
 
         Of iteration `start` itself it keeps the evaluation, where `evaluated` says that this has been done.
-        Evaluations also go to `wandb_run`, from `start_wandb`, where there is one.
+        All rows also go to `wandb_run`, from `start_wandb`, where there is one.
         """
         self.is_main = is_main
         self._tokens_per_iteration = tokens_per_iteration
+        self._iterations = self._clipped = 0  # since the last logged one
         self._wandb = wandb_run
         if not is_main:
             return
@@ -69,64 +80,97 @@ class Metrics:
         rows = [row for row in read_rows(self._path) if _was_before(row, start, evaluated)] if start else []
         self._file: io.FileIO | None = None  # opened once the rows that are kept are in it
         self._unwritten = "".join(map(_line, [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])).encode()
-        self._is_failing = False
+        self._is_failing, self._status = False, ""
         self._flush()
         self._started = time.perf_counter() - (float(rows[-1]["seconds"]) if rows else 0.0)
         self._bar = tqdm(
-            total=total_iterations, initial=start, unit="iter", dynamic_ncols=True, disable=not sys.stderr.isatty()
+            total=total_iterations,
+            initial=start,
+            bar_format=BAR,
+            dynamic_ncols=True,
+            smoothing=0.05,  # time left is not that of the latest few iterations
+            disable=not sys.stderr.isatty(),
         )
 
     def say(self, text: str) -> None:
-        """Print a line on stdout, above the progress bar."""
+        """Print lines on stdout, above the progress bar; a terminal gets no control characters, as a model may write them."""
         if not self.is_main:
             return
         try:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(text.translate(configurator.CONTROL) if sys.stdout.isatty() else text, file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError:
             raise
         except OSError:  # stdout is a file on a disk that is full: no reason to end a run
             pass
 
-    def evaluation(self, iteration: int, losses: dict[str, float], learning_rate: float, mfu: float) -> None:
-        """Record the evaluation after `iteration` updates; `losses` has "train" and "val"."""
+    def evaluation(self, iteration: int, losses: dict[str, float], learning_rate: float, mfu: float, best: float) -> None:
+        """Record the evaluation after `iteration` updates; `losses` has "train" and "val", and `best` is the best so far."""
         if not self.is_main:
             return
         self.say(f"step {iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        self._write(iteration, train_loss=losses["train"], val_loss=losses["val"])
-        if self._wandb is not None:
-            values = {"train/loss": losses["train"], "val/loss": losses["val"], "lr": learning_rate, "mfu": mfu * 100}
-            self._wandb.log({"iter": iteration} | values)
+        row = self._write(iteration, train_loss=losses["train"], val_loss=losses["val"])
+        self._send(row | {"lr": learning_rate, "mfu": mfu, "best_val_loss": best})
+
+    def advance(self, clipped: bool = False) -> None:
+        """Count an iteration, and move the progress bar on; `clipped` tells whether its gradient was too long."""
+        self._iterations += 1
+        self._clipped += clipped
+        if self.is_main:
+            self._bar.set_postfix_str(self._status, refresh=False)
+            self._bar.update()
 
     def step(
-        self, iteration: int, loss: float, learning_rate: float, grad_norm: float, seconds: float, rate: float, mfu: float
+        self,
+        iteration: int,
+        loss: float,
+        learning_rate: float,
+        grad_norm: float,
+        seconds: float,
+        rate: float,
+        mfu: float,
+        peak_memory: float | None = None,
     ) -> None:
-        """Record a logged iteration, which took `seconds`; `rate` is in tokens per second."""
+        """Record a logged iteration, which took `seconds`; `rate` is in tokens per second, `peak_memory` in bytes."""
         if not self.is_main:
             return
+        self._status = f"loss {loss:.4f}, lr {learning_rate:.2e}, {tqdm.format_sizeof(rate)} tokens/s"
+        self._bar.set_postfix_str(self._status, refresh=False)
         self.say(f"iter {iteration}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
-        self._write(iteration, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm, tokens_per_second=rate, mfu=mfu)
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
+        row = self._write(
+            iteration,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            clipped=self._clipped / max(1, self._iterations),
+            tokens_per_second=rate,
+            mfu=mfu,
+            peak_memory_mb=math.nan if peak_memory is None else round(peak_memory / 1e6, 1),
+        )
+        self._iterations = self._clipped = 0
+        self._send(row)
 
-    def advance(self) -> None:
-        """Move the progress bar on by one iteration."""
+    def pause(self, reason: str) -> None:
+        """Show on the progress bar why it stands still until the next iteration."""
         if self.is_main:
-            self._bar.update()
+            self._bar.set_postfix_str(reason)
 
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        self.close(has_failed=kind is not None)
 
-    def close(self) -> None:
-        """End the records, also those of a run that fails."""
+    def close(self, has_failed: bool = False) -> None:
+        """End the records, also those of a run that has failed."""
         if self.is_main:
+            self._bar.set_postfix_str(self._status, refresh=False)
             self._bar.close()
             if self._file is not None:
                 self._file.close()
             if self._wandb is not None:
-                self._wandb.finish()
+                with contextlib.suppress(Exception):  # the run is over, whatever happens over there
+                    self._wandb.finish(exit_code=int(has_failed))
 
     def sync(self) -> None:
         """Put the rows so far on the disk, for a checkpoint that must not be there without them after a power failure."""
@@ -134,12 +178,24 @@ class Metrics:
             with contextlib.suppress(OSError):
                 os.fsync(self._file.fileno())
 
-    def _write(self, iteration: int, **values: float) -> None:
-        seconds = round(time.perf_counter() - self._started, 3)
-        tokens = iteration * self._tokens_per_iteration
-        numbers = {name: f"{value:.9g}" for name, value in values.items() if math.isfinite(value)}
-        self._unwritten += _line({"iteration": iteration, "tokens": tokens, "seconds": seconds} | numbers).encode()
+    def _write(self, iteration: int, **values: float) -> dict[str, float]:
+        """Add a row to metrics.csv, and return its numbers, which are those that the file says."""
+        row: dict[str, float] = {"iteration": iteration, "tokens": iteration * self._tokens_per_iteration}
+        row["seconds"] = round(time.perf_counter() - self._started, 3)
+        row |= {name: float(f"{value:.9g}") for name, value in values.items() if math.isfinite(value)}
+        self._unwritten += _line({name: f"{value:.9g}" if name in values else value for name, value in row.items()}).encode()
         self._flush()
+        return row
+
+    def _send(self, row: dict[str, float]) -> None:
+        if self._wandb is None:
+            return
+        values = {WANDB_NAMES.get(name, name): value * 100 if name == "mfu" else value for name, value in row.items()}
+        try:
+            self._wandb.log(values)
+        except Exception as error:  # nothing that happens over there is worth a run
+            configurator.warn(f"Weights & Biases gets no more of this run: {error or type(error).__name__}")
+            self._wandb = None
 
     def _flush(self) -> None:
         """Write what is not in metrics.csv yet; on a full disk it waits, and training goes on."""
@@ -157,25 +213,41 @@ class Metrics:
         self._is_failing = bool(self._unwritten)
 
 
-def start_wandb(project: str, name: str, config: dict[str, Any]) -> Any:
-    """Return a new run of Weights & Biases; UserError where its package is missing or refuses."""
+def start_wandb(project: str, name: str, config: dict[str, Any], run_id: str | None = None) -> Any:
+    """Return a run of Weights & Biases: a new one, or that of `run_id` again.
+
+    UserError where its package is missing, or refuses for want of a login.
+    """
     try:
         import wandb
     except ImportError as error:
         raise UserError("--wandb_log=True needs the package wandb: pip install wandb") from error
+    stdin = sys.stdin
     try:
-        return wandb.init(project=project, name=name, config=config)
+        sys.stdin = io.StringIO()  # which is no terminal: without a login it refuses, and does not ask
+        run = wandb.init(project=project, name=name, config=config, id=run_id, resume="allow", allow_val_change=True)
     except wandb.errors.Error as error:
         raise UserError(f"--wandb_log=True: {str(error).rstrip('.')} (without a network: WANDB_MODE=offline)") from error
+    finally:
+        sys.stdin = stdin
+    run.define_metric("*", step_metric="iter")  # what a resumed run does again stands where it stood
+    return run
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the whole rows of a metrics.csv, without the one that a killed run broke off; none where there is no file."""
+    """Return the whole rows of a metrics.csv, without the one that a killed run broke off; none where there is no file.
+
+    What an earlier version did not write is empty.
+    """
     if not path.is_file():
         return []
     text = path.read_bytes().decode("utf-8", errors="replace").replace("\0", "")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    return [row for row in rows if list(row) == COLUMNS and None not in row.values() and _is_dated(row)]
+    with contextlib.suppress(csv.Error):  # another kind of file
+        if not {"iteration", "tokens", "seconds"} <= set(rows.fieldnames or ()) <= set(COLUMNS):
+            return []
+        return [dict.fromkeys(COLUMNS, "") | row for row in rows if None not in {*row, *row.values()} and _is_dated(row)]
+    return []
 
 
 def _line(row: dict[str, Any]) -> str:

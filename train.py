@@ -30,8 +30,11 @@ import checkpoint
 import configurator
 import device
 import guard
+import plot
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Seed, UserError
+from data import conversation
 from data.dataset import Dataset, FileLost, Split
+from data.tokenizer import END_OF_TEXT, StreamDecoder
 from device import Compile, Dtype
 from metrics import Metrics, start_wandb
 from model import GPT, Bigram, GPTConfig
@@ -41,11 +44,13 @@ LossRows = Annotated[int | Literal["auto"], configurator.Range(at_least=0)]
 
 RUN_FILES = (checkpoint.BEST, checkpoint.LAST, "metrics.csv", "config.json", "loss.png")  # what a run leaves in its folder
 
+SAMPLE_TOKENS = 200  # in a text that is written during training
+
 
 @dataclass
 class Config(configurator.Config):
     # run
-    out_dir: str = "out"  # folder of the run: checkpoints, metrics.csv, config.json
+    out_dir: str = "out"  # folder of the run: checkpoints, metrics.csv, loss.png, config.json
     init_from: str = "scratch"  # scratch, resume (the run in out_dir), a run folder, a checkpoint file, gpt2, owner/name ...
     eval_interval: PositiveInt = 2000  # iterations between evaluations of both splits
     eval_iters: NonNegativeInt = 200  # batches in the evaluation of each split; 0 scores the whole split
@@ -54,10 +59,11 @@ class Config(configurator.Config):
     always_save_checkpoint: bool = True  # ckpt.pt is the newest state rather than the best
     checkpoint_interval: NonNegativeInt = 0  # iterations between saves of last.pt; 0 saves it at evaluations
     checkpoint_minutes: NonNegativeFloat = 15  # and minutes after which it is saved in any case; 0 does not look at the clock
+    sample_interval: NonNegativeInt = 0  # iterations between short texts that the model writes meanwhile; 0 has it write none
     patience: NonNegativeInt = 0  # evaluations without a better validation loss after which to stop; 0 never does
     seed: Seed = 1337  # of initial weights, batches and dropout
     # Weights & Biases
-    wandb_log: bool = False  # send the evaluations there too
+    wandb_log: bool = False  # send the rows of metrics.csv there too
     wandb_project: str = "owt"  # project there
     wandb_run_name: str = "gpt2"  # name of the run there
     # data
@@ -145,11 +151,13 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     )
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
     iteration, evaluated, stale, best_val_loss, saved = 0, -1, 0, math.inf, (-1, -1)
+    wandb_id = None
     if start is not None and config.init_from == "resume":
         checkpoint.restore_optimizer(start, optimizer, scaler)
         iteration, best_val_loss = start.iter_num, start.best_val_loss
         evaluated, stale = start.extra.get("evaluated", -1), start.extra.get("stale", 0)
         saved = iteration, evaluated
+        wandb_id = start.extra.get("wandb")
     del start  # its tensors are in the model and the optimizer now
     compiled = device.compiled(model) if device.resolve_compile(config.compile, group.device) else model
     network = DistributedDataParallel(compiled) if group.size > 1 else compiled
@@ -167,21 +175,18 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     wandb_run = None
     if group.is_main:
         if config.wandb_log:
-            wandb_run = start_wandb(config.wandb_project, config.wandb_run_name, resolved)
+            wandb_run = start_wandb(config.wandb_project, config.wandb_run_name, resolved, wandb_id)
+            wandb_id = wandb_run.id
         if config.init_from != "resume":
             set_aside(out_dir)
         write_config(out_dir / "config.json", resolved)
-    saver = checkpoint.Saver(out_dir, model, optimizer, scaler, data.describe(), resolved, saved, group.is_main)
+    description = data.describe() | ({} if wandb_id is None else {"wandb": wandb_id})
+    saver = checkpoint.Saver(out_dir, model, optimizer, scaler, description, resolved, saved, group.is_main)
     metrics = Metrics(out_dir, config.max_iters, windows * T, iteration, evaluated, group.is_main, wandb_run)
-    metrics.say(f"model: {config.model}, {model.get_num_params() / 1e6:.2f}M parameters, {vocab_size} tokens, context {T}")
-    metrics.say(f"data: {config.dataset} ({data.tokenizer})")
-    metrics.say(f"      {data.tokens['train']:,} tokens to train, {data.tokens['val']:,} to validate")
-    metrics.say(f"tokens per iteration: {windows * T:,} ({data.tokens['train'] / (windows * T):,.0f} iterations an epoch)")
-    metrics.say(f"machine: {group.device}, {group.size} process{'es' if group.size > 1 else ''}")
     chosen = [str(dtype).removeprefix("torch.") + " products", "compiled" if compiled is not model else "not compiled"]
     chosen += [("fused " if config.fused else "") + {"adamw": "AdamW", "muon": "AdamW, and Muon"}[config.optimizer]]
     chosen += [f"loss in chunks of {loss_rows} positions"] * (loss_rows > 0) + ["memory kept"] * kept
-    metrics.say(f"         {', '.join(chosen)}")
+    metrics.say(summary(config, model, data, group, ", ".join(chosen)))
     if config.init_from == "resume":
         metrics.say(f"resuming after {iteration:,} of {config.max_iters:,} iterations")
     if iteration >= config.max_iters:
@@ -191,7 +196,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     mfu, logged, t0 = -1.0, iteration, time.perf_counter()
     stopping, lost = False, None
     batches = training_batches(data, config, group, iteration, T, vocab_size)
-    with metrics, signals:
+    with metrics, signals, plot.Curves(out_dir, group.is_main) as curves:
         try:
             x, y = next(batches)  # (B, T) each
             while True:
@@ -206,6 +211,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
                 if (finished or iteration % config.eval_interval == 0) and evaluated != iteration:
                     device.synchronize(group.device)
                     t1 = time.perf_counter()
+                    metrics.pause("evaluating")
                     losses = evaluate(compiled, data, config, group, autocast, loss_rows, signals)
                     if losses is None:
                         stopping = True
@@ -213,12 +219,21 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
                     stop_unless_finite(iteration, out_dir, {f"{split} loss": loss for split, loss in losses.items()})
                     evaluated, improved = iteration, losses["val"] < best_val_loss
                     best_val_loss, stale = min(best_val_loss, losses["val"]), 0 if improved else stale + 1
-                    metrics.evaluation(iteration, losses, learning_rate, mfu)
+                    metrics.evaluation(iteration, losses, learning_rate, mfu, best_val_loss)
                     if iteration > 0:
                         metrics.sync()
                         is_best = improved or config.always_save_checkpoint
                         saver.save(iteration, best_val_loss, evaluated, stale, is_best)
+                        curves.update()
                     t0 += time.perf_counter() - t1  # what follows is timed without this
+                if config.sample_interval and iteration % config.sample_interval == 0 < iteration and not signals.received:
+                    device.synchronize(group.device)
+                    t1 = time.perf_counter()
+                    if group.is_main:
+                        metrics.pause("sampling")
+                        text = sample(model, data, config.seed, iteration, group.device, signals)
+                        metrics.say(f"--- sample after {iteration:,} iterations\n{text}\n---")
+                    t0 += time.perf_counter() - t1
                 stopping = stopping or (group.size == 1 and signals.received > 0)
                 if finished or stopping or 0 < config.patience <= stale:
                     break
@@ -257,6 +272,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
                 optimizer.zero_grad(set_to_none=True)
 
                 # log
+                metrics.advance(clipped=0 < config.grad_clip < grad_norm)
                 if iteration % config.log_interval == 0:
                     now = time.perf_counter()
                     seconds = (now - t0) / (iteration + 1 - logged)
@@ -264,8 +280,8 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
                     if peak is not None:
                         utilisation = model.estimate_mfu(windows, seconds, peak * group.size)
                         mfu = utilisation if mfu < 0 else 0.9 * mfu + 0.1 * utilisation
-                    metrics.step(iteration, loss, learning_rate, grad_norm, seconds, windows * T / seconds, mfu)
-                metrics.advance()
+                    memory = device.peak_memory(group.device)
+                    metrics.step(iteration, loss, learning_rate, grad_norm, seconds, windows * T / seconds, mfu, memory)
                 iteration += 1
         except FileLost as error:  # before the update: the state is whole, and worth more than what was read
             lost = error
@@ -277,9 +293,11 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
         raise lost  # at once: the other processes may wait for this one where it will not come
     if saver.failure:
         return UserError(f"the newest state could not be saved ({saver.failure}); make room there, and resume the run")
+    if group.is_main and (out_dir / "loss.png").exists():
+        print(f"curves in {out_dir / 'loss.png'}")
     if group.is_main and (out_dir / checkpoint.BEST).exists():
         print(f"best val loss {best_val_loss:.4f}; checkpoint in {out_dir / checkpoint.BEST}")
-        print(f"next: python {'chat' if data.chat_format else 'sample'}.py --out_dir={config.out_dir}")
+        print(f"next: python {'chat' if data.chat_format else 'sample'}.py --out_dir={shlex.quote(config.out_dir)}")
     if group.is_main and 0 < config.patience <= stale:
         print(f"stopped early: {stale} evaluations without a better validation loss; a larger --patience continues the run")
     if not stopping:
@@ -291,6 +309,22 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
         print(f"{name}: stopped and saved after {iteration:,} of {config.max_iters:,} iterations; to go on:")
         print(f"  {launcher} train.py --init_from=resume --out_dir={shlex.quote(config.out_dir)}")
     return SystemExit(128 + number)
+
+
+def summary(config: Config, model: GPT | Bigram, data: Dataset, group: device.Group, chosen: str) -> str:
+    """Return lines that tell what a run is: the model, the data, how long it goes on, where, and, in `chosen`, how."""
+    tokens, each = data.tokens["train"], config.gradient_accumulation_steps * config.batch_size * model.config.block_size
+    keys = ["block_size"] if config.model == "bigram" else ["n_layer", "n_head", "n_embd", "block_size"]
+    shape = ", ".join(f"{key}={getattr(model.config, key)}" for key in keys)
+    return (
+        f"model: {config.model}, {model.get_num_params():,} parameters, {shape}\n"
+        f"data: {config.dataset} ({data.tokenizer})\n"
+        f"      {tokens:,} tokens to train, {data.tokens['val']:,} to validate\n"
+        f"tokens per iteration: {each:,} ({tokens / each:,.0f} iterations an epoch)\n"
+        f"run: {config.max_iters:,} iterations, {config.max_iters * each / tokens:,.2f} epochs\n"
+        f"machine: {device.describe(group.device)}, {group.size} process{'es' if group.size > 1 else ''}\n"
+        f"         {chosen}"
+    )
 
 
 def set_aside(out_dir: Path) -> None:
@@ -444,6 +478,30 @@ def evaluation_batches(data: Dataset, split: Split, config: Config) -> Iterator[
     for index in range(config.eval_iters):
         stream = "eval_train" if split == "train" else "eval_val"
         yield data.draw(split, stream, config.seed, index, config.batch_size, config.block_size), config.block_size
+
+
+def sample(model: GPT | Bigram, data: Dataset, seed: int, iteration: int, where: str, signals: guard.Signals) -> str:
+    """Return a short text that the model writes by itself, or its reply to the first message of the validation split.
+
+    What is random in training is left alone.
+    """
+    tokenizer, stop, text = data.tokenizer, [END_OF_TEXT], ""
+    ids = conversation.separator(tokenizer) or [0]
+    if data.chat_format is not None:
+        inputs, targets = data.windows("val", np.zeros(1, np.int64), model.config.block_size, model.config.vocab_size)
+        header = int((targets[0] == -1).long().cumprod(0).sum())  # the targets before the first that is learned
+        ids = inputs[0, : header + 1].tolist()
+        stop, text = [data.chat_format.stop, END_OF_TEXT], tokenizer.decode(ids)
+    decoder = StreamDecoder(tokenizer, stop)
+    model.eval()
+    generators = device.text_generators(seed, [iteration], where)
+    options = {"temperature": 0.8, "top_k": 200, "vocab_size": tokenizer.vocab_size, "generators": generators}
+    for token in model.stream(torch.tensor([ids], device=where), SAMPLE_TOKENS, **options):
+        text += decoder.feed(token.item())
+        if decoder.stopped or signals.received:
+            break
+    model.train()
+    return (text + decoder.finish()).strip()
 
 
 def stop_unless_finite(iteration: int, out_dir: Path, numbers: dict[str, float]) -> None:

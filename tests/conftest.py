@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import plot
 from data import corpus
 from data.tokenizer import CharTokenizer
 
@@ -18,6 +19,12 @@ COPIED = ["*.py", "*.md", "Makefile", "requirements*.txt", "config/*.py", "data/
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test goes to the Hub, whose library reads this when it is first imported
 torch.set_num_threads(1)  # quickest for tiny models, and the same sums on every machine
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the runs of the tests their pictures, a tenth of a second each; test_plot.py draws them."""
+    monkeypatch.setattr(plot, "draw", lambda *arguments: None)
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def live(process: subprocess.Popen, seconds: float, number: int) -> list[int]:
 
 
 def state(out_dir: Path) -> tuple[list[torch.Tensor], list[list[str]]]:
-    """The tensors of both checkpoints, and the rows of metrics.csv without what a clock has measured."""
+    """The tensors of both checkpoints, and the rows of metrics.csv without what was measured of the machine."""
     tensors = []
     for name in (checkpoint.BEST, checkpoint.LAST):
         found = torch.load(out_dir / name, weights_only=True)
@@ -63,7 +63,8 @@ def state(out_dir: Path) -> tuple[list[torch.Tensor], list[list[str]]]:
         tensors += [tensor for moments in found["optimizer"]["state"].values() for tensor in moments.values()]
     with open(out_dir / "metrics.csv", newline="") as file:
         return tensors, [
-            [row[name] for name in row if name not in ("seconds", "tokens_per_second")] for row in csv.DictReader(file)
+            [row[name] for name in row if name not in ("seconds", "tokens_per_second", "peak_memory_mb")]
+            for row in csv.DictReader(file)
         ]
 
 

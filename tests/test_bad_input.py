@@ -17,6 +17,7 @@ import configurator
 import device
 import export
 import guard
+import plot
 import sample
 import train
 from data import corpus
@@ -91,6 +92,8 @@ TABLE = [
     ("train", "--init_from=resume --out_dir=TMP/typed_run", "max_iters = 'many': not a whole number"),
     ("train", "--init_from=resume --out_dir=TMP/moments_run", "the state of its optimizer does not fit"),
     ("train", "--init_from=resume --out_dir=TMP/stale_run", "'stale' is 'two'"),
+    ("train", "--init_from=resume --out_dir=TMP/wandb_run", "its wandb is 7"),
+    ("train", "--sample_interval=-1", "at least 0"),
     ("train", "--init_from=resume --out_dir=TMP/folder_run", "no checkpoint in TMP/folder_run"),
     ("train", "--init_from=resume --out_dir=TMP/cut_run", "without that file, the run goes on from TMP/cut_run/ckpt.pt"),
     ("train", "--init_from=resume --out_dir=TMP/lived_in --max_iters=9", "another run lives in TMP/lived_in"),
@@ -119,6 +122,15 @@ TABLE = [
     ("export", "--out_dir=TMP/run", "--to=exported"),
     ("export", "--out_dir=TMP/run --to=TMP/run", "no part of an export"),
     ("export", "--out_dir=TMP/none --to=TMP/new", "no such folder"),
+    ("plot", "", "out: no such file"),
+    ("plot", "TMP/run TMP/none", "TMP/none: no such file"),
+    ("plot", "--out_dir=TMP/data", "TMP/data/metrics.csv: no such file"),
+    ("plot", "--runs=TMP/random.pt", "TMP/random.pt: no losses in it"),
+    ("plot", "TMP/binary.py", "TMP/binary.py: no losses in it"),
+    ("plot", "TMP/run --out=loss.jpg", "--out=loss.jpg: end the name in .png or .svg"),
+    ("plot", "TMP/run --out=TMP/none/loss.png", "--out=TMP/none/loss.png: there is no folder"),
+    ("plot", "TMP/run --x=hours", "iterations, tokens or seconds"),
+    ("plot", "-x TMP/run", "flags start with two dashes"),
     ("data/chat/prepare", "--input=TMP/nothing", "TMP/nothing"),
     ("data/chat/prepare", "--input=TMP/syntax.py", "line 1"),
     ("data/chat/prepare", "--tokenizer=nothing_here", "nothing_here"),
@@ -188,6 +200,7 @@ STATES = {  # one value of a checkpoint that is otherwise whole, by the keys tha
     "typed_run": ("config", "max_iters", "many"),
     "moments_run": ("optimizer", "state", 0, "exp_avg", torch.zeros(3)),
     "stale_run": ("extra", "stale", "two"),
+    "wandb_run": ("extra", "wandb", 7),
 }
 
 
@@ -272,7 +285,7 @@ def test_a_mistake_gets_one_line(
         monkeypatch.setitem(sys.modules, "prepare", module)
         spec.loader.exec_module(module)
     else:
-        module = {"train": train, "sample": sample, "chat": chat, "export": export}[script]
+        module = {"train": train, "sample": sample, "chat": chat, "export": export, "plot": plot}[script]
     given = arguments.replace("DATA", "TMP/data").replace("TMP", str(folder)).split()
     monkeypatch.setattr("sys.argv", [f"{script}.py", *given])
     monkeypatch.chdir(tmp_path)

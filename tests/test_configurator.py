@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 import configurator
+import plot
 import sample
 import train
 from configurator import NonNegativeFloat, PositiveInt, Probability, Range, UserError, parse
@@ -319,7 +320,7 @@ def test_nanogpt_defaults() -> None:
     assert {key: getattr(config, key) for key in expected} == expected
 
 
-@pytest.mark.parametrize("script", [train, sample], ids=["train", "sample"])
+@pytest.mark.parametrize("script", [train, sample, plot], ids=["train", "sample", "plot"])
 def test_help_lists_every_key_with_its_comment(script: Any) -> None:
     """A key without help, or help that lost its key in the layout, is caught."""
     page = " ".join(configurator.help_text(script.Config, f"{script.__name__}.py").split())
@@ -327,6 +328,14 @@ def test_help_lists_every_key_with_its_comment(script: Any) -> None:
     for field in fields(script.Config):
         (comment,) = re.findall(rf"^    {field.name}: .*?  # (.+)$", source, re.MULTILINE)
         assert re.search(rf"--{field.name}=<[^>]+>  ?\[[^]]*\] {re.escape(comment)}( |$)", page), field.name
+
+
+def test_arguments_without_dashes_may_be_a_keys() -> None:
+    """A run's folder that is taken for a config file, or that replaces the one before it, is caught."""
+    for arguments in (["a", "b/c"], ["--runs=a", "b/c"], ["--runs=a,b/c"]):
+        config = configurator.parse(plot.Config, [*arguments, "--x=tokens"])
+        assert (config.runs, config.x, config.given) == ("a,b/c", "tokens", {"runs", "x"})
+    assert "usage: python plot.py [runs ...]" in configurator.help_text(plot.Config, "plot.py")
 
 
 def test_help_shows_type_and_default() -> None:

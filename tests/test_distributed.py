@@ -41,10 +41,14 @@ def records(out_dir: Path) -> list[list[float]]:
 
 @pytest.mark.parametrize("eval_iters", [0, 3])
 def test_two_processes_give_the_run_of_one(eval_iters: int, command, project: Path, dataset: Path, tmp_path: Path) -> None:
-    """Catches processes that see the same tokens, average wrongly, drop out differently or evaluate only their part."""
+    """Catches processes that see the same tokens, average wrongly, drop out differently or evaluate only their part.
+
+    Also those that wait for each other while one of them writes a sample, or write one each.
+    """
     flags = [*FLAGS, f"--dataset={dataset}", f"--eval_iters={eval_iters}"]
     one = command("train.py", *flags, f"--out_dir={tmp_path / 'one'}")
-    two = torchrun(2, project / "train.py", *flags, f"--out_dir={tmp_path / 'two'}", root=project)
+    two = torchrun(2, project / "train.py", *flags, f"--out_dir={tmp_path / 'two'}", "--sample_interval=2", root=project)
+    assert two.stdout.count("--- sample after") == 3
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     assert sum(line.startswith("step 6: ") for line in two.stdout.splitlines()) == 1
     for row_of_two, row_of_one in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):

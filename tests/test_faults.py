@@ -33,7 +33,7 @@ FLAGS = (
     "--dtype=bfloat16 --eval_iters=2 --eval_interval=3 --max_iters=9 --warmup_iters=8 --lr_decay_iters=100 --seed=12 "
     "--learning_rate=0.3 --always_save_checkpoint=False --checkpoint_interval=2 --checkpoint_minutes=0 --device=cpu"
 ).split()
-CLOCKS = ("seconds", "tokens_per_second", "mfu")
+CLOCKS = ("seconds", "tokens_per_second", "mfu", "peak_memory_mb")
 
 needs_fork = pytest.mark.skipif(
     not hasattr(os, "fork") or torch.cuda.is_available(),

@@ -34,6 +34,13 @@ def test_file_tree_is_that_of_the_repo() -> None:
     assert [entry for entry in tree if not (ROOT / entry).exists()] == []
 
 
+def test_pictures_are_there_and_small() -> None:
+    """Catches a picture that the page lacks, and one for which a clone of the repo takes long."""
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert pictures
+    assert all((ROOT / picture).stat().st_size < 60_000 for picture in pictures)
+
+
 def test_config_files_are_named_where_they_exist() -> None:
     """Catches a recipe that README.md, a docstring or another recipe names and that is not there."""
     texts = [README, *(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py")])]

@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,13 @@ import torch
 
 import checkpoint
 import configurator
+import guard
 import train
 from configurator import UserError
 from data import corpus
 from data.dataset import Dataset
-from data.tokenizer import CharTokenizer
+from data.tokenizer import CharTokenizer, TiktokenTokenizer
+from model import Bigram, GPTConfig
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2"]
 SHORT = [
@@ -170,7 +174,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(flags: list[str], tmp_path:
     run(*flags, "--dropout=0.2", parts, "--max_iters=5")
     run("--init_from=resume", parts, "--max_iters=10")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(tmp_path / "parts" / "last.pt").items())
-    clocks = {"seconds", "tokens_per_second"}
+    clocks = {"seconds", "tokens_per_second", "peak_memory_mb"}
     strip = [{name: value for name, value in row.items() if name not in clocks} for row in whole_rows]
     assert [{k: v for k, v in row.items() if k not in clocks} for row in rows(tmp_path / "parts")] == strip
 
@@ -273,6 +277,101 @@ def test_bigram_comes_near_to_counting_pairs_on_tiny_shakespeare(shakespeare: st
     flags = ["--eval_interval=2000", "--device=cpu", "--dtype=float32"]
     run(config, f"--dataset={tmp_path / 'shakespeare'}", f"--out_dir={out_dir}", *flags)
     assert float(rows(out_dir)[-1]["val_loss"]) == pytest.approx(2.484, abs=0.02)
+
+
+def samples(out: str) -> list[str]:
+    return re.findall(r"^--- sample after [\d,]+ iterations\n(.*?)\n---$", out, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bigram"])
+def test_samples_leave_the_run_alone(kind: str, flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a sample that draws from training's random numbers, leaves dropout off, or is none of the model's."""
+    flags += [f"--model={kind}", "--dropout=0.2", "--learning_rate=1e-2", "--max_iters=8"]
+    run(*flags)
+    assert samples(capsys.readouterr().out) == []
+    expected, expected_weights = losses(out_dir), weights(out_dir / "last.pt")
+    run(*flags, "--sample_interval=3")
+    texts = samples(capsys.readouterr().out)
+    assert losses(out_dir) == expected
+    assert all(torch.equal(tensor, expected_weights[name]) for name, tensor in weights(out_dir / "last.pt").items())
+    assert len(texts) == 2 and texts[0] != texts[1]  # after 3 and 6 iterations
+    assert all(150 < len(text) <= 200 for text in texts)
+
+
+def test_samples_are_not_counted_as_training(
+    flags: list[str], out_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an iteration that seems slow since a text was written before it."""
+    now = [1000.0]
+
+    def clock() -> float:
+        now[0] += 0.001
+        return now[0]
+
+    monkeypatch.setattr(train.time, "perf_counter", clock)
+
+    def sample(*arguments: object) -> str:
+        now[0] += 60
+        return "text"
+
+    monkeypatch.setattr(train, "sample", sample)
+    run(*flags, "--sample_interval=2", "--max_iters=6")
+    out = capsys.readouterr().out
+    assert len(samples(out)) == 3
+    assert max(float(time) for time in re.findall(r"time ([\d.]+)ms", out)) < 100
+
+
+def test_a_sample_ends_at_a_signal(flags: list[str], dataset: Path) -> None:
+    """Catches a stop that waits for a slow model's text."""
+    config = configurator.parse(train.Config, flags)
+    data, signals = Dataset(str(dataset)), guard.Signals()
+    model, _ = train.build_model(config, data)
+    signals.received = 15
+    assert len(train.sample(model, data, 1, 1, "cpu", signals)) <= 1
+    assert model.training
+
+
+def test_a_model_of_conversations_replies(project: Path, command, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a sample of a person's words, which such a model does not learn, or one that talks on after its reply."""
+    assert command("data/chat/prepare.py").returncode == 0
+    data = Dataset(str(project / "data" / "chat"))
+    end = data.tokenizer.encode("<endOfText>")
+    said = iter([*data.tokenizer.encode("Moo."), *end, *end])
+
+    class Parrot(Bigram):
+        def stream(self, idx, *arguments, **keywords):
+            prompts.append(data.tokenizer.decode(idx[0].tolist()))
+            yield from (torch.tensor([[token]]) for token in said)
+
+    prompts: list[str] = []
+    model = Parrot(GPTConfig(block_size=256, vocab_size=data.tokenizer.vocab_size))
+    text = train.sample(model, data, 1, 1, "cpu", guard.Signals())
+    assert re.fullmatch(r"<human>[^<>]+<endOfText><bot>", prompts[0])
+    assert text == f"{prompts[0]}Moo."
+
+
+def test_samples_of_byte_pairs(tmp_path: Path, out_dir: Path, gpt2_vocabulary: None, capsys) -> None:
+    """Catches ids beyond the vocabulary, and a text that goes on with another document."""
+    corpus.write_dataset(tmp_path / "pairs", ["A word. " * 50], ["A word. " * 20], TiktokenTokenizer("gpt2"), "words")
+    more = [f"--dataset={tmp_path / 'pairs'}", f"--out_dir={out_dir}", "--max_iters=2", "--sample_interval=1"]
+    run(*TINY, *SHORT, *more, "--block_size=4", "--n_embd=2", "--batch_size=1")
+    texts = samples(capsys.readouterr().out)
+    assert len(texts) == 2 and all(len(text) > 200 for text in texts)
+    assert not any("<|endoftext|>" in text for text in texts)
+
+
+def test_metrics_tell_the_health_of_the_run(flags: list[str], out_dir: Path) -> None:
+    """Catches clipping that is not counted, and memory in another unit."""
+    run(*flags, "--grad_clip=0")
+    logged = [row for row in rows(out_dir) if row["loss"]]
+    assert {row["clipped"] for row in logged} == {"0"}
+    middle = sorted(float(row["grad_norm"]) for row in logged)[5]
+    run(*flags, f"--grad_clip={middle}", "--learning_rate=1e-6", "--min_lr=1e-6")
+    logged = [row for row in rows(out_dir) if row["loss"]]
+    assert {row["clipped"] for row in logged} == {"0", "1"}
+    assert all((float(row["grad_norm"]) > middle) == (row["clipped"] == "1") for row in logged)
+    used = [float(row["peak_memory_mb"] or "nan") for row in logged]
+    assert (used == sorted(used) and 100 < used[-1] < 100_000) or sys.platform == "win32"
 
 
 def test_mixed_precision_trains_to_nearly_the_same_loss(flags: list[str], out_dir: Path) -> None:

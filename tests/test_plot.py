@@ -1,0 +1,406 @@
+"""plot.py: what is read, what is drawn, and that no picture costs a run anything."""
+
+import errno
+import math
+import os
+import signal
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import configurator
+import plot
+import train
+from configurator import UserError
+
+TINY = "--n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=2 --gradient_accumulation_steps=1 --device=cpu".split()
+TINY += ["--eval_iters=1", "--max_iters=3"]
+HEADER = "iteration,tokens,seconds,train_loss,val_loss,loss,learning_rate,grad_norm,tokens_per_second,mfu\n"
+ROWS = """\
+0,0,0.5,4.2,4.1,,,,,
+0,0,0.6,,,4.0,1e-3,1,100,-1
+1,64,0.7,,,,1e-3,1,100,-1
+2,128,0.8,,,3.5,1e-3,1,100,-1
+3,192,1.5,3.3,3.2,,,,,
+3,192,1.6,,,3.4,1e-3,1,100,-1
+4,256,2.5,3.1,3.3,,,,,
+"""
+LOG = """\
+tokens per iteration will be: 1,024
+number of parameters: 0.80M
+step 0: train loss 4.2000, val loss 4.1000
+saving checkpoint to out
+iter 0: loss 4.0000, time 30.12ms, mfu -100.00%
+iter 1: loss nan, time 30.12ms, mfu -100.00%
+iter 2: loss 3.9000, time 30.12ms, mfu 1.20%\r 10%|#  | 3/30 [00:00]\rstep 3: train loss 3.3000, val loss 9.9000
+iter 3: loss 9.0000, time 30.12ms, mfu 1.20%
+tokens per iteration will be: 1,024
+step 2: train loss 3.4000, val loss 3.5000
+iter 2: loss 3.5000, time 30.12ms, mfu 1.20%
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures() -> None:
+    """Here they are drawn."""
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "out-a"
+    folder.mkdir()
+    (folder / "metrics.csv").write_text(HEADER + ROWS)
+    return folder
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    path = tmp_path / "nanogpt.log"
+    path.write_text(LOG, newline="")
+    return path
+
+
+def drawn(*runs: plot.Run, x: str = "iterations", log: str = "none"):
+    """The Axes with these runs in it, which no file was made of."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(layout="constrained").add_subplot()
+    plot.fill(axes, list(runs), x, log)
+    axes.figure.canvas.draw()
+    return axes
+
+
+def a_run(train: list[float], val: list[float], name: str = "a") -> plot.Run:
+    places = [np.arange(len(values), dtype=float) for values in (train, val)]
+    return plot.Run(name, places[0], np.array(train, dtype=float), places[1], np.array(val, dtype=float))
+
+
+def size(path: Path) -> tuple[int, int]:
+    """The width and height of a PNG that is all there."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+    return struct.unpack(">II", data[16:24])
+
+
+# what is read
+
+
+@pytest.mark.parametrize(
+    ("x", "at"), [("iterations", [0, 1, 2, 3]), ("tokens", [0, 64, 128, 192]), ("seconds", [0.6, 0.7, 0.8, 1.6])]
+)
+@pytest.mark.parametrize("name", ["out-a", "out-a/metrics.csv"])
+def test_a_runs_rows_are_read(x: str, at: list[float], name: str, run_folder: Path) -> None:
+    """Catches the training loss of an evaluation taken for a batch's, a hole that moves what follows it, another column."""
+    run = plot.read(run_folder.parent / name, x)
+    assert run.name == "out-a"
+    np.testing.assert_array_equal(run.train, [4.0, math.nan, 3.5, 3.4])
+    assert (run.train_x.tolist(), run.val.tolist()) == (at, [4.1, 3.2, 3.3])
+    assert run.val_x.tolist() == {"iterations": [0, 3, 4], "tokens": [0, 192, 256], "seconds": [0.5, 1.5, 2.5]}[x]
+    assert run.val[plot.best_of(run)] == 3.2
+
+
+@pytest.mark.parametrize(("x", "each"), [("iterations", 1), ("tokens", 1024)])
+def test_a_log_of_nanogpt_is_read(x: str, each: int, log: Path) -> None:
+    """Catches lines behind a progress bar that are missed, and what a run did twice, drawn twice."""
+    run = plot.read(log, x)
+    np.testing.assert_array_equal(run.train, [4.0, math.nan, 3.5])
+    assert run.train_x.tolist() == [0, each, 2 * each]
+    assert (run.val_x.tolist(), run.val.tolist()) == ([0, 2 * each], [4.1, 3.5])
+    assert run.name == "nanogpt.log"
+
+
+def test_our_own_log_is_read_like_the_run(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches lines of train.py that no longer have the form in which they are read."""
+    config = configurator.parse(train.Config, [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"])
+    train.main(config)
+    (tmp_path / "log").write_text(capsys.readouterr().out)
+    for x in ("iterations", "tokens"):
+        one, other = plot.read(tmp_path / "out", x), plot.read(tmp_path / "log", x)
+        assert (len(one.train), len(one.val)) == (3, 2)
+        for field in ("train_x", "train", "val_x", "val"):
+            np.testing.assert_allclose(getattr(one, field), getattr(other, field), atol=1e-4)
+    assert size(tmp_path / "out" / "loss.png") == (1200, 675)
+
+
+def test_a_log_says_what_it_does_not_tell(log: Path) -> None:
+    """Catches an axis with made-up times."""
+    with pytest.raises(UserError, match="does not tell the seconds"):
+        plot.read(log, "seconds")
+    log.write_text(LOG.replace("tokens per", "words per"))
+    with pytest.raises(UserError, match="does not tell the tokens"):
+        plot.read(log, "tokens")
+
+
+@pytest.mark.parametrize("text", ["", HEADER, HEADER + "0,0,0.5,4.2", '"', '"' * 200_001, "iter 5: lost"])
+def test_a_file_without_losses_is_named(text: str, tmp_path: Path) -> None:
+    """Catches an empty picture, and a traceback for a run that has only begun."""
+    (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(UserError, match=r"metrics.csv: no losses in it"):
+        plot.read(tmp_path)
+
+
+def test_a_number_that_is_none_is_named(run_folder: Path) -> None:
+    """Catches a traceback for a file that someone has edited."""
+    (run_folder / "metrics.csv").write_text(HEADER + ROWS.replace("3.5", "three"))
+    with pytest.raises(UserError, match=r"metrics.csv is damaged: .*three"):
+        plot.read(run_folder)
+
+
+# what is drawn
+
+
+@pytest.mark.parametrize("half", [0, 1, 3, 100])
+def test_smoothing_is_the_mean_of_the_neighbours(half: int) -> None:
+    """Catches a curve that is moved sideways, and numbers that are none and spoil all that follow."""
+    values = np.random.default_rng(1).normal(3, 1, 60)
+    values[[5, 6, 40]] = math.nan
+    values[20:40] = math.nan
+    for i, found in enumerate(plot.smooth(values, half)):
+        left = min(half, i // 4)
+        near = values[i - left : i + min(left, len(values) - 1 - i) + 1]
+        good = near[np.isfinite(near)]
+        assert found == pytest.approx(good.mean() if 2 * len(good) >= len(near) else math.nan, nan_ok=True), i
+
+
+def test_an_envelope_keeps_the_extremes() -> None:
+    """Catches spikes that are lost where there are more points than the picture has columns."""
+    y = np.random.default_rng(1).normal(3, 0.1, 99_999)
+    y[[17, 50_000]] = 9, math.nan
+    x, short = plot.envelope(np.arange(len(y)), y)
+    assert len(x) == len(short) <= 4000
+    assert (np.nanmax(short), np.nanmin(short)) == (9, np.nanmin(y))
+    assert x[np.nanargmax(short)] == pytest.approx(17, abs=25)
+    assert plot.envelope(np.arange(10), y[:10])[1] is not None and len(plot.envelope(np.arange(10), y[:10])[1]) == 10
+
+
+def test_the_best_evaluation_is_marked_with_its_value() -> None:
+    """Catches a mark on the last evaluation, or on another run's."""
+    axes = drawn(a_run([4, 3, 2], [4, 2.25, 3]), a_run([4, 3, 2], [5, 4, 1.5], "b"))
+    marked = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_markersize() == 8]
+    assert marked == [[[1, 2.25]], [[2, 1.5]]]
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == ["a, best 2.250", "b, best 1.500", "training", "validation"]
+    axes = drawn(a_run([4, 3, 2] * 50, [4, 2.25, 3]))
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == ["training, smoothed", "validation", "best: 2.250"]
+    assert axes.get_title(loc="left") == "a"
+
+
+def test_single_batches_do_not_squeeze_the_curves() -> None:
+    """Catches one bad batch of thousands that sets the scale of the picture."""
+    low, high = drawn(a_run([20 if i == 500 else 2 + i % 2 / 10 for i in range(1000)], [2.5, 2.0])).get_ylim()
+    assert 1.9 < low < 2 and 2.5 < high < 3
+
+
+@pytest.mark.filterwarnings("ignore:Data has no positive values")
+@pytest.mark.parametrize("log", ["none", "x", "y", "xy"])
+@pytest.mark.parametrize("x", ["iterations", "tokens"])
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ([3.0], []),
+        ([], [3.0]),
+        ([math.nan] * 3, [4, 3]),
+        ([4, 3, 2], [math.nan, 2]),
+        ([0, 0, 0], [0, 0]),
+        ([1e-9, 1e9], [0.5]),
+        ([4, 3] * 60, [4, 3] * 40),
+    ],
+)
+def test_odd_runs_are_drawn(train: list[float], val: list[float], x: str, log: str, tmp_path: Path) -> None:
+    """Catches an exception for a run that is short, spoilt or perfect."""
+    drawn(a_run(train, val), x=x, log=log)
+    drawn(a_run([4, 3, 2], [3]), a_run(train, val), x=x, log=log)
+
+
+@pytest.mark.parametrize("x", ["seconds", "tokens"])
+def test_large_numbers_get_another_unit(x: str) -> None:
+    """Catches an axis with more zeros than anyone reads."""
+    run = a_run([4, 3], [4, 3])
+    run.train_x, run.val_x = run.train_x * 7e9, run.val_x * 7e9
+    axes = drawn(run, x=x)
+    unit, label = {"seconds": (3600, "hours"), "tokens": (1e9, "billion tokens")}[x]
+    assert axes.get_xlabel() == label
+    assert axes.get_lines()[0].get_xdata()[-1] == pytest.approx(7e9 / unit)
+
+
+@pytest.mark.parametrize("name", ["_hidden", "$\\frac$", "$", "名前"])
+def test_a_name_is_text(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Catches a folder's name that is taken for a formula, or for a label to hide."""
+    plot.draw([a_run([4, 3], [4, 3], name), a_run([4, 3], [4, 3])], tmp_path / "a.png")
+    plot.draw([a_run([4, 3], [4, 3], name)], tmp_path / "a.svg")
+    assert size(tmp_path / "a.png") == (1200, 675)
+    assert "</svg>" in (tmp_path / "a.svg").read_text()
+    assert not recwarn.list
+
+
+def test_drawing_leaves_the_process_as_it_was(command, project: Path, run_folder: Path) -> None:
+    """Catches a picture that opens a window, changes other people's settings, or follows them."""
+    script = project / "check.py"
+    script.write_text(
+        "import sys, pathlib, matplotlib, plot\n"
+        "matplotlib.rcParams['axes.facecolor'] = 'red'\n"
+        f"plot.draw([plot.read(pathlib.Path({str(run_folder)!r}))], pathlib.Path('one.png'))\n"
+        "assert matplotlib.rcParams['axes.facecolor'] == 'red'\n"
+        "matplotlib.rcdefaults()\n"
+        f"plot.draw([plot.read(pathlib.Path({str(run_folder)!r}))], pathlib.Path('two.png'))\n"
+        "assert pathlib.Path('one.png').read_bytes() == pathlib.Path('two.png').read_bytes()\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    finished = command(script)
+    assert finished.returncode == 0, finished.stderr
+
+
+# the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "picture"),
+    [
+        (["--out_dir=out-a"], "out-a/loss.png"),
+        (["out-a"], "out-a/loss.png"),
+        (["out-a", "nanogpt.log"], "curves.png"),
+        (["--runs=out-a,nanogpt.log", "out-a/metrics.csv", "--x=tokens", "--log=y", "--out=two.svg"], "two.svg"),
+        (["nanogpt.log", "--out=ours.PNG"], "ours.PNG"),
+    ],
+)
+def test_command(
+    arguments: list[str], picture: str, run_folder: Path, log: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Catches a picture in another place than it says, and a run that is left out."""
+    monkeypatch.chdir(run_folder.parent)
+    before = {path for path in run_folder.parent.rglob("*")}
+    plot.main(configurator.parse(plot.Config, arguments))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"curves in {picture}"
+    names = [name for name in ("out-a", "nanogpt.log") if any(name in argument for argument in arguments)]
+    assert all(any(line.startswith(f"{name}: best val loss 3.") for line in lines) for name in names)
+    assert {path for path in run_folder.parent.rglob("*")} - before == {run_folder.parent / picture}
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches half a picture in the place of a whole one, and litter."""
+    plot.draw([plot.read(run_folder)], run_folder / "loss.png")
+    before = (run_folder / "loss.png").read_bytes()
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        plot.draw([plot.read(run_folder)], run_folder / "loss.png")
+    assert sorted(path.name for path in run_folder.iterdir()) == ["loss.png", "metrics.csv"]
+    assert (run_folder / "loss.png").read_bytes() == before
+
+
+# beside a run
+
+
+class Clock:
+    """A clock on which a drawing takes `cost` seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cost: float):
+        self.now, self.drawn = 100.0, []
+        self.cost = cost
+        monkeypatch.setattr(plot.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(plot, "draw", self.draw)
+
+    def draw(self, runs: list[plot.Run], path: Path) -> None:
+        self.drawn.append(self.now)
+        self.now += self.cost
+
+
+@pytest.mark.parametrize("cost", [0.1, 3.0])
+def test_a_run_is_drawn_while_that_costs_under_one_percent(
+    cost: float, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches drawing that slows a run down, and a long run without a picture."""
+    clock = Clock(monkeypatch, cost)
+    with plot.Curves(run_folder) as curves:
+        for _ in range(2000):
+            clock.now += 1
+            curves.update()
+            assert len(clock.drawn) <= 1 or len(clock.drawn) * cost <= 0.01 * (clock.now - 100)
+        assert clock.drawn[0] == pytest.approx(201, abs=1)  # before that, importing matplotlib would be too much
+        assert len(clock.drawn) == pytest.approx(0.01 * 2000 / cost, rel=0.2)
+        so_far = len(clock.drawn)
+    assert len(clock.drawn) == so_far + 1
+
+
+def test_only_the_main_process_draws(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches eight processes that write one picture."""
+    clock = Clock(monkeypatch, 0.1)
+    with plot.Curves(run_folder, is_main=False) as curves:
+        clock.now += 1000
+        curves.update()
+    assert clock.drawn == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError(), ValueError("a\nb")])
+def test_a_failure_to_draw_is_one_warning(error: Exception, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Catches a run that ends for want of a picture, or that says so at each evaluation."""
+
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(plot, "draw", fail)
+    with plot.Curves(run_folder) as curves:
+        curves.draw()
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "loss.png is not drawn: " in warning
+
+
+def test_a_run_that_has_only_begun_is_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a warning about a picture that there cannot be yet."""
+    for text in (None, HEADER):
+        if text:
+            (tmp_path / "metrics.csv").write_text(text)
+        plot.Curves(tmp_path).draw()
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_missing_matplotlib_is_named(run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Catches a traceback, and a run that needs a package for its picture."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        plot.draw([plot.read(run_folder)], run_folder / "loss.png")
+    plot.Curves(run_folder).draw()
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["done", "stopped", "failed", "resumed"])
+def test_a_run_leaves_its_curves(ending: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an ending without a picture, and a picture that is older than the last row."""
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
+    seen = []
+    monkeypatch.setattr(plot, "draw", lambda runs, path: seen.append((len(runs[0].train), len(runs[0].val), path)))
+
+    def run(*more: str) -> None:
+        train.main(configurator.parse(train.Config, [*flags, *more]))
+
+    if ending == "done":
+        run()
+    elif ending == "resumed":
+        run("--max_iters=1")
+        run("--init_from=resume", "--max_iters=3")
+    elif ending == "stopped":
+        clip = train.clip_grad_norm_
+        monkeypatch.setattr(train, "clip_grad_norm_", lambda *a: signal.raise_signal(signal.SIGINT) or clip(*a))
+        with pytest.raises(SystemExit):
+            run()
+    else:
+        with pytest.raises(UserError, match=r"is (nan|inf)"):
+            run("--learning_rate=1e30", "--decay_lr=False")
+    assert (
+        seen[-1]
+        == {
+            "done": (3, 2, tmp_path / "out" / "loss.png"),
+            "resumed": (3, 3, tmp_path / "out" / "loss.png"),
+            "stopped": (1, 1, tmp_path / "out" / "loss.png"),
+            "failed": (1, 1, tmp_path / "out" / "loss.png"),
+        }[ending]
+    )
