@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import requests
 from tqdm import tqdm
 
 from configurator import UserError
@@ -27,6 +26,8 @@ def download(url: str, path: Path, sha256: str) -> None:
 
     Shows a progress bar and tries again after a passing failure. UserError where it cannot be had.
     """
+    import requests  # takes longer than all of sample.py's other modules, which need none of it
+
     part = path.with_name(path.name + ".part")
     try:
         for attempt in range(TRIES):
@@ -48,6 +49,8 @@ def download(url: str, path: Path, sha256: str) -> None:
 
 
 def _fetch(url: str, path: Path) -> None:
+    import requests
+
     with requests.get(url, stream=True, timeout=TIMEOUT) as response:
         response.raise_for_status()
         length = int(response.headers.get("Content-Length", 0)) or None

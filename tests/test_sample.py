@@ -289,3 +289,18 @@ def test_mistakes_are_told_in_one_line(out_dir, texts, monkeypatch, flags, named
     with pytest.raises(UserError) as caught:
         texts(**flags)
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_only_what_is_used_is_imported(command, project, out_dir):
+    """A module that takes a second to import before the first character, or at the start of a script that never needs it."""
+    (project / "check.py").write_text(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import bench, chat, configurator, export, plot, sample, train\n"
+        f"sample.main(configurator.parse(sample.Config, [{f'--out_dir={out_dir}'!r}, '--device=cpu', '--max_new_tokens=2']))\n"
+        "heavy = {'requests', 'matplotlib', 'PIL', 'wandb', 'tiktoken', 'transformers', 'datasets', 'pyarrow', 'fsspec',\n"
+        "         'safetensors', 'huggingface_hub', 'torch._dynamo', 'torch._inductor'}\n"
+        "assert not heavy & (set(sys.modules) - before), heavy & set(sys.modules)\n"
+    )
+    finished = command("check.py")
+    assert finished.returncode == 0, finished.stderr
