@@ -46,6 +46,7 @@ class Group:
     local_rank: int = 0
     size: int = 1
     device: str = "cpu"
+    launched: bool = False  # by torchrun, if only for one process
 
     @property
     def is_main(self) -> bool:
@@ -73,6 +74,8 @@ def process_group(device: str, backend: str) -> Iterator[Group]:
         yield Group(device=resolve_device(device))
         return
     rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if ":" in device:
+        raise UserError(f"--device={device}: with torchrun, each process takes a GPU of its own; give --device=cuda")
     device = resolve_device(device)
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -85,7 +88,7 @@ def process_group(device: str, backend: str) -> Iterator[Group]:
     # optimizer does: imported after the group is there, it would hold on to the group for good.
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(backend, device_id=torch.device(device) if device.startswith("cuda") else None)
-    yield Group(rank, local_rank, size, device)
+    yield Group(rank, local_rank, size, device, launched=True)
     dist.barrier()
     dist.destroy_process_group()
 
