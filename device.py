@@ -1,6 +1,7 @@
 """Where a script computes: device, number format, compilation, seeds and the group of processes."""
 
 import contextlib
+import gc
 import importlib
 import os
 import re
@@ -89,6 +90,7 @@ def process_group(device: str, backend: str) -> Iterator[Group]:
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(backend, device_id=torch.device(device) if device.startswith("cuda") else None)
     yield Group(rank, local_rank, size, device, launched=True)
+    gc.collect()  # a sharded model's parts refer to each other, and to the group
     dist.barrier()
     dist.destroy_process_group()
 
