@@ -30,6 +30,7 @@ from configurator import UserError, one_line
 from data import conversation
 from data import tokenizer as tokenizers
 from model import GPT, Bigram, GPTConfig
+from muon import Muon, MuonWithAdamW
 
 BEST = "ckpt.pt"  # the best weights, or the newest with always_save_checkpoint
 LAST = "last.pt"  # the newest training state
@@ -71,7 +72,7 @@ class Saver:
         self,
         out_dir: Path,
         model: GPT | Bigram,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | MuonWithAdamW,
         scaler: torch.amp.GradScaler,
         description: dict[str, Any],
         config: dict[str, Any],
@@ -156,7 +157,7 @@ def share(path: Path, other: Path) -> None:
 
 def pack(
     model: GPT | Bigram,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | MuonWithAdamW,
     iter_num: int,
     best_val_loss: float,
     config: dict[str, Any],
@@ -260,29 +261,24 @@ def build_model(checkpoint: Checkpoint, dropout: float = 0.0, weightless: bool =
     return model
 
 
-def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def restore_optimizer(
+    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | MuonWithAdamW, scaler: torch.amp.GradScaler
+) -> None:
     """Load the optimizer's and the scaler's state; what they are set to (rates, decay, kernels) stays as it is.
 
     UserError where the state does not fit the parameters.
     """
     saved, scale = checkpoint.optimizer, checkpoint.extra.get("scaler")
     try:
-        if not all(_is_plain(value) for state in saved["state"].values() for value in state.values()):
-            raise ValueError("not of plain tensors")
-        groups = [
-            {name: value for name, value in group.items() if name != "params"} | {"params": old["params"]}
-            for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
-        ]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        states = {
-            index: {name: parallel.sharded_as(value, parameters[index]) for name, value in state.items()}
-            for index, state in saved["state"].items()
-        }
-        optimizer.load_state_dict({"state": states, "param_groups": groups})
-        for parameter, state in optimizer.state.items():
-            shapes = {name: value.shape for name, value in state.items()}
-            if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
-                raise ValueError("of another shape")
+        if isinstance(optimizer, MuonWithAdamW):
+            if saved is None or saved.keys() != optimizer.parts.keys():
+                raise ValueError("it is AdamW's alone, and not Muon's")
+            for name, part in optimizer.parts.items():
+                _restore(part, saved[name])
+        else:
+            if saved is not None and saved.keys() == {"muon", "adamw"}:
+                raise ValueError("it is Muon's, and not AdamW's alone")
+            _restore(optimizer, saved)
         if scaler.is_enabled() and scale:
             types = {name: type(value) for name, value in scale.items()}
             if types != {name: type(value) for name, value in scaler.state_dict().items()}:
@@ -293,6 +289,30 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, 
             f"{checkpoint.path}: the state of its optimizer does not fit ({_first_line(error)}); "
             f"--init_from={checkpoint.path} --out_dir=NEW starts a new run from its weights"
         ) from error
+
+
+def _restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load one optimizer's state; ValueError, or another error, where it is not that of its parameters."""
+    if not all(_is_plain(value) for state in saved["state"].values() for value in state.values()):
+        raise ValueError("not of plain tensors")
+    groups = [
+        {name: value for name, value in group.items() if name != "params"} | {"params": old["params"]}
+        for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    ]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = {
+        index: {name: parallel.sharded_as(value, parameters[index]) for name, value in state.items()}
+        for index, state in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    for parameter, state in optimizer.state.items():
+        shapes = {name: value.shape for name, value in state.items()}
+        if isinstance(optimizer, Muon):
+            expected = {"momentum_buffer": parameter.shape}
+        else:
+            expected = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        if shapes != expected:
+            raise ValueError("of another shape")
 
 
 def load_model(

@@ -23,6 +23,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from muon import Muon, MuonWithAdamW
+
 
 @dataclass
 class GPTConfig:
@@ -188,21 +190,37 @@ class LanguageModel(nn.Module):
         return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **kwargs)), dim=1)
 
     def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
-    ) -> torch.optim.AdamW:
+        self,
+        weight_decay: float,
+        learning_rate: float,
+        betas: tuple[float, float],
+        device_type: str,
+        muon: bool = False,
+        fused: bool = True,
+    ) -> torch.optim.AdamW | MuonWithAdamW:
         """Return AdamW (Loshchilov & Hutter 2019) that decays matrices and embeddings, not biases and norms.
 
-        The two groups are in nanoGPT's order, so that its optimizer states load. The update is one fused kernel on the
-        devices that have it.
+        Its two groups are in nanoGPT's order, so that its optimizer states load. `fused` makes the update one kernel on the
+        devices that have it. With `muon`, the matrices of the hidden layers are Muon's, at the same learning rate.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
+        hidden = {p for p in self.hidden_matrices() if p.requires_grad} if muon else set()
+        rest = [p for p in parameters if p not in hidden]
         groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
         ]
-        assert sum(len(group["params"]) for group in groups) == len(parameters)
+        assert sum(len(group["params"]) for group in groups) + len(hidden) == len(parameters)
         groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
+        adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused and device_type in ("cuda", "cpu"))
+        if not hidden:
+            return adamw
+        matrices = [p for p in parameters if p in hidden]
+        return MuonWithAdamW(Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """Return the matrices of the hidden layers, which map a layer's channels to channels: none for a model without."""
+        return []
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Return the number of parameters, position embeddings left out by default; tied token embeddings count once."""
@@ -291,6 +309,9 @@ class GPT(LanguageModel):
     def tie_weights(self) -> None:
         """Let the token embedding and the output head be one matrix (Press & Wolf 2017)."""
         self.transformer.wte.weight = self.lm_head.weight
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        return [p for p in self.transformer.h.parameters() if p.dim() == 2]
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         n_params = super().get_num_params()

@@ -71,12 +71,13 @@ class Config(configurator.Config):
     n_embd: PositiveInt = 768  # channels, a multiple of n_head
     dropout: Probability = 0.0  # 0 is best for pretraining; for finetuning try 0.1 or more
     bias: bool = False  # biases in Linear and LayerNorm layers; without, it is a bit better and faster
-    # AdamW
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the hidden layers' matrices by Muon, the rest by AdamW
     learning_rate: PositiveFloat = 6e-4  # highest learning rate
     max_iters: NonNegativeInt = 600000  # updates in the whole run
     weight_decay: NonNegativeFloat = 1e-1  # of matrices and embeddings
-    beta1: Probability = 0.9  # decay of the mean of the gradient
-    beta2: Probability = 0.95  # decay of the mean of its square
+    beta1: Probability = 0.9  # AdamW's decay of the mean of the gradient
+    beta2: Probability = 0.95  # AdamW's decay of the mean of its square
     grad_clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 does not clip
     # learning rate decay
     decay_lr: bool = True  # warm up, then decay along a cosine
@@ -96,6 +97,8 @@ class Config(configurator.Config):
             raise UserError("--out_dir= is empty: name the folder for the run")
         if self.init_from == "scratch" and self.model == "gpt" and self.n_embd % self.n_head:
             raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}: {_nearest(self.n_embd, self.n_head)}")
+        if self.optimizer == "muon" and self.model == "bigram":
+            raise UserError("--optimizer=muon is for the matrices of layers, of which a bigram model has none: take adamw")
 
 
 def main(config: Config) -> None:
@@ -139,7 +142,8 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     else:
         model.to(group.device)
     device_type, betas = torch.device(group.device).type, (config.beta1, config.beta2)
-    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)
+    muon = config.optimizer == "muon"
+    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type, muon)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
     iteration, evaluated, stale, best_val_loss, saved = 0, -1, 0, math.inf, (-1, -1)
     if start is not None and config.init_from == "resume":

@@ -1,0 +1,120 @@
+"""Muon: that it is PyTorch's, that it gets the right matrices, and that a run with it is saved and resumed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from configurator import UserError, parse
+from model import GPT, Bigram, GPTConfig
+from muon import Muon, MuonWithAdamW
+
+SETTINGS = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, bias=True)
+
+
+def optimizer_of(model: GPT | Bigram) -> MuonWithAdamW | torch.optim.AdamW:
+    return model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu", muon=True)
+
+
+def update(model: GPT, optimizer: MuonWithAdamW, steps: int, seed: int = 3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(*torch.randint(11, (2, 4, 8), generator=generator))[1].backward()
+        optimizer.step()
+
+
+def test_it_makes_the_updates_of_pytorchs_muon() -> None:
+    """Catches matrices mixed up within a stack, a wide one not turned, another rate, a momentum that is not kept."""
+    torch.manual_seed(1)
+    shapes = [(8, 24), (24, 8), (8, 8), (8, 24), (5, 8), (8, 8), (24, 8)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    muon, reference = Muon(ours, **SETTINGS), torch.optim.Muon(theirs, **SETTINGS)
+    for step in range(5):
+        for index, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            gradient = torch.randn(p.shape)
+            p.grad, q.grad = (None, None) if index == step else (gradient, gradient.clone())
+        muon.step()
+        reference.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=0.02 * 0.2 * 24**0.5 * 0.02)  # 2 % of an update: bfloat16
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_updates_have_singular_values_near_one(monkeypatch: pytest.MonkeyPatch, has_instructions: bool) -> None:
+    """Catches an iteration that does not converge, in either number format."""
+    monkeypatch.setattr("device.has_bfloat16_instructions", lambda: has_instructions)
+    p = torch.nn.Parameter(torch.zeros(16, 64))
+    muon = Muon([p], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    muon.step()
+    values = torch.linalg.svdvals(p.detach() / (0.2 * 8))
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def test_each_parameter_has_one_optimizer() -> None:
+    """Catches Muon on embeddings, positions, the output head or vectors, and parameters that no one updates."""
+    model = GPT(SHAPE)
+    optimizer = optimizer_of(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon, *adamw = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    matrices = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert muon == [f"transformer.h.{layer}.{name}.weight" for layer in range(2) for name in matrices]
+    assert adamw[0] == ["transformer.wte.weight", "transformer.wpe.weight"]
+    assert sorted(muon + adamw[0] + adamw[1]) == sorted(names.values())
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+
+
+def test_a_model_without_layers_has_adamw_alone() -> None:
+    """Catches an empty Muon, which PyTorch refuses."""
+    assert isinstance(optimizer_of(Bigram(SHAPE)), torch.optim.AdamW)
+    with pytest.raises(UserError, match="bigram"):
+        parse(train.Config, ["--optimizer=muon", "--model=bigram"])
+
+
+def test_its_state_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
+    """Catches momenta or moments that are lost, or given to other parameters."""
+    torch.manual_seed(1)
+    model = GPT(SHAPE)
+    optimizer = optimizer_of(model)
+    update(model, optimizer, 3)
+    checkpoint.save(tmp_path / "ckpt.pt", checkpoint.pack(model, optimizer, 3, 2.5, {}, {}))
+    update(model, optimizer, 2, seed=4)
+    start = checkpoint.load(tmp_path / "ckpt.pt")
+    again = checkpoint.build_model(start)
+    restored = optimizer_of(again)
+    checkpoint.restore_optimizer(start, restored, torch.amp.GradScaler("cpu", enabled=False))
+    update(again, restored, 2, seed=4)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("saved_with_muon", [True, False])
+def test_the_other_optimizers_state_is_refused_by_name(tmp_path: Path, saved_with_muon: bool) -> None:
+    """Catches a traceback, or a run that goes on without its momenta."""
+    model = GPT(SHAPE)
+    kinds = [model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu", muon=muon) for muon in (False, True)]
+    update(model, kinds[saved_with_muon], 1)
+    checkpoint.save(tmp_path / "ckpt.pt", checkpoint.pack(model, kinds[saved_with_muon], 1, 2.5, {}, {}))
+    with pytest.raises(UserError, match="Muon's.*--init_from="):
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        checkpoint.restore_optimizer(checkpoint.load(tmp_path / "ckpt.pt"), kinds[not saved_with_muon], scaler)
+
+
+def test_a_run_resumes_exactly_and_with_its_optimizer(dataset: Path, tmp_path: Path) -> None:
+    """Catches a resumed run with AdamW, or from momenta of zero."""
+    shape = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4", "--device=cpu"]
+    flags = [*shape, f"--dataset={dataset}", "--optimizer=muon", "--eval_iters=1", "--eval_interval=5", "--warmup_iters=2"]
+    flags += ["--gradient_accumulation_steps=1", "--lr_decay_iters=10"]
+    train.main(parse(train.Config, [*flags, "--max_iters=10", f"--out_dir={tmp_path / 'whole'}"]))
+    parts = f"--out_dir={tmp_path / 'parts'}"
+    train.main(parse(train.Config, [*flags, "--max_iters=5", parts]))
+    train.main(parse(train.Config, ["--init_from=resume", parts, "--max_iters=10"]))
+    whole, again = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert again["optimizer"].keys() == {"muon", "adamw"}
+    assert all(torch.equal(tensor, again["model"][name]) for name, tensor in whole["model"].items())
