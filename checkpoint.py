@@ -299,7 +299,9 @@ def _restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
         {name: value for name, value in group.items() if name != "params"} | {"params": old["params"]}
         for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
     ]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    ours = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = dict(zip(numbers, ours, strict=True))
     states = {
         index: {name: parallel.sharded_as(value, parameters[index]) for name, value in state.items()}
         for index, state in saved["state"].items()
