@@ -168,9 +168,10 @@ def pack(
     Of a sharded model it is that in the main process alone, and all of them must call this.
     """
     shape = dataclasses.asdict(model.config)
-    weights = {parameter: parallel.whole(parameter.detach()) for parameter in model.parameters()}  # tied ones once
+    parameters = model.state_dict(keep_vars=True)  # themselves, so that tied ones are known and stored once
+    weights = {parameter: parallel.whole(parameter.detach()) for parameter in dict.fromkeys(parameters.values())}
     return {
-        "model": {name: weights[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)},
+        "model": {name: weights[parameter] for name, parameter in parameters.items()},
         "optimizer": parallel.whole(optimizer.state_dict()),
         "model_args": {name: shape[name] for name in MODEL_ARGS},
         "iter_num": iter_num,

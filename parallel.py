@@ -66,8 +66,8 @@ def shard(model: nn.Module, group: Group, dtype: torch.dtype) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model has gone through `shard`."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    """Whether a model has gone through `shard`; its parameters do not tell, since they are whole while they are in use."""
+    return hasattr(model, "reshard")
 
 
 def compiled(model: nn.Module) -> nn.Module:

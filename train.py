@@ -421,19 +421,22 @@ def evaluate(
     """
     model.eval()
     losses = {}
+    sharded = parallel.is_sharded(model)  # all processes must do as many passes then
     for split in data.tokens:
         total = count = interrupted = 0.0
         for batches in rounds(evaluation_batches(data, split, config), group.size):
-            # in the last round, some may have none left: they take what is not counted, since they have to pass as often
-            starts, length = batches[min(group.rank, len(batches) - 1)]
+            (interrupted,) = group.sum(signals.received) if sharded else (signals.received,)
+            is_mine = group.rank < len(batches)
+            if interrupted or not (is_mine or sharded):
+                break
+            starts, length = batches[group.rank if is_mine else -1]  # the last one again is not counted
             x, y = device.to_device(data.windows(split, starts, length, model.config.vocab_size), group.device)
             with autocast:
                 _, loss = model(x, y)
-            learned = (y != -1).sum().item() if group.rank < len(batches) else 0
-            part, learned, interrupted = group.sum(loss.item() * learned if learned else 0.0, learned, signals.received)
-            if interrupted:
-                break
-            total, count = total + part, count + learned
+            learned = (y != -1).sum().item() if is_mine else 0
+            total += loss.item() * learned if learned else 0.0
+            count += learned
+        total, count, interrupted = group.sum(total, count, interrupted)
         if interrupted:
             break
         losses[split] = total / count if count else math.nan
