@@ -64,7 +64,7 @@ class Config(configurator.Config):
 @guard.memory("give --dtype=bfloat16, or take a smaller model")
 def main(config: Config) -> None:
     where = device.resolve_device(config.device)
-    dtype = device.resolve_dtype(config.dtype, where, generating=True)
+    dtype = device.resolve_dtype(config.dtype, where)
     device.set_up(where, config.seed)
     model, tokenizer, start = checkpoint.load_model(config.init_from, config.out_dir)
     chat_format = choose_format(config, start.chat_format)

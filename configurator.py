@@ -260,7 +260,7 @@ def _checked(shown: str, value: Any, kind: Any, is_text: bool) -> Any:
         value = _from_text(value, kind) if is_text else _from_python(value, kind)
     except ValueError:
         raise UserError(f"{shown}: not {_expected(kind)}") from None
-    if limits is not None and value is not None and value not in limits:
+    if limits is not None and isinstance(value, (int, float)) and value not in limits:
         raise UserError(f"{shown}: must be {limits}")
     return value
 

@@ -13,7 +13,6 @@ References: "Attention Is All You Need" (Vaswani et al. 2017), "Language Models 
 et al. 2019).
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from muon import Muon, MuonWithAdamW
+
+SHORT = 512  # tokens up to which a CPU does without flash attention: quicker, but its memory grows with their square
 
 
 @dataclass
@@ -79,15 +80,33 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if start > 0 and q.size(2) > 1:  # query i stands at position start + i
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
-        dtype, exact = q.dtype, contextlib.nullcontext()
-        if q.device.type == "cpu" and dtype != torch.float32:  # CPUs are slow at attention in 16 bits
-            q, k, v, exact = q.float(), k.float(), v.float(), torch.autocast("cpu", enabled=False)
         dropout = self.dropout if self.training else 0.0
         is_causal = mask is None and q.size(2) > 1  # a query alone is the last position, which sees all
-        with exact:
+        dtype = q.dtype
+        if dtype == torch.bfloat16 and q.device.type == "cpu" and is_causal and T <= SHORT:
+            y = explicit_attention(q, k, v, dropout)
+        elif dtype != torch.float32 and q.device.type == "cpu":  # flash attention in 16 bits is slow there
+            with torch.autocast("cpu", enabled=False):
+                q, k, v = q.float(), k.float(), v.float()
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         y = y.to(dtype).transpose(1, 2).reshape(B, -1, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
+
+
+def explicit_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Return what causal `scaled_dot_product_attention` does, (B, nh, T, hs), with all scores in memory at once.
+
+    On a CPU in bfloat16, up to SHORT tokens, its plain matrix products are two to three times as fast.
+    """
+    B, nh, T, hs = q.shape
+    with torch.autocast("cpu", enabled=False):  # which would have the softmax in float32
+        q, k, v = (x.reshape(B * nh, T, hs) for x in (q, k, v))
+        later = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+        scores = torch.baddbmm(later, q, k.mT, alpha=1 / math.sqrt(hs))  # (B * nh, T, T)
+        weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+        return torch.bmm(weights, v).view(B, nh, T, hs)
 
 
 class MLP(nn.Module):
@@ -121,6 +140,45 @@ class Block(nn.Module):
         attended = self.attn(self.ln_1(x), past, start, last_only)
         x = (x[:, -1:] if last_only else x) + attended
         return x + self.mlp(self.ln_2(x))
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum of the cross-entropies of a linear layer's outputs, of which only some rows are in memory at a time.
+
+    The gradients are computed with the loss, while the rows are there, so that nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
+        """Return the sum for x (N, C), weight (V, C) and targets (N,), in chunks of `rows`; a target of -1 is left out."""
+        total = torch.zeros((), device=x.device)
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        if wanted:
+            dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        for i in range(0, len(x), rows):
+            part, target = x[i : i + rows], targets[i : i + rows]
+            logits = part @ weight.T  # (rows, V)
+            dtype = logits.dtype  # that of autocast, where it is on
+            error = F.log_softmax(logits.float(), dim=-1)
+            del logits
+            total += F.nll_loss(error, target, ignore_index=-1, reduction="sum")
+            if wanted:
+                error.exp_()  # the gradient of the logits: probabilities, less 1 at the target
+                error.scatter_add_(1, target.clamp(min=0)[:, None], torch.full_like(error[:, :1], -1.0))
+                error *= (target != -1)[:, None]
+                error = error.to(dtype)
+                dx[i : i + rows] = error @ weight
+                dweight += error.T @ part
+            del error  # before the next chunk needs as much
+        if wanted:
+            ctx.save_for_backward(dx, dweight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        dx, dweight = ctx.saved_tensors
+        return dx.mul_(gradient), dweight.mul_(gradient), None, None
 
 
 class LanguageModel(nn.Module):
@@ -278,12 +336,17 @@ class GPT(LanguageModel):
         return model
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        loss_rows: int = 0,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return logits and loss: (B, T, vocab_size) with `targets`, else the last position's, (B, 1, vocab_size), and None.
 
         `idx` and `targets` are (B, T) int64. With a `cache`, `idx` stands behind the tokens that it holds, and is then held
-        too. In all that is block_size tokens at most.
+        too. In all that is block_size tokens at most. With `loss_rows`, the logits of only so many positions are in memory
+        at a time, and None is returned in their place; the loss is the same.
         """
         B, T = idx.shape
         start = 0 if cache is None else cache.length
@@ -298,8 +361,16 @@ class GPT(LanguageModel):
             x = block(x, past, start, last_only)  # (B, T, C), or (B, 1, C)
         if cache is not None:
             cache.length = start + T
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, vocab_size)
+        x = self.transformer.ln_f(x)
+        if targets is not None and 0 < loss_rows < B * T:
+            return None, self.chunked_loss(x.view(B * T, -1), targets.reshape(-1), loss_rows)
+        logits = self.lm_head(x)  # (B, T or 1, vocab_size)
         return logits, None if targets is None else self.loss(logits, targets)
+
+    def chunked_loss(self, x: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
+        """Return what `loss` does, for (N, C) inputs of the output head and (N,) targets."""
+        total = ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets, rows)
+        return total / (targets != -1).sum().clamp(min=1)
 
     def new_cache(self, batch_size: int, room: int) -> KVCache:
         config, like = self.config, self.transformer.wpe.weight
@@ -337,9 +408,9 @@ class Bigram(LanguageModel):
         self.token_embedding_table = nn.Embedding(config.vocab_size, config.vocab_size)  # N(0, 1), PyTorch's default
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: None = None
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: None = None, loss_rows: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return logits and loss, as `GPT.forward`; the sequence may have any length."""
+        """Return logits and loss, as `GPT.forward`, but all logits in any case; the sequence may have any length."""
         if targets is None:
             return self.token_embedding_table(idx[:, [-1]]), None  # (B, 1, V)
         logits = self.token_embedding_table(idx)  # (B, T, V)

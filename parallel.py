@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
+import device
 from device import Group
 from model import Block
 
@@ -73,9 +74,9 @@ def is_sharded(model: nn.Module) -> bool:
 def compiled(model: nn.Module) -> nn.Module:
     """Return a compiled model; of a sharded one, each block by itself, since between them their weights are gathered."""
     if not is_sharded(model):
-        return torch.compile(model)
+        return device.compiled(model)
     for block in blocks(model):
-        block.forward = torch.compile(block.forward)
+        block.forward = device.compiled(block.forward)
     return model
 
 

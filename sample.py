@@ -46,7 +46,7 @@ class Config(configurator.Config):
 @guard.memory("lower --num_samples or --max_new_tokens, give --dtype=bfloat16, or take a smaller model")
 def main(config: Config) -> None:
     where = device.resolve_device(config.device)
-    dtype = device.resolve_dtype(config.dtype, where, generating=True)
+    dtype = device.resolve_dtype(config.dtype, where)
     device.set_up(where, config.seed)
     model, tokenizer, _ = checkpoint.load_model(config.init_from, config.out_dir)
     start, prompt = read_prompt(config.start, "start" in config.given, tokenizer)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from data.dataset import Dataset, FileLost, Split
 from device import Compile, Dtype
 from metrics import Metrics, start_wandb
 from model import GPT, Bigram, GPTConfig
+
+LOGITS = 1 << 27  # bytes of logits in float32 above which a CPU computes the loss in chunks
+LossRows = Annotated[int | Literal["auto"], configurator.Range(at_least=0)]
 
 RUN_FILES = (checkpoint.BEST, checkpoint.LAST, "metrics.csv", "config.json", "loss.png")  # what a run leaves in its folder
 
@@ -86,8 +89,11 @@ class Config(configurator.Config):
     min_lr: NonNegativeFloat = 6e-5  # learning rate from there on; about learning_rate / 10 (Chinchilla)
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"  # of matrix products; float16 scales the loss. auto: 16 bits on CUDA, else float32
+    dtype: Dtype = "auto"  # of matrix products; float16 scales the loss. auto: 16 bits where the device is made for it
     compile: Compile = "auto"  # compile the model with torch.compile. auto: on CUDA
+    fused: bool = True  # AdamW as one kernel, on CUDA and CPUs
+    loss_rows: LossRows = "auto"  # positions whose logits are there at a time; 0: all. auto: 256 on a CPU where all are many
+    keep_memory: bool = True  # on a CPU under Linux: keep the memory of tensors for those of the next iteration
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of several processes. auto: nccl on CUDA, else gloo
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: each holds the whole model, or a share of its weights
     activation_checkpointing: bool = False  # compute blocks anew in the backward pass: less memory, a third more work
@@ -125,6 +131,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     dtype = device.resolve_dtype(config.dtype, group.device)
     autocast = device.autocast(group.device, dtype)
     device.set_up(group.device, config.seed)
+    kept = config.keep_memory and group.device == "cpu" and device.keep_memory()
     sharded = config.parallel == "fsdp" and group.launched
     if sharded and dtype == torch.float16:
         raise UserError("--parallel=fsdp does not scale the loss, as float16 needs: give --dtype=bfloat16 or --dtype=float32")
@@ -142,8 +149,9 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     else:
         model.to(group.device)
     device_type, betas = torch.device(group.device).type, (config.beta1, config.beta2)
-    muon = config.optimizer == "muon"
-    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type, muon)
+    optimizer = model.configure_optimizers(
+        config.weight_decay, config.learning_rate, betas, device_type, config.optimizer == "muon", config.fused
+    )
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
     iteration, evaluated, stale, best_val_loss, saved = 0, -1, 0, math.inf, (-1, -1)
     if start is not None and config.init_from == "resume":
@@ -152,12 +160,14 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
         evaluated, stale = start.extra.get("evaluated", -1), start.extra.get("stale", 0)
         saved = iteration, evaluated
     del start  # its tensors are in the model and the optimizer now
-    compiled = parallel.compiled(model) if device.resolve_compile(config.compile, group.device) else model
+    compiling = device.resolve_compile(config.compile, group.device)
+    compiled = parallel.compiled(model) if compiling else model
     network = DistributedDataParallel(compiled) if group.size > 1 and not sharded else compiled
 
+    loss_rows = resolve_loss_rows(config.loss_rows, group.device, config.batch_size * T, vocab_size)
     signals = guard.Signals()
     if config.eval_only:
-        losses = evaluate(compiled, data, config, group, autocast, signals)
+        losses = evaluate(compiled, data, config, group, autocast, loss_rows, signals)
         if group.is_main:
             print(f"step {iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         return None
@@ -177,8 +187,12 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     metrics.say(f"data: {config.dataset} ({data.tokenizer})")
     metrics.say(f"      {data.tokens['train']:,} tokens to train, {data.tokens['val']:,} to validate")
     metrics.say(f"tokens per iteration: {windows * T:,} ({data.tokens['train'] / (windows * T):,.0f} iterations an epoch)")
-    shown_dtype = str(dtype).removeprefix("torch.") + (", compiled" if compiled is not model else "")
-    metrics.say(f"machine: {group.device}, {shown_dtype}, {group.size} process{'es' if group.size > 1 else ''}")
+    metrics.say(f"machine: {group.device}, {group.size} process{'es' if group.size > 1 else ''}")
+    chosen = [str(dtype).removeprefix("torch.") + " products", "compiled" if compiling else "not compiled"]
+    chosen += [("fused " if config.fused else "") + {"adamw": "AdamW", "muon": "AdamW, and Muon"}[config.optimizer]]
+    chosen += [f"loss in chunks of {loss_rows} positions"] * (loss_rows > 0) + ["memory kept"] * kept
+    chosen += ["activations recomputed"] * config.activation_checkpointing + ["sharded"] * sharded
+    metrics.say(f"         {', '.join(chosen)}")
     if config.init_from == "resume":
         metrics.say(f"resuming after {iteration:,} of {config.max_iters:,} iterations")
     if iteration >= config.max_iters:
@@ -187,8 +201,10 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     peak = device.peak_flops(group.device, dtype)
     mfu, logged, t0 = -1.0, iteration, time.perf_counter()
     stopping, lost = False, None
+    batches = training_batches(data, config, group, iteration, T, vocab_size)
     with metrics, signals:
         try:
+            x, y = next(batches)  # (B, T) each
             while True:
                 learning_rate = config.learning_rate
                 if config.decay_lr:
@@ -201,7 +217,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
                 if (finished or iteration % config.eval_interval == 0) and evaluated != iteration:
                     device.synchronize(group.device)
                     t1 = time.perf_counter()
-                    losses = evaluate(compiled, data, config, group, autocast, signals)
+                    losses = evaluate(compiled, data, config, group, autocast, loss_rows, signals)
                     if losses is None:
                         stopping = True
                         break
@@ -220,17 +236,14 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
 
                 # forward and backward over this process's share of the micro-batches
                 loss = 0.0
-                starts = data.draw("train", "train", config.seed, iteration, windows, T)  # (windows,)
                 for micro_batch in range(group.rank, steps, group.size):
-                    first = micro_batch * config.batch_size
-                    batch = data.windows("train", starts[first : first + config.batch_size], T, vocab_size)
-                    x, y = device.to_device(batch, group.device)  # (B, T) each
                     if config.dropout > 0:
                         device.seed_dropout(config.seed, iteration, micro_batch)
                     if isinstance(network, DistributedDataParallel):
                         network.require_backward_grad_sync = micro_batch + group.size >= steps  # only with the last one
                     with autocast:
-                        _, micro_loss = network(x, y)
+                        _, micro_loss = network(x, y, loss_rows=loss_rows)
+                    x, y = next(batches)  # while the device computes
                     loss += micro_loss.detach() / steps
                     scaler.scale(micro_loss * group.size / steps).backward()  # averaged over the processes, this is the mean
                 due = saver.is_due(iteration, config.checkpoint_interval, config.checkpoint_minutes)
@@ -406,6 +419,26 @@ def get_lr(iteration: int, learning_rate: float, min_lr: float, warmup_iters: in
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
+def training_batches(
+    data: Dataset, config: Config, group: device.Group, iteration: int, block_size: int, vocab_size: int
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield this process's micro-batches from `iteration` on, on its device: (x, y), each (batch_size, block_size)."""
+    steps, size = config.gradient_accumulation_steps, config.batch_size
+    while True:
+        starts = data.draw("train", "train", config.seed, iteration, steps * size, block_size)  # (steps * size,)
+        for micro_batch in range(group.rank, steps, group.size):
+            chosen = starts[micro_batch * size : (micro_batch + 1) * size]
+            yield device.to_device(data.windows("train", chosen, block_size, vocab_size), group.device)
+        iteration += 1
+
+
+def resolve_loss_rows(choice: int | Literal["auto"], device: str, positions: int, vocab_size: int) -> int:
+    """Return how many of a micro-batch's positions may have their logits in memory at a time; 0 for all."""
+    if choice != "auto":
+        return choice
+    return 256 if device == "cpu" and 4 * positions * vocab_size > LOGITS else 0
+
+
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
@@ -413,6 +446,7 @@ def evaluate(
     config: Config,
     group: device.Group,
     autocast: AbstractContextManager,
+    loss_rows: int,
     signals: guard.Signals,
 ) -> dict[Split, float] | None:
     """Return the mean loss of each split in nats a token: on the same random windows every time, or on the whole split.
@@ -432,7 +466,7 @@ def evaluate(
             starts, length = batches[group.rank if is_mine else -1]  # the last one again is not counted
             x, y = device.to_device(data.windows(split, starts, length, model.config.vocab_size), group.device)
             with autocast:
-                _, loss = model(x, y)
+                _, loss = model(x, y, loss_rows=loss_rows)
             learned = (y != -1).sum().item() if is_mine else 0
             total += loss.item() * learned if learned else 0.0
             count += learned

@@ -296,4 +296,4 @@ def test_memory_that_runs_out_is_one_line(script, monkeypatch) -> None:
     monkeypatch.setattr("checkpoint.load_model", load)
     for _ in range(2):
         with pytest.raises(configurator.UserError, match=r"out of memory: .*--dtype=bfloat16"):
-            script.main(configurator.parse(script.Config, ["--device=cpu"]))
+            script.main(configurator.parse(script.Config, ["--device=cpu", "--dtype=float32"]))

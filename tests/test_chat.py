@@ -277,7 +277,7 @@ class Terminal:
         self.master, slave = pty.openpty()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "chat.py"), "--device=cpu", *arguments],
+            [sys.executable, str(ROOT / "chat.py"), "--device=cpu", "--dtype=float32", *arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -392,7 +392,7 @@ def test_piped_input_gives_clean_text(tmp_path):
     """Prompts, names and notes among the replies of a program that feeds another."""
     out_dir = write(tmp_path / "out", chain("Aoh yes."))
     finished = subprocess.run(
-        [sys.executable, str(ROOT / "chat.py"), f"--out_dir={out_dir}", "--device=cpu", "--temperature=0"],
+        [sys.executable, str(ROOT / "chat.py"), f"--out_dir={out_dir}", "--device=cpu", "--dtype=float32", "--temperature=0"],
         input=b"Hello\n\n/set top_k=3\nAgain\nBee7\n\xff\nlast",
         capture_output=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -71,6 +71,8 @@ def test_a_device_that_is_not_there(machine, name, gpus):
     "name, where, bfloat16, expected",
     [
         ("auto", "cpu", False, torch.float32),
+        ("auto", "cpu", True, torch.bfloat16),
+        ("float32", "cpu", True, torch.float32),
         ("auto", "mps", False, torch.float32),
         ("auto", "cuda", True, torch.bfloat16),
         ("auto", "cuda:1", False, torch.float16),
@@ -80,7 +82,8 @@ def test_a_device_that_is_not_there(machine, name, gpus):
     ],
 )
 def test_dtype(monkeypatch, name, where, bfloat16, expected):
-    """16 bits on a CPU, where they are slow, or float16 on a GPU that has bfloat16."""
+    """A CPU that works out bfloat16 by detours, a wish that is passed over, or float16 on a GPU that has bfloat16."""
+    monkeypatch.setattr(device, "has_bfloat16_instructions", lambda: bfloat16)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16)
     assert device.resolve_dtype(name, where) is expected
 
@@ -278,11 +281,42 @@ def test_a_texts_random_numbers_follow_from_its_own_number():
     assert len({*draw(*range(100)), *draw(*range(100), seed=8)}) == 200
 
 
-@pytest.mark.parametrize("name", ["auto", "float32"])
-@pytest.mark.parametrize("instructions", [True, False])
-def test_generation_is_in_16_bits_on_cpus_that_are_made_for_it(name, instructions, monkeypatch):
-    """A CPU that works out bfloat16 by detours, training in 16 bits that no one has asked for, a wish that is passed over."""
-    monkeypatch.setattr(device, "has_bfloat16_instructions", lambda: instructions)
-    expected = torch.bfloat16 if name == "auto" and instructions else torch.float32
-    assert device.resolve_dtype(name, "cpu", generating=True) is expected
-    assert device.resolve_dtype(name, "cpu") is torch.float32
+def test_a_cpu_keeps_its_memory_where_the_c_library_can_do_so(command):
+    """Catches pages that go back to the system with each tensor, which cost a third of a training step."""
+    code = """
+import resource, sys, torch, device
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def used():
+    for _ in range(3):
+        torch.ones(1 << 24).add(1)
+    before = faults()
+    for _ in range(10):
+        torch.ones(1 << 24).add(1)
+    return faults() - before
+before = used()
+print("libc" if device.keep_memory() else "none", before, used())
+"""
+    if sys.platform != "linux":
+        pytest.skip("glibc is Linux's")
+    library, before, after = command("-c", code).stdout.split()
+    if library == "none":
+        pytest.skip("no glibc here")
+    assert int(before) > 1000
+    assert int(after) < int(before) / 4  # once, where the pieces find their places
+
+
+def test_a_failed_compilation_is_one_warning_and_the_model_works(command, tmp_path):
+    """Catches a run that ends, or pages of tracebacks, where the compiler is missing or does not work."""
+    code = """
+import torch, device
+network = device.compiled(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()))
+x = torch.ones(2, 4)
+for _ in range(3):
+    network(x).sum().backward()
+print(network(x).shape)
+"""
+    done = command("-c", code, CXX="/nowhere/c++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "torch.Size([2, 4])\n"
+    assert done.stderr.count("\n") == 1
+    assert "warning: torch.compile failed (" in done.stderr

@@ -23,7 +23,7 @@ from data.tokenizer import CharTokenizer
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 FLAGS = (
     "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --gradient_accumulation_steps=4 --dropout=0.2 "
-    "--max_iters=6 --eval_interval=3 --warmup_iters=2 --lr_decay_iters=6 --learning_rate=1e-2 --device=cpu"
+    "--max_iters=6 --eval_interval=3 --warmup_iters=2 --lr_decay_iters=6 --learning_rate=1e-2 --device=cpu --dtype=float32"
 ).split()
 
 

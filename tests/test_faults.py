@@ -30,7 +30,7 @@ except ImportError:  # Windows
 # dropout, accumulation and bf16 on; saves after 2, 3, 4, 6, 8 and 9 updates; the best evaluation is the one after 3
 FLAGS = (
     "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2 --dropout=0.2 "
-    "--dtype=bfloat16 --eval_iters=2 --eval_interval=3 --max_iters=9 --warmup_iters=8 --lr_decay_iters=100 --seed=6 "
+    "--dtype=bfloat16 --eval_iters=2 --eval_interval=3 --max_iters=9 --warmup_iters=8 --lr_decay_iters=100 --seed=12 "
     "--learning_rate=0.3 --always_save_checkpoint=False --checkpoint_interval=2 --checkpoint_minutes=0 --device=cpu"
 ).split()
 CLOCKS = ("seconds", "tokens_per_second", "mfu")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, Bigram, GPTConfig, sample_next
+from model import GPT, SHORT, Bigram, GPTConfig, explicit_attention, sample_next
 
 LAYER = [
     "ln_1.weight",
@@ -467,3 +467,88 @@ def test_bfloat16_autocast_stays_near_float32():
     loss.backward()
     assert loss.item() == pytest.approx(exact.item(), rel=0.05)
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 31])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_in_chunks_is_the_loss_and_has_its_gradients(rows, dtype):
+    """A chunk left out or counted twice, a short last one, targets of -1 that count, a gradient that is not scaled."""
+    whole, chunked = tiny(), tiny()
+    idx, targets = ids(4, 8), ids(4, 8, seed=3)
+    targets[0, :5] = targets[2] = -1
+    losses = []
+    for model, part in ((whole, 0), (chunked, rows)):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits, loss = model(idx, targets, loss_rows=part)
+        (3 * loss).backward()
+        losses.append(loss.item())
+        assert (logits is None) == (part > 0)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    assert losses[1] == pytest.approx(losses[0], abs=tolerance)
+    for (name, p), q in zip(whole.named_parameters(), chunked.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= tolerance * p.grad.norm(), name
+
+
+def test_a_loss_in_chunks_of_nothing_is_zero():
+    """A division by zero where no target is to be learned."""
+    model = tiny()
+    _, loss = model(ids(2, 8), torch.full((2, 8), -1), loss_rows=4)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad.abs().sum() == 0 for p in model.parameters())
+
+
+def test_a_loss_in_chunks_without_gradients_is_the_same():
+    """Evaluation that fails for want of gradients, or computes them for nothing."""
+    model = tiny()
+    with torch.no_grad():
+        _, whole = model(ids(2, 8), ids(2, 8, seed=3))
+        _, chunked = model(ids(2, 8), ids(2, 8, seed=3), loss_rows=3)
+    assert chunked.item() == pytest.approx(whole.item(), abs=1e-6)
+    assert not chunked.requires_grad
+
+
+def test_logits_of_a_chunk_are_all_that_is_in_memory():
+    """Chunks that are kept until the end."""
+    model = tiny(vocab_size=5000)
+    sizes = []
+
+    def packed(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(packed, lambda tensor: tensor):
+        model(ids(64, 8), ids(64, 8), loss_rows=16)
+    assert max(sizes) < 5000 * 64
+
+
+@pytest.mark.parametrize("T", [2, 7, 64])
+def test_explicit_attention_is_pytorchs(T):
+    """Scores that are not scaled, a mask that lets a later position in, heads that are mixed up."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(3, 2, T, 8) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(explicit_attention(q, k, v, 0.0), expected)
+    rounded = explicit_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.0)
+    torch.testing.assert_close(rounded.float(), expected, atol=0.04, rtol=0.04)
+
+
+def test_explicit_attention_drops_weights():
+    """Dropout that is left out of attention, or does not keep the mean."""
+    torch.manual_seed(1)
+    q, k, v = torch.randn(1, 1, 300, 8), torch.randn(1, 1, 300, 8), torch.ones(1, 1, 300, 8)
+    y = explicit_attention(q, k, v, 0.5)
+    assert y.mean().item() == pytest.approx(1, abs=0.1)
+    assert y.std() > 0.05
+
+
+@pytest.mark.parametrize("T", [SHORT, SHORT + 1])
+def test_bfloat16_on_a_cpu_takes_the_attention_that_is_quick_there(T, monkeypatch):
+    """Scores of a long context in memory all at once, or flash attention in 16 bits, six times as slow."""
+    seen = []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **b: seen.append(q.dtype) or attention(q, *a, **b))
+    model = tiny(block_size=SHORT + 1, n_layer=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids(1, T), ids(1, T))
+    assert seen == ([torch.float32] if T > SHORT else [])

@@ -62,9 +62,9 @@ def test_commands_run_one_after_the_other(ready: Path) -> None:
         program, *arguments = command.replace('"', "").split()
         if "train.py" in command:
             iterations += 1  # so that the one that resumes has something to do
-            arguments += [*QUICK, f"--max_iters={iterations}", "--batch_size=2", "--device=cpu"]
+            arguments += [*QUICK, f"--max_iters={iterations}", "--batch_size=2", "--device=cpu", "--dtype=float32"]
         elif "sample.py" in command or "chat.py" in command:
-            arguments += ["--max_new_tokens=5", "--device=cpu"]
+            arguments += ["--max_new_tokens=5", "--device=cpu", "--dtype=float32"]
         launcher = [sys.executable] if program == "python" else [sys.executable, "-m", "torch.distributed.run"]
         finished = subprocess.run(
             [*launcher, *arguments],

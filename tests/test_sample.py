@@ -115,7 +115,7 @@ def test_an_unknown_character_is_named(tmp_path, start, named):
 
 def test_printed_texts_are_nanogpts(out_dir, capsys):
     """Something else than the prompt, its continuation and a line of dashes, for each sample."""
-    flags = [f"--out_dir={out_dir}", "--start=abc", "--num_samples=3", "--max_new_tokens=5", "--device=cpu"]
+    flags = [f"--out_dir={out_dir}", "--start=abc", "--num_samples=3", "--max_new_tokens=5", "--device=cpu", "--dtype=float32"]
     sample.main(configurator.parse(sample.Config, flags))
     output = capsys.readouterr().out
     assert output.count(LINE) == 3 and output.endswith("\n" + LINE)

@@ -21,7 +21,15 @@ from data.dataset import Dataset
 from data.tokenizer import CharTokenizer
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2"]
-SHORT = ["--eval_iters=2", "--eval_interval=5", "--max_iters=10", "--warmup_iters=2", "--lr_decay_iters=10", "--device=cpu"]
+SHORT = [
+    "--eval_iters=2",
+    "--eval_interval=5",
+    "--max_iters=10",
+    "--warmup_iters=2",
+    "--lr_decay_iters=10",
+    "--device=cpu",
+    "--dtype=float32",
+]
 GOLDEN = [2.90378, 2.88907, 2.82238, 2.79254, 2.71224, 2.66864, 2.65597, 2.62479, 2.64610, 2.62531]
 
 
@@ -242,7 +250,7 @@ def test_bigram_trains_to_the_entropy_of_pairs(dataset: Path, out_dir: Path, tex
     """Catches a bigram model that learns anything but the counts of pairs."""
     config = Path(train.__file__).parent / "config" / "train_bigram_char.py"
     schedule = ["--learning_rate=0.05", "--max_iters=1000", "--lr_decay_iters=1000"]
-    run(config, f"--dataset={dataset}", f"--out_dir={out_dir}", "--device=cpu", *schedule)
+    run(config, f"--dataset={dataset}", f"--out_dir={out_dir}", "--device=cpu", "--dtype=float32", *schedule)
     ids = np.fromfile(dataset / "train.bin", dtype=np.uint8)
     pairs = np.zeros((ids.max() + 1, ids.max() + 1))
     np.add.at(pairs, (ids[:-1], ids[1:]), 1)
@@ -264,7 +272,7 @@ def test_bigram_comes_near_to_counting_pairs_on_tiny_shakespeare(shakespeare: st
     assert surprise[val_ids[:-1], val_ids[1:]].mean() == pytest.approx(2.484, abs=0.005)
 
     config = Path(train.__file__).parent / "config" / "train_bigram_char.py"
-    flags = ["--eval_interval=2000", "--device=cpu"]
+    flags = ["--eval_interval=2000", "--device=cpu", "--dtype=float32"]
     run(config, f"--dataset={tmp_path / 'shakespeare'}", f"--out_dir={out_dir}", *flags)
     assert float(rows(out_dir)[-1]["val_loss"]) == pytest.approx(2.484, abs=0.02)
 
@@ -286,6 +294,24 @@ def test_another_tokenizer_is_refused(flags: list[str], out_dir: Path, tmp_path:
     corpus.write_dataset(other, ["abc" * 100], ["abc" * 100], CharTokenizer.from_text("abc"), "abc")
     with pytest.raises(UserError, match="another tokenizer"):
         run("--init_from=resume", f"--out_dir={out_dir}", f"--dataset={other}")
+
+
+def test_loss_rows_follow_the_size_of_the_logits() -> None:
+    """Catches logits of GPT-2's vocabulary that set the peak of memory, and small models that are cut for nothing."""
+    assert train.resolve_loss_rows("auto", "cpu", 4 * 256, 50304) == 256
+    assert train.resolve_loss_rows("auto", "cuda", 4 * 256, 50304) == 0
+    assert train.resolve_loss_rows("auto", "cpu", 4 * 256, 65) == 0
+    assert train.resolve_loss_rows(7, "cuda", 4 * 256, 65) == 7
+
+
+def test_a_run_with_the_loss_in_chunks_has_the_same_losses(flags: list[str], out_dir: Path) -> None:
+    """Catches a key that does not reach the model, or reaches training alone."""
+    run(*flags)
+    whole = losses(out_dir), [row["val_loss"] for row in rows(out_dir)]
+    run(*flags, "--loss_rows=5")
+    assert losses(out_dir) == pytest.approx(whole[0], abs=1e-5)
+    pairs = zip([row["val_loss"] for row in rows(out_dir)], whole[1], strict=True)
+    assert all(float(a or 0) == pytest.approx(float(b or 0), abs=1e-5) for a, b in pairs)
 
 
 @pytest.mark.parametrize(
