@@ -140,7 +140,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     kept = config.keep_memory and group.device == "cpu" and device.keep_memory()
     sharded = config.parallel == "fsdp" and group.launched
     if sharded and config.sample_interval:
-        raise UserError("--sample_interval has one process write, which holds but a share of the model with --parallel=fsdp: give 0")
+        raise UserError("--sample_interval needs the whole model in one process, and --parallel=fsdp shares it out: give 0")
     if sharded and dtype == torch.float16:
         raise UserError("--parallel=fsdp does not scale the loss, as float16 needs: give --dtype=bfloat16 or --dtype=float32")
 
