@@ -37,9 +37,9 @@ def local(path: str) -> Source:
     top = Path(path)
     if not top.exists():
         raise UserError(f"--input={path}: no such file or folder")
-    files = sorted(file for file in top.rglob("*") if file.is_file()) if top.is_dir() else [top]
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(top).parts)]
-    files = [file for file in files if file.name.lower().endswith(ENDINGS)]
+    found = sorted(top.rglob("*")) if top.is_dir() else [top]
+    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(top).parts)]
+    files = [file for file in found if file.name.lower().endswith(ENDINGS) and file.is_file()]
     if not files:
         raise UserError(f"--input={path}: {'no file in it' if top.is_dir() else 'no name that'} ends with {', '.join(ENDINGS)}")
     states = [file.stat() for file in files]

@@ -89,10 +89,16 @@ def _prepare(
     state = _begin(folder, file, recipe, dtype)
     _tokenize(folder, file, state, source, tokenizer, dtype, workers)
     bounds, sha256 = _bounds(folder / TOKENS, tokenizer.end_of_text, dtype)
-    splits = dict(zip(("train", "val"), split(len(bounds) - 1), strict=True))
     lengths = np.diff(bounds)
-    counts = {name: int(lengths[chosen].sum()) for name, chosen in splits.items()}
-    corpus.check_counts(counts)
+    try:
+        if len(lengths) < 2:
+            raise UserError(f"at least 2 documents are needed, and there are {len(lengths)}; data/text splits a single one")
+        splits = dict(zip(("train", "val"), split(len(lengths)), strict=True))
+        counts = {name: int(lengths[chosen].sum()) for name, chosen in splits.items()}
+        corpus.check_counts(counts)
+    except UserError:  # no use in going on from here
+        (folder / PROGRESS).unlink(missing_ok=True)
+        raise
     with tqdm(total=int(bounds[-1]), desc="arranging", unit="token", unit_scale=True, disable=None) as bar:
         for name, chosen in splits.items():
             _arrange(folder / TOKENS, folder / f"{name}.bin.tmp", bounds, chosen, dtype, bar)
@@ -146,19 +152,22 @@ def _tokenize(
         closing(_ahead(encode, _chunks(source, state["position"]), workers)) as chunks,
         tqdm(initial=noted, desc="tokenizing", unit="token", unit_scale=True, smoothing=0.1, disable=None) as bar,
     ):
-        for (position, read), ids in chunks:
-            ids = ids[: limit - state["tokens"]] if limit else ids
-            file.write(ids)
-            state = state | {"tokens": state["tokens"] + len(ids), "position": position}
-            expected = state["tokens"] * sum(source.sizes) // max(1, read)
-            bar.total = min(expected, limit) if limit else expected
-            bar.update(len(ids))
-            if limit and state["tokens"] == limit:
-                break
-            if state["tokens"] - noted >= NOTE:
-                noted = state["tokens"]
+        try:
+            for (position, read), ids in chunks:
+                ids = ids[: limit - state["tokens"]] if limit else ids
+                file.write(ids)
+                state = state | {"tokens": state["tokens"] + len(ids), "position": position}
+                expected = state["tokens"] * sum(source.sizes) // max(1, read)
+                bar.total = min(expected, limit) if limit else expected
+                bar.update(len(ids))
+                if limit and state["tokens"] == limit:
+                    break
+                if state["tokens"] - noted >= NOTE:
+                    noted = state["tokens"]
+                    _note(folder, file, state)
+        finally:  # at the end, and where a document is damaged, the network is lost or Ctrl-C was pressed
+            if state["tokens"] > noted:
                 _note(folder, file, state)
-    _note(folder, file, state)
 
 
 def _note(folder: Path, file: BinaryIO, state: dict[str, Any]) -> None:

@@ -52,14 +52,15 @@ def command(path: Path, threads: int) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, script, *flags], stdout=subprocess.DEVNULL, start_new_session=True)
 
 
-def ours(path: Path, threads: int) -> tuple[float, int]:
-    """Return the seconds and the largest memory in bytes of the whole command, which is one process."""
+def ours(path: Path, threads: int) -> tuple[float, float, int]:
+    """Return seconds, seconds of the processors and the largest memory in bytes of the whole command, which is one process."""
     start = time.perf_counter()
     process = command(path, threads)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
-    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, peak
 
 
 def batches(path: Path) -> Iterator[list[str]]:
@@ -74,14 +75,14 @@ def batches(path: Path) -> Iterator[list[str]]:
     yield texts
 
 
-def alone(path: Path, threads: int) -> float:
-    """Return the seconds in which tiktoken turns the texts into lists of ids, without all that comes before and after."""
-    encoding, seconds = tiktoken.get_encoding("gpt2"), 0.0
+def alone(path: Path, threads: int) -> tuple[float, float]:
+    """Return seconds, and seconds of the processors, in which tiktoken turns the texts, without reading them, into lists."""
+    encoding, seconds, work = tiktoken.get_encoding("gpt2"), 0.0, 0.0
     for texts in batches(path):
-        start = time.perf_counter()
+        start, work_start = time.perf_counter(), time.process_time()
         encoding.encode_ordinary_batch(texts, num_threads=threads)
-        seconds += time.perf_counter() - start
-    return seconds
+        seconds, work = seconds + time.perf_counter() - start, work + time.process_time() - work_start
+    return seconds, work
 
 
 def digests() -> dict[str, str]:
@@ -109,16 +110,17 @@ def main(megabytes: int, rounds: int, threads: int) -> None:
         make_up(path, megabytes * 10**6)
         for number in range(1, rounds + 1):
             shutil.rmtree(FOLDER, ignore_errors=True)
-            seconds, peak = ours(path, threads)
+            seconds, work, peak = ours(path, threads)
             found = digests()
             tokens = sum(json.loads((FOLDER / "meta.json").read_bytes())["tokens"].values())
-            of_tiktoken = alone(path, threads)
+            alone_seconds, alone_work = alone(path, threads)
             print(
-                f"round {number}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {peak >> 20} MiB; "
-                f"tiktoken alone {tokens / of_tiktoken:,.0f} tokens/s; load {os.getloadavg()[0]:.1f}",
+                f"round {number}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {work:.1f} s of the "
+                f"processors, {peak >> 20} MiB; tiktoken alone {alone_seconds:.1f} s, {tokens / alone_seconds:,.0f} tokens/s, "
+                f"{alone_work:.1f} s of the processors; load {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
-            ratios.append(of_tiktoken / seconds)
+            ratios.append(alone_seconds / seconds)
             speeds.append(tokens / seconds)
             peaks.append(peak)
         print(f"median: {statistics.median(speeds):,.0f} tokens/s, {statistics.median(ratios):.2f} times tiktoken alone")

@@ -163,13 +163,17 @@ def test_sample_ends_the_reading(tmp_path: Path, tokenizer: TiktokenTokenizer) -
     assert joined(ids(tmp_path / "out")) == joined(TOKENS)[:1500]
 
 
-def test_text_that_is_too_short(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
-    """A dataset that nothing can be learned from, or whose leavings spoil the next one, is caught."""
-    with pytest.raises(UserError, match=r"too short: it leaves 0 tokens for val\.bin"):
-        stream.prepare(tmp_path / "out", source, tokenizer, split, workers=1, max_tokens=2)
-    assert not list((tmp_path / "out").glob("*.bin*"))
-    stream.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
-    assert ids(tmp_path / "out") == naive(TOKENS)
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [(1, "at least 2 documents are needed, and there are 1"), (2, r"too short: it leaves 1 tokens for train")],
+)
+def test_text_that_is_too_short(
+    limit: int, told: str, tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer
+) -> None:
+    """A dataset that nothing can be learned from, or what is left lying about of it, is caught."""
+    with pytest.raises(UserError, match=told):
+        stream.prepare(tmp_path / "out", source, tokenizer, lambda count: (np.arange(0, 1), np.arange(1, 2)), 1, limit)
+    assert not (tmp_path / "out").exists()
 
 
 def test_damaged_document_leaves_nothing(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
@@ -314,7 +318,11 @@ def test_tokens_are_on_the_disk_before_they_are_noted(
 
 
 def test_what_is_done_is_not_done_again(
-    tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer, capsys: pytest.CaptureFixture
+    tmp_path: Path,
+    source: documents.Source,
+    tokenizer: TiktokenTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     """A run that begins anew each time, and so may never end, is caught."""
     encoded: list[str] = []
@@ -327,11 +335,16 @@ def test_what_is_done_is_not_done_again(
     counting = Counting("bytes", 257)
     counting._encoding = tokenizer._encoding
     call = lambda: stream.prepare(tmp_path / "out", source, counting, split, workers=1)  # noqa: E731
-    for step in (20, 10):
+    for note, step in ((1000, 20), (10**9, 5)):  # Ctrl-C loses nothing that is done, noted before or not
+        monkeypatch.setattr(stream, "NOTE", note)
         assert not interrupt(call, step)
-    assert "going on after " in capsys.readouterr().out
+        done = json.loads((tmp_path / "out" / stream.PROGRESS).read_text())["tokens"]
+        assert done > 0
+    encoded.clear()
     call()
-    assert len(TEXTS) <= len(encoded) < 1.5 * len(TEXTS)
+    assert f"going on after {done:,} tokens" in capsys.readouterr().out
+    assert encoded == TEXTS[-len(encoded) :]
+    assert len(joined(TOKENS[-len(encoded) :])) == len(joined(TOKENS)) - done
 
 
 @pytest.mark.parametrize("change", ["max_tokens", "tokenizer", "file", "note", "tokens"])
