@@ -389,7 +389,7 @@ def test_a_run_leaves_its_curves(ending: str, dataset: Path, tmp_path: Path, mon
         run("--init_from=resume", "--max_iters=3")
     elif ending == "stopped":
         clip = train.clip_grad_norm_
-        monkeypatch.setattr(train, "clip_grad_norm_", lambda *a: signal.raise_signal(signal.SIGINT) or clip(*a))
+        monkeypatch.setattr(train, "clip_grad_norm_", lambda *a: signal.raise_signal(signal.SIGTERM) or clip(*a))
         with pytest.raises(SystemExit):
             run()
     else:
