@@ -154,7 +154,7 @@ def test_parquet_that_is_cut_off_inside(tmp_path: Path) -> None:
 def test_wrong_folder(input: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path without documents that makes an empty dataset, or a traceback, is caught."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "folder.jsonl").mkdir(parents=True)
     with pytest.raises(UserError, match=f"--input={input}: no "):
         documents.local(input)
 

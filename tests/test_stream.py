@@ -416,6 +416,21 @@ def test_openwebtext_has_the_splits_of_nanogpt(count: int, project: Path) -> Non
     assert train.tolist() == expected["train"]["i"][:] and val.tolist() == expected["test"]["i"][:]
 
 
+def test_openwebtext_has_the_files_of_nanogpt(project: Path, tmp_path: Path, tokenizer: TiktokenTokenizer) -> None:
+    """Documents in another order than that in which nanoGPT writes its shards are caught."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    texts = [f"{i} " * (i % 9) for i in range(2500)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = documents.local(str(tmp_path / "a.jsonl"))
+    stream.prepare(tmp_path / "out", source, tokenizer, script(project, "openwebtext")["split"], workers=2)
+    whole = datasets.Dataset.from_dict({"text": texts})
+    expected = []
+    for shuffled in whole.train_test_split(test_size=0.0005, seed=2357, shuffle=True).values():
+        shards = [shuffled.shard(num_shards=2, index=index, contiguous=True) for index in range(2)]
+        expected.append([token for shard in shards for text in shard["text"] for token in [*text.encode(), END]])
+    assert list(ids(tmp_path / "out")) == expected
+
+
 def test_openwebtext_has_the_splits_of_nanogpt_in_full(project: Path) -> None:
     """A numpy that shuffles in another way than the one with which nanoGPT's files were made is caught."""
     train, val = script(project, "openwebtext")["split"](8_013_769)
