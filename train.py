@@ -140,9 +140,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     kept = config.keep_memory and group.device == "cpu" and device.keep_memory()
     sharded = config.parallel == "fsdp" and group.launched
     if sharded and config.optimizer == "muon":
-        raise UserError(
-            "--optimizer=muon needs whole matrices, which --parallel=fsdp shares out: give --parallel=ddp"
-        )
+        raise UserError("--optimizer=muon needs whole matrices, which --parallel=fsdp shares out: give --parallel=ddp")
     if sharded and config.sample_interval:
         raise UserError("--sample_interval needs the whole model in one process, and --parallel=fsdp shares it out: give 0")
     if sharded and dtype == torch.float16:
@@ -267,13 +265,14 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
                     x, y = next(batches)  # while the device computes
                     loss += micro_loss.detach() / steps
                     scaler.scale(micro_loss * group.size / steps).backward()  # averaged over the processes, this is the mean
-                due = saver.is_due(iteration, config.checkpoint_interval, config.checkpoint_minutes)
-                loss, signalled, due = group.sum(loss.item(), signals.received, due)
-                stopping = signalled > 0  # all processes after the same update, whichever of them has got a signal
 
                 # update the weights, unless something is wrong with the gradient
                 scaler.unscale_(optimizer)
                 grad_norm = parallel.clip_gradient(model, config.grad_clip)
+                due = saver.is_due(iteration, config.checkpoint_interval, config.checkpoint_minutes)
+                loss, due, signalled = group.sum(loss.item(), due, signals.received)
+                stopping = signalled > 0  # all processes after the same update, whichever of them has got a signal
+
                 # with a scaler, a norm that is not finite is its own business: it skips the update and lowers its scale
                 numbers = {"loss": loss} if scaler.is_enabled() else {"loss": loss, "norm of the gradient": grad_norm}
                 stop_unless_finite(iteration, out_dir, numbers)
@@ -510,7 +509,7 @@ def evaluate(
             learned = (y != -1).sum().item() if is_mine else 0
             total += loss.item() * learned if learned else 0.0
             count += learned
-        total, count, interrupted = group.sum(total, count, interrupted)
+        total, count, interrupted = group.sum(total, count, signals.received)
         if interrupted:
             break
         losses[split] = total / count if count else math.nan
