@@ -139,8 +139,6 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     device.set_up(group.device, config.seed)
     kept = config.keep_memory and group.device == "cpu" and device.keep_memory()
     sharded = config.parallel == "fsdp" and group.launched
-    if sharded and config.optimizer == "muon":
-        raise UserError("--optimizer=muon needs whole matrices, which --parallel=fsdp shares out: give --parallel=ddp")
     if sharded and config.sample_interval:
         raise UserError("--sample_interval needs the whole model in one process, and --parallel=fsdp shares it out: give 0")
     if sharded and dtype == torch.float16:

@@ -131,7 +131,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         ("chain", 3, [*resumed, "--max_iters=15", "--parallel=ddp"], "", 0),
         ("chain", 2, [*resumed, "--max_iters=20", "--parallel=fsdp"], "", 0),
         ("muon", 0, muon, IN_FLOAT32, 0),
-        ("muon_chain", 3, [*muon, "--max_iters=5"], IN_FLOAT32, 0),
+        ("muon_chain", 3, [*muon, "--max_iters=5", fsdp], IN_FLOAT32, 0),
         ("muon_chain", 2, [*resumed, "--max_iters=10"], IN_FLOAT32, 0),
         ("muon_chain", 0, [*resumed, "--max_iters=20"], IN_FLOAT32, 0),
         ("bigram", 0, bigram, "", 0),
