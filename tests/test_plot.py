@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import configurator
+import parallel
 import plot
 import train
 from configurator import UserError
@@ -404,8 +405,8 @@ def test_a_run_leaves_its_curves(ending: str, dataset: Path, tmp_path: Path, mon
         run("--max_iters=1")
         run("--init_from=resume", "--max_iters=3")
     elif ending == "stopped":
-        clip = train.clip_grad_norm_
-        monkeypatch.setattr(train, "clip_grad_norm_", lambda *a: signal.raise_signal(signal.SIGTERM) or clip(*a))
+        clip = parallel.clip_gradient
+        monkeypatch.setattr(parallel, "clip_gradient", lambda *a: signal.raise_signal(signal.SIGTERM) or clip(*a))
         with pytest.raises(SystemExit):
             run()
     else:
