@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 import configurator
 import huggingface
+import parallel
 from configurator import UserError, one_line
 from data import conversation
 from data import tokenizer as tokenizers
@@ -66,7 +67,7 @@ class Checkpoint:
 
 
 class Saver:
-    """Writes the checkpoints of one run into its folder; in all processes but the main one, it does nothing."""
+    """Writes the checkpoints of one run into its folder, in the main process; the others hand it their shares of the state."""
 
     def __init__(
         self,
@@ -97,11 +98,13 @@ class Saver:
 
     def save(self, iter_num: int, best_val_loss: float, evaluated: int, stale: int, is_best: bool) -> None:
         """Write the state after `iter_num` updates, unless that was done before; a full disk is a warning and a `failure`."""
-        if not self._is_main or self._tried == (iter_num, evaluated):
+        if self._tried == (iter_num, evaluated) or not (self._is_main or parallel.is_sharded(self._model)):
             return
         self._tried, self.failure = (iter_num, evaluated), ""
         extra = {**self._description, "scaler": self._scaler.state_dict(), "evaluated": evaluated, "stale": stale}
         state = pack(self._model, self._optimizer, iter_num, best_val_loss, self._config, extra)
+        if not self._is_main:
+            return
         try:
             if is_best:  # in this order, a run that is killed in between has its newest state in BEST; see `newest`
                 save(self._out_dir / BEST, state)
@@ -161,11 +164,16 @@ def pack(
     config: dict[str, Any],
     extra: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return a training state as the dictionary that `save` takes; `model` is the module itself, not a wrapper of it."""
+    """Return a training state as the dictionary that `save` takes; `model` is the module itself, not a wrapper of it.
+
+    Of a sharded model it is that in the main process alone, and all of them must call this.
+    """
     shape = dataclasses.asdict(model.config)
+    parameters = model.state_dict(keep_vars=True)  # themselves, so that tied ones are known and stored once
+    weights = {parameter: parallel.whole(parameter.detach()) for parameter in dict.fromkeys(parameters.values())}
     return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "model": {name: weights[parameter] for name, parameter in parameters.items()},
+        "optimizer": parallel.whole(optimizer.state_dict()),
         "model_args": {name: shape[name] for name in MODEL_ARGS},
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
@@ -219,21 +227,28 @@ def newest(out_dir: Path) -> Path:
     return best if load(best, mmap=True).iter_num > last.iter_num else path
 
 
-def build_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT | Bigram:
+def skeleton(kind: str, config: GPTConfig) -> GPT | Bigram:
+    """Return a model of a `kind` in MODELS without weights, which takes no memory: on the device "meta"."""
+    with torch.device("meta"), _Unfilled():
+        return MODELS[kind](config)
+
+
+def build_model(checkpoint: Checkpoint, dropout: float = 0.0, weightless: bool = False) -> GPT | Bigram:
     """Return the checkpoint's model, on the CPU in float32, with its weights, which leave the checkpoint.
 
-    UserError where they do not fit its shape.
+    A `weightless` one is on the device "meta". UserError where the weights do not fit its shape.
     """
     args = {name: checkpoint.model_args[name] for name in MODEL_ARGS}
     config = GPTConfig(**args | {"dropout": dropout, "gelu": checkpoint.extra.get("gelu", "erf")})
-    with torch.device("meta"), _Unfilled():  # allocates nothing: the shapes are compared before any memory is taken
-        model = MODELS[checkpoint.kind](config)
+    model = skeleton(checkpoint.kind, config)  # the shapes are compared before any memory is taken
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name: tensor.shape for name, tensor in checkpoint.weights.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             shapes = [tuple(side[name]) if name in side else "nothing" for side in (found, wanted)]
             raise UserError(f"{checkpoint.path}: damaged: {name!r} is {shapes[0]} where its shape needs {shapes[1]}")
+    if weightless:
+        return model
     # Copied one by one, each original going at once, so that memory holds the weights once; tied ones are one.
     copies: dict[tuple, torch.Tensor] = {}
     weights = {}
@@ -286,7 +301,14 @@ def _restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
         {name: value for name, value in group.items() if name != "params"} | {"params": old["params"]}
         for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
     ]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    ours = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = dict(zip(numbers, ours, strict=True))
+    states = {
+        index: {name: parallel.sharded_as(value, parameters[index]) for name, value in state.items()}
+        for index, state in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
     for parameter, state in optimizer.state.items():
         shapes = {name: value.shape for name, value in state.items()}
         if isinstance(optimizer, Muon):
@@ -298,26 +320,26 @@ def _restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
 
 
 def load_model(
-    init_from: str, out_dir: str, dropout: float = 0.0, to_train: bool = False
+    init_from: str, out_dir: str, dropout: float = 0.0, to_train: bool = False, weightless: bool = False
 ) -> tuple[GPT | Bigram, "tokenizers.Tokenizer", Checkpoint]:
     """Return the model that `init_from` names, its tokenizer and the checkpoint that it comes from.
 
     `init_from` is "resume", for the run in `out_dir`; the path of a run folder or a checkpoint file; or GPT-2 weights, as
     `huggingface.load` takes them. Of a run it takes the best weights; to go on training it with "resume", the newest.
-    UserError where there is no such thing.
+    The weights of a `weightless` model stay in the file. UserError where there is no such thing.
     """
     path = Path(out_dir if init_from == "resume" else init_from)
     if init_from != "resume" and (huggingface.is_folder(path) or (huggingface.is_name(init_from) and not path.exists())):
         checkpoint = _pretrained(init_from)
-        return build_model(checkpoint, dropout), tokenizer_of(checkpoint), checkpoint
+        return build_model(checkpoint, dropout, weightless), tokenizer_of(checkpoint), checkpoint
     if path.is_dir():
         path = newest(path) if to_train and init_from == "resume" else find(path, (BEST, LAST))
     elif init_from == "resume":
         raise UserError(f"--out_dir={out_dir}: no such folder; train a model there first, or name another")
     elif not path.is_file():
         raise UserError(f"--init_from={init_from}: no such run folder or checkpoint file, nor a name of GPT-2 weights")
-    checkpoint = load(path, mmap=not to_train)
-    return build_model(checkpoint, dropout), tokenizer_of(checkpoint), checkpoint
+    checkpoint = load(path, mmap=weightless or not to_train)
+    return build_model(checkpoint, dropout, weightless), tokenizer_of(checkpoint), checkpoint
 
 
 def _pretrained(name: str) -> Checkpoint:

@@ -2,13 +2,14 @@
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,7 @@ class Group:
     local_rank: int = 0
     size: int = 1
     device: str = "cpu"
+    launched: bool = False  # by torchrun, if only for one process
 
     @property
     def is_main(self) -> bool:
@@ -83,6 +85,8 @@ def process_group(device: str, backend: str) -> Iterator[Group]:
         yield Group(device=resolve_device(device))
         return
     rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if ":" in device:
+        raise UserError(f"--device={device}: with torchrun, each process takes a GPU of its own; give --device=cuda")
     device = resolve_device(device)
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -95,7 +99,10 @@ def process_group(device: str, backend: str) -> Iterator[Group]:
     # optimizer does: imported after the group is there, it would hold on to the group for good.
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(backend, device_id=torch.device(device) if device.startswith("cuda") else None)
-    yield Group(rank, local_rank, size, device)
+    yield Group(rank, local_rank, size, device, launched=True)
+    for _ in range(5):  # a sharded model's parts refer to each other and to the group; some only go once others are gone
+        if not gc.collect():
+            break
     dist.barrier()
     dist.destroy_process_group()
 
@@ -136,10 +143,10 @@ def resolve_compile(choice: Compile, device: str) -> bool:
     return choice
 
 
-def compiled(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model as one that compiles itself when it is first called, and where that fails goes on without."""
+def compiled(model: Callable) -> Callable:
+    """Return a model, or a function, that compiles itself when it is first called, and where that fails goes on without."""
     torch._dynamo.config.suppress_errors = True
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(_FailedCompilation())
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_failed_compilation)
     return torch.compile(model)
 
 
@@ -155,6 +162,9 @@ class _FailedCompilation(logging.Filter):
             warn(f"torch.compile failed ({str(record.exc_info[1]).strip().splitlines()[0][:200]}); the run goes on without it")
             self.warned = True
         return False
+
+
+_failed_compilation = _FailedCompilation()  # one, which a logger takes once
 
 
 def autocast(device: str, dtype: torch.dtype) -> contextlib.AbstractContextManager:

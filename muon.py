@@ -44,34 +44,49 @@ class Muon(torch.optim.Muon):
     def step(self, closure: None = None) -> None:
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            stacks: dict[tuple[int, ...], list[torch.Tensor]] = {}
-            for p in parameters:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffer = self.state[p]["momentum_buffer"]
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-                stacks.setdefault(tuple(sorted(p.shape)), []).append(update if p.size(0) <= p.size(1) else update.T)
-            updates = {shape: orthogonalised(stack, group).unbind() for shape, stack in stacks.items()}
-            taken = {shape: iter(stack) for shape, stack in updates.items()}
-            for p in parameters:
-                update = next(taken[tuple(sorted(p.shape))])
-                rate = 0.2 * max(p.shape) ** 0.5 * group["lr"]  # updates of the size that AdamW's have
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update if p.size(0) <= p.size(1) else update.T, alpha=-rate)
+            stacks: dict[torch.Size, list[torch.Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    stacks.setdefault(p.shape, []).append(p)
+            for shape, parameters in stacks.items():
+                updates = []
+                for p in parameters:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    buffer = self.state[p]["momentum_buffer"]
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer)
+                rate = 0.2 * max(shape) ** 0.5 * group["lr"]  # updates of the size that AdamW's have
+                for p, update in zip(parameters, orthogonalised(updates, group), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-rate)
 
 
-def orthogonalised(matrices: list[torch.Tensor], group: dict[str, Any]) -> torch.Tensor:
-    """Return matrices of one shape, none with more rows than columns, with singular values near 1: (n, rows, columns).
+def orthogonalised(matrices: list[torch.Tensor], group: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Return matrices of one shape with singular values near 1.
 
-    By the quintic Newton-Schulz iteration with the settings of `group`, one of Muon's.
+    By the quintic Newton-Schulz iteration with the settings of `group`, one of Muon's. Of sharded matrices, of which each
+    process has some rows, it gets some whole ones to work on, so that the processes share the work.
     """
-    a, b, c = group["ns_coefficients"]
     fast = matrices[0].device.type != "cpu" or device.has_bfloat16_instructions()
-    x = torch.stack(matrices).to(torch.bfloat16 if fast else torch.float32)
-    x /= torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    stack = torch.stack(matrices).to(torch.bfloat16 if fast else torch.float32)  # (n, rows, columns)
+    if not hasattr(stack, "redistribute"):
+        return newton_schulz(stack, group).unbind()
+    from torch.distributed.tensor import DTensor, Shard  # there already, where there are sharded tensors
+
+    whole = stack.redistribute(placements=[Shard(0)])
+    done = newton_schulz(whole.to_local(), group).contiguous()
+    done = DTensor.from_local(done, whole.device_mesh, [Shard(0)], shape=whole.shape, stride=whole.stride())
+    return done.redistribute(placements=stack.placements).unbind()
+
+
+def newton_schulz(x: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """Return (n, rows, columns) matrices with their singular values brought near 1."""
+    a, b, c = group["ns_coefficients"]
+    is_tall = x.size(1) > x.size(2)
+    x = x.mT if is_tall else x  # the product below is the smaller one
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+    return x.mT if is_tall else x

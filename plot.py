@@ -6,6 +6,7 @@ python plot.py out-a out-b --x=seconds --log=xy              against time, both 
 """
 
 import contextlib
+import math
 import os
 import re
 import time
@@ -78,7 +79,10 @@ def main(config: Config) -> None:
     out = Path(config.out) if config.out else out
     if not out.parent.is_dir():
         raise UserError(f"--out={out}: there is no folder {out.parent}")
-    draw(runs, out, config.x, config.log)
+    try:
+        draw(runs, out, config.x, config.log)
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written ({error.strerror})") from error
     for run in runs:
         best = best_of(run)
         where = "no evaluation" if best is None else f"best val loss {run.val[best]:.4f} at {run.val_x[best]:,.0f} {config.x}"
@@ -140,8 +144,8 @@ def read(path: Path, x: str = "iterations") -> Run:
             raise UserError(f"{file} is damaged: {error}") from error
     else:
         train, val = read_log(file, x)
-    if not train and not val:
-        raise NothingToDraw(f"{file}: no losses in it (yet)")
+    if not any(math.isfinite(loss) for _, loss in train + val):
+        raise NothingToDraw(f"{file}: no losses in it (yet); a metrics.csv has them, or what train.py or nanoGPT prints")
     return Run(name, *np.array(train, ndmin=2).reshape(-1, 2).T, *np.array(val, ndmin=2).reshape(-1, 2).T)
 
 
@@ -230,7 +234,7 @@ def fill(axes: Any, runs: list[Run], x: str, log: str) -> None:
     from matplotlib.lines import Line2D
 
     alone = len(runs) == 1
-    unit, label = _unit(runs, x)
+    unit, label = (1, x) if "x" in log else _unit(runs, x)  # powers of ten need no other
     losses: list[np.ndarray] = []  # what must be in the picture; the worst batches may be beyond its edge
     entries: list[tuple[Any, str]] = []
     smoothed_label = "training"
@@ -259,7 +263,7 @@ def fill(axes: Any, runs: list[Run], x: str, log: str) -> None:
     axes.set_xlabel(label)
     axes.set_ylabel("loss (nats per token)")
     if "x" not in log:
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(9, integer=unit == 1))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(9, integer=unit == 1, min_n_ticks=1))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.10g}"))
     if alone:
         axes.set_title(runs[0].name, loc="left", parse_math=False)

@@ -9,6 +9,7 @@ Ctrl-C or SIGTERM stops a run when its state is saved; it goes on, bit for bit, 
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -24,12 +25,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import checkpoint
 import configurator
 import device
 import guard
+import parallel
 import plot
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Seed, UserError
 from data import conversation
@@ -69,6 +70,7 @@ class Config(configurator.Config):
     # data
     dataset: str = "openwebtext"  # a folder of data/ with train.bin and val.bin
     gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches in an iteration, shared out between the processes
+    batch_tokens: NonNegativeInt = 0  # tokens in an iteration, which set gradient_accumulation_steps; 0 leaves that as it is
     batch_size: PositiveInt = 12  # windows in a micro-batch
     block_size: PositiveInt = 1024  # tokens in a window: the model's context
     # model
@@ -99,6 +101,8 @@ class Config(configurator.Config):
     loss_rows: LossRows = "auto"  # positions whose logits are there at a time; 0: all. auto: 256 on a CPU where all are many
     keep_memory: bool = True  # on a CPU under Linux: keep the memory of tensors for those of the next iteration
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of several processes. auto: nccl on CUDA, else gloo
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: each holds the whole model, or a share of its weights
+    activation_checkpointing: bool = False  # compute blocks anew in the backward pass: less memory, a third more work
 
     def validate(self) -> None:
         if not self.out_dir:
@@ -113,9 +117,10 @@ def main(config: Config) -> None:
     out_dir = Path(config.out_dir)
     if config.init_from == "resume":
         inherit(config, checkpoint.load(checkpoint.newest(out_dir), mmap=True))
+    steps = f" and raise --gradient_accumulation_steps (now {config.gradient_accumulation_steps}) to match"
     advice = (
-        f"lower --batch_size (now {config.batch_size}) and raise --gradient_accumulation_steps (now "
-        f"{config.gradient_accumulation_steps}) to match, which changes no result; or lower --block_size, --n_layer or --n_embd"
+        f"lower --batch_size (now {config.batch_size}){'' if config.batch_tokens else steps}, or give "
+        "--activation_checkpointing=True, which changes no result; or lower --block_size, --n_layer or --n_embd"
     )
     with guard.memory(advice), device.process_group(config.device, config.backend) as group:
         with contextlib.nullcontext() if config.eval_only else guard.only_run(out_dir, group):
@@ -129,22 +134,28 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
 
     Returns what is to be raised when the processes have parted: an exit status after a signal, or the failure to save.
     """
-    steps, windows = config.gradient_accumulation_steps, config.gradient_accumulation_steps * config.batch_size
-    if steps % group.size:
-        raise UserError(
-            f"gradient_accumulation_steps={steps} micro-batches cannot be shared out evenly between {group.size} processes: "
-            f"give a multiple of {group.size}, such as {-(-steps // group.size) * group.size}"
-        )
     dtype = device.resolve_dtype(config.dtype, group.device)
     autocast = device.autocast(group.device, dtype)
     device.set_up(group.device, config.seed)
     kept = config.keep_memory and group.device == "cpu" and device.keep_memory()
+    sharded = config.parallel == "fsdp" and group.launched
+    if sharded and config.sample_interval:
+        raise UserError("--sample_interval needs the whole model in one process, and --parallel=fsdp shares it out: give 0")
+    if sharded and dtype == torch.float16:
+        raise UserError("--parallel=fsdp does not scale the loss, as float16 needs: give --dtype=bfloat16 or --dtype=float32")
 
     data = Dataset(config.dataset)
-    model, start = build_model(config, data)
+    model, start = build_model(config, data, weightless=sharded and not group.is_main)
     T, vocab_size = model.config.block_size, model.config.vocab_size
     data.check(T, vocab_size)
-    model.to(group.device)
+    steps = config.gradient_accumulation_steps = micro_batches(config, T, group.size)
+    windows = steps * config.batch_size
+    if config.activation_checkpointing:
+        parallel.recompute_activations(model)
+    if sharded:
+        parallel.shard(model, group, dtype)
+    else:
+        model.to(group.device)
     device_type, betas = torch.device(group.device).type, (config.beta1, config.beta2)
     optimizer = model.configure_optimizers(
         config.weight_decay, config.learning_rate, betas, device_type, config.optimizer == "muon", config.fused
@@ -159,8 +170,9 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
         saved = iteration, evaluated
         wandb_id = start.extra.get("wandb")
     del start  # its tensors are in the model and the optimizer now
-    compiled = device.compiled(model) if device.resolve_compile(config.compile, group.device) else model
-    network = DistributedDataParallel(compiled) if group.size > 1 else compiled
+    compiling = device.resolve_compile(config.compile, group.device)
+    compiled = parallel.compiled(model) if compiling else model
+    network = DistributedDataParallel(compiled) if group.size > 1 and not sharded else compiled
 
     loss_rows = resolve_loss_rows(config.loss_rows, group.device, config.batch_size * T, vocab_size)
     signals = guard.Signals()
@@ -183,9 +195,10 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     description = data.describe() | ({} if wandb_id is None else {"wandb": wandb_id})
     saver = checkpoint.Saver(out_dir, model, optimizer, scaler, description, resolved, saved, group.is_main)
     metrics = Metrics(out_dir, config.max_iters, windows * T, iteration, evaluated, group.is_main, wandb_run)
-    chosen = [str(dtype).removeprefix("torch.") + " products", "compiled" if compiled is not model else "not compiled"]
+    chosen = [str(dtype).removeprefix("torch.") + " products", "compiled" if compiling else "not compiled"]
     chosen += [("fused " if config.fused else "") + {"adamw": "AdamW", "muon": "AdamW, and Muon"}[config.optimizer]]
     chosen += [f"loss in chunks of {loss_rows} positions"] * (loss_rows > 0) + ["memory kept"] * kept
+    chosen += ["activations recomputed"] * config.activation_checkpointing + ["sharded"] * sharded
     metrics.say(summary(config, model, data, group, ", ".join(chosen)))
     if config.init_from == "resume":
         metrics.say(f"resuming after {iteration:,} of {config.max_iters:,} iterations")
@@ -243,26 +256,25 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
                 for micro_batch in range(group.rank, steps, group.size):
                     if config.dropout > 0:
                         device.seed_dropout(config.seed, iteration, micro_batch)
-                    if group.size > 1:
+                    if isinstance(network, DistributedDataParallel):
                         network.require_backward_grad_sync = micro_batch + group.size >= steps  # only with the last one
                     with autocast:
                         _, micro_loss = network(x, y, loss_rows=loss_rows)
                     x, y = next(batches)  # while the device computes
                     loss += micro_loss.detach() / steps
                     scaler.scale(micro_loss * group.size / steps).backward()  # averaged over the processes, this is the mean
-                loss, signalled = group.sum(loss.item(), signals.received)
-                stopping = signalled > 0  # all processes after the same update, whichever of them has got a signal
 
                 # update the weights, unless something is wrong with the gradient
                 scaler.unscale_(optimizer)
-                if config.grad_clip > 0:
-                    grad_norm = clip_grad_norm_(model.parameters(), config.grad_clip).item()
-                else:
-                    grad_norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+                grad_norm = parallel.clip_gradient(model, config.grad_clip)
+                due = saver.is_due(iteration, config.checkpoint_interval, config.checkpoint_minutes)
+                loss, due, signalled = group.sum(loss.item(), due, signals.received)
+                stopping = signalled > 0  # all processes after the same update, whichever of them has got a signal
+
                 # with a scaler, a norm that is not finite is its own business: it skips the update and lowers its scale
                 numbers = {"loss": loss} if scaler.is_enabled() else {"loss": loss, "norm of the gradient": grad_norm}
                 stop_unless_finite(iteration, out_dir, numbers)
-                if not signals.received and saver.is_due(iteration, config.checkpoint_interval, config.checkpoint_minutes):
+                if due and not stopping:
                     t1 = time.perf_counter()  # saved this late, since only now the state is known to be sound
                     metrics.sync()
                     saver.save(iteration, best_val_loss, evaluated, stale, is_best=False)
@@ -285,7 +297,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
                 iteration += 1
         except FileLost as error:  # before the update: the state is whole, and worth more than what was read
             lost = error
-        if iteration > 0 or stopping:
+        if (iteration > 0 or stopping) and not (lost and sharded):  # to gather the shares takes all processes
             metrics.sync()
             saver.save(iteration, best_val_loss, evaluated, stale, is_best=False)
 
@@ -352,8 +364,11 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def build_model(config: Config, data: Dataset) -> tuple[GPT | Bigram, checkpoint.Checkpoint | None]:
-    """Return the model to train, on the CPU, and the checkpoint that it comes from; None when it starts from scratch."""
+def build_model(config: Config, data: Dataset, weightless: bool = False) -> tuple[GPT | Bigram, checkpoint.Checkpoint | None]:
+    """Return the model to train, on the CPU, and the checkpoint that it comes from; None when it starts from scratch.
+
+    A `weightless` one takes no memory: it is to get its weights from another process.
+    """
     vocab_size = data.tokenizer.model_vocab_size
     if config.init_from == "scratch":
         shape = GPTConfig(
@@ -365,8 +380,8 @@ def build_model(config: Config, data: Dataset) -> tuple[GPT | Bigram, checkpoint
             dropout=config.dropout,
             bias=config.bias,
         )
-        return checkpoint.MODELS[config.model](shape), None
-    model, tokenizer, start = checkpoint.load_model(config.init_from, config.out_dir, config.dropout, to_train=True)
+        return checkpoint.skeleton(config.model, shape) if weightless else checkpoint.MODELS[config.model](shape), None
+    model, tokenizer, start = checkpoint.load_model(config.init_from, config.out_dir, config.dropout, True, weightless)
     if tokenizer.to_dict() != data.tokenizer.to_dict():
         raise UserError(
             f"{start.path} was trained on {tokenizer}, and dataset '{config.dataset}' has another tokenizer "
@@ -378,9 +393,35 @@ def build_model(config: Config, data: Dataset) -> tuple[GPT | Bigram, checkpoint
     return model, start
 
 
+def micro_batches(config: Config, T: int, processes: int) -> int:
+    """Return the number of micro-batches in an iteration over windows of `T` tokens; UserError where they cannot be shared out.
+
+    Where batch_tokens says how many tokens they have together, it counts, whatever gradient_accumulation_steps is.
+    """
+    steps = config.gradient_accumulation_steps
+    if config.batch_tokens:
+        least = config.batch_size * T * processes
+        if config.batch_tokens % least:
+            below = config.batch_tokens // least * least
+            raise UserError(
+                f"batch_tokens={config.batch_tokens} is no multiple of batch_size={config.batch_size} x {T} tokens x "
+                f"{processes} process{'es' if processes > 1 else ''} = {least}: "
+                f"give {f'{below} or ' if below else ''}{below + least}, or another --batch_size"
+            )
+        return config.batch_tokens // (config.batch_size * T)
+    if steps % processes:
+        raise UserError(
+            f"gradient_accumulation_steps={steps} micro-batches cannot be shared out evenly between {processes} processes: "
+            f"give a multiple of {processes}, such as {-(-steps // processes) * processes}"
+        )
+    return steps
+
+
 def inherit(config: Config, start: checkpoint.Checkpoint) -> None:
     """Give every key that was not set by hand the value of the run in `start`."""
     kept = set(config.given) | {"init_from", "out_dir"}
+    if "gradient_accumulation_steps" in config.given:
+        kept.add("batch_tokens")  # which would set it
     for field in dataclasses.fields(config):
         if field.name in start.config and field.name not in kept:
             value = configurator.check_value(Config, field.name, start.config[field.name], str(start.path))
@@ -451,18 +492,21 @@ def evaluate(
     """
     model.eval()
     losses = {}
+    sharded = parallel.is_sharded(model)  # all processes must do as many passes then
     for split in data.tokens:
-        total = count = 0.0
-        for index, (starts, length) in enumerate(evaluation_batches(data, split, config)):
-            if signals.received:
+        total = count = interrupted = 0.0
+        for batches in rounds(evaluation_batches(data, split, config), group.size):
+            (interrupted,) = group.sum(signals.received) if sharded else (signals.received,)
+            is_mine = group.rank < len(batches)
+            if interrupted or not (is_mine or sharded):
                 break
-            if index % group.size == group.rank:
-                x, y = device.to_device(data.windows(split, starts, length, model.config.vocab_size), group.device)
-                with autocast:
-                    _, loss = model(x, y, loss_rows=loss_rows)
-                learned = (y != -1).sum().item()
-                total += loss.item() * learned if learned else 0.0
-                count += learned
+            starts, length = batches[group.rank if is_mine else -1]  # the last one again is not counted
+            x, y = device.to_device(data.windows(split, starts, length, model.config.vocab_size), group.device)
+            with autocast:
+                _, loss = model(x, y, loss_rows=loss_rows)
+            learned = (y != -1).sum().item() if is_mine else 0
+            total += loss.item() * learned if learned else 0.0
+            count += learned
         total, count, interrupted = group.sum(total, count, signals.received)
         if interrupted:
             break
@@ -502,6 +546,12 @@ def sample(model: GPT | Bigram, data: Dataset, seed: int, iteration: int, where:
             break
     model.train()
     return (text + decoder.finish()).strip()
+
+
+def rounds(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of `size` batches; the last one may be shorter."""
+    while taken := list(itertools.islice(batches, size)):
+        yield taken
 
 
 def stop_unless_finite(iteration: int, out_dir: Path, numbers: dict[str, float]) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ def hub(path: str, name: str, revision: str) -> Source:
         import fsspec
     except ImportError as error:
         raise UserError(f"{path} comes by the datasets library: pip install datasets; {advice}") from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each of its retries in two lines
     try:
         files = list(datasets.load_dataset_builder(path, name, revision=revision).config.data_files["train"])
         sizes = [system.size(file) for system, file in map(fsspec.core.url_to_fs, files)]

@@ -183,6 +183,14 @@ def test_a_process_of_its_own_is_a_group_of_one(monkeypatch):
         assert not torch.distributed.is_initialized()
 
 
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
+    """Processes that all compute on the same GPU, which NCCL finds out with a traceback."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(UserError, match=r"^--device=cuda:1: .*; give --device=cuda$"), device.process_group("cuda:1", "auto"):
+        pass
+
+
 PROCESS = """
 import torch, device
 with device.process_group("cpu", "auto") as group:

@@ -1,9 +1,11 @@
-"""Several processes with torchrun on the CPU: the same run as one process, and a clean end."""
+"""Several processes on the CPU, each with the model or with a share of it: the same run as one process, and a clean end."""
 
 import csv
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,9 @@ import torch
 import checkpoint
 import device
 import guard
+from configurator import ROOT
+from data import corpus
+from data.tokenizer import CharTokenizer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 FLAGS = (
@@ -37,6 +42,171 @@ def records(out_dir: Path) -> list[list[float]]:
     with open(out_dir / "metrics.csv", newline="") as file:
         names = ("iteration", "tokens", "train_loss", "val_loss", "loss", "learning_rate", "grad_norm")
         return [[float(row[name] or -1) for name in names] for row in csv.DictReader(file)]
+
+
+# Runs train.py once for each (name, port, processes, flags, Python to run before, exit status), as torchrun with that many
+# processes does, or alone where there are none. All are forks of one process, so that PyTorch is imported once.
+LAUNCHER = """
+import gc, json, os, pathlib, sys
+import configurator, device, train, torch, torch._dynamo, torch.distributed.fsdp
+gc.freeze()  # no fork has to look through all that again
+
+def train_in_fork(rank):
+    if port:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in places.items()})
+    sys.argv = ["train.py", *flags]
+    exec(before, globals())
+    try:
+        configurator.run(train.main, train.Config)
+    finally:  # a group that is not gone keeps its threads, and one of those may abort the process at exit
+        tasks = pathlib.Path("/proc/self/task")
+        if tasks.exists() and any("gloo" in (task / "comm").read_text() for task in tasks.iterdir()):
+            sys.exit("the group has left threads behind")
+    sys.exit()
+
+for name, port, processes, flags, before, expected in json.loads(sys.argv[1]):
+    children = []
+    for rank in range(max(processes, 1)):
+        child = os.fork()
+        if not child:
+            train_in_fork(rank)
+        children.append(child)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if os.waitstatus_to_exitcode(status) != expected:
+            for other in children:
+                os.kill(other, 9)
+            sys.exit(f"{name}: a process ended with {os.waitstatus_to_exitcode(status)}")
+"""
+COUNTED = """
+import atexit
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+class Counting(torch.nn.parallel.DistributedDataParallel):
+    def __init__(self, module):
+        super().__init__(module)
+        self.register_comm_hook(None, lambda state, bucket: sums.append(1) or allreduce_hook(state, bucket))
+
+sums, train.DistributedDataParallel = [], Counting
+atexit.register(lambda: os.write(1, b"sums of gradients: %d\\n" % len(sums)))  # at once, as another process may print too
+"""
+SIGNALLED = """
+import signal
+
+def evaluate(*arguments, uninterrupted=train.evaluate):
+    evaluations.append(1)
+    if len(evaluations) == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return uninterrupted(*arguments)
+
+evaluations, train.evaluate = [], evaluate
+"""
+IN_FLOAT32 = "device.has_bfloat16_instructions = lambda: False"  # Muon would round in 16 bits, and differences would show
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of finished runs of 20 iterations, on 0 (no torchrun) to 4 processes, and what they printed."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
+    folder = tmp_path_factory.mktemp("runs")
+    text = "".join(f"{i} plus {i} is {2 * i}.\n" for i in range(40))
+    train, val = corpus.split_documents([text], val_fraction=0.1)
+    corpus.write_dataset(folder / "dataset", train, val, CharTokenizer.from_text(text), "counting")
+    flags = [*FLAGS, f"--dataset={folder / 'dataset'}", "--learning_rate=1e-3", "--max_iters=20", "--lr_decay_iters=20"]
+    flags += ["--eval_interval=5", "--eval_iters=0"]
+    six, fsdp, resumed = [*flags, "--gradient_accumulation_steps=6"], "--parallel=fsdp", ["--init_from=resume"]
+    muon, bigram = [*six, "--optimizer=muon"], [*flags, "--model=bigram", "--learning_rate=0.1"]
+    launches = [
+        ("one", 0, flags, "", 0),
+        ("ddp2", 2, flags, COUNTED, 0),
+        ("ddp4", 4, [*flags, "--activation_checkpointing=True"], "", 0),
+        ("fsdp2", 2, [*flags, fsdp, "--checkpoint_interval=3"], "", 0),
+        ("fsdp4", 4, [*flags, fsdp, "--activation_checkpointing=True"], "", 0),
+        ("six", 0, six, "", 0),
+        ("chain", 2, [*six, fsdp], SIGNALLED, 128 + signal.SIGTERM),
+        ("chain", 0, [*resumed, "--max_iters=10"], "", 0),
+        ("chain", 3, [*resumed, "--max_iters=15", "--parallel=ddp"], "", 0),
+        ("chain", 2, [*resumed, "--max_iters=20", "--parallel=fsdp"], "", 0),
+        ("muon", 0, muon, IN_FLOAT32, 0),
+        ("muon_chain", 3, [*muon, "--max_iters=5", fsdp], IN_FLOAT32, 0),
+        ("muon_chain", 2, [*resumed, "--max_iters=10"], IN_FLOAT32, 0),
+        ("muon_chain", 0, [*resumed, "--max_iters=20"], IN_FLOAT32, 0),
+        ("bigram", 0, bigram, "", 0),
+        ("bigram2", 2, [*bigram, fsdp], "", 0),
+    ]
+    plan = []
+    for name, processes, flags, before, status in launches:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1] if processes else 0
+        plan.append((name, port, processes, [*flags, f"--out_dir={folder / name}"], before, status))
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, json.dumps(plan)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = launcher.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        raise
+    assert launcher.returncode == 0, err
+    return folder, out
+
+
+def parts(optimizer: dict) -> list[dict]:
+    """The state dicts in that of an optimizer: one, or Muon's and AdamW's."""
+    return [optimizer] if "state" in optimizer else list(optimizer.values())
+
+
+@pytest.mark.parametrize(
+    "name, reference",
+    [(name, "one") for name in ("ddp2", "ddp4", "fsdp2", "fsdp4")]
+    + [("chain", "six"), ("muon_chain", "muon"), ("bigram2", "bigram")],
+)
+def test_runs_are_the_same_on_any_processes(runs: tuple[Path, str], name: str, reference: str) -> None:
+    """Catches shares of the weights, the gradient, its norm, the optimizer or the evaluation that are wrong, lost or doubled.
+
+    The chains are runs that stop on one number and kind of processes and go on with others, one of them after a signal that
+    comes to one process in the midst of an evaluation.
+    """
+    for row, row_of_one in zip(records(runs[0] / name), records(runs[0] / reference), strict=True):
+        assert row == pytest.approx(row_of_one, abs=1e-4)
+    state, of_one = (checkpoint.load(runs[0] / each / "last.pt") for each in (name, reference))
+    assert list(state.weights) == list(of_one.weights)
+    torch.testing.assert_close(state.weights, of_one.weights, rtol=0, atol=1e-4)
+    for ours, theirs in zip(parts(state.optimizer), parts(of_one.optimizer), strict=True):
+        torch.testing.assert_close(ours["state"], theirs["state"], rtol=0, atol=1e-4)
+    first, *_, last = records(runs[0] / reference)
+    assert last[0] == 20 and last[3] < first[3] - 0.01  # 20 iterations in which something was learned
+
+
+def test_evaluation_on_two_processes_is_that_on_one(runs: tuple[Path, str]) -> None:
+    """Catches batches that are scored twice or not at all where the processes do not have as many of them."""
+    for name in ("ddp2", "fsdp2", "fsdp4"):
+        assert records(runs[0] / name)[0] == pytest.approx(records(runs[0] / "one")[0], abs=1e-6)
+
+
+def test_gradients_are_summed_up_once_an_iteration(runs: tuple[Path, str]) -> None:
+    """Catches a sum after each micro-batch, which gives the same run at twice the traffic."""
+    assert re.findall(r"sums of gradients: (\d+)", runs[1]) == ["20", "20"]
+
+
+def test_a_sharded_run_leaves_the_checkpoint_of_one_process(runs: tuple[Path, str]) -> None:
+    """Catches tied weights that are stored twice, and shares or names that other programs do not know."""
+    state, of_one = (torch.load(runs[0] / name / "last.pt", weights_only=True) for name in ("fsdp2", "one"))
+    assert state.keys() == of_one.keys()
+    assert state["model"]["lm_head.weight"].data_ptr() == state["model"]["transformer.wte.weight"].data_ptr()
+    assert state["optimizer"]["param_groups"] == of_one["optimizer"]["param_groups"]
+    for tensors in (state["model"], *state["optimizer"]["state"].values()):
+        assert {type(tensor) for tensor in tensors.values()} == {torch.Tensor}
 
 
 @pytest.mark.parametrize("eval_iters", [0, 3])

@@ -18,6 +18,7 @@ import configurator
 import device
 import guard
 import metrics
+import parallel
 import train
 from configurator import UserError
 from data.dataset import Dataset
@@ -130,7 +131,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[..., None]) ->
             act(name, *arguments)
 
     files = [(os, "replace"), (os, "link"), (os, "fsync"), (torch, "save"), (metrics.Metrics, "_flush")]
-    before_each(monkeypatch, [*files, (train, "clip_grad_norm_")], note)
+    before_each(monkeypatch, [*files, (parallel, "clip_gradient")], note)
     return seen
 
 
@@ -159,7 +160,7 @@ def test_a_run_killed_at_any_step_is_not_lost(
         "fsync": 3 * 6 + 1 + 1,  # rows, the file and its folder at each save; the link's folder; the rows at the end
         "save": 6,
         "_flush": 1 + 13,
-        "clip_grad_norm_": 9,
+        "clip_gradient": 9,
     }
     for at in range(1, len(names) + 1):
         out_dir, saved = tmp_path / f"killed{at}", tmp_path / f"saved{at}"
@@ -211,7 +212,7 @@ def test_a_signal_ends_the_run_after_its_iteration(
     out_dir = tmp_path / "a run"
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        after = stop(patch, train, "clip_grad_norm_", at, number)
+        after = stop(patch, parallel, "clip_gradient", at, number)
         with pytest.raises(SystemExit) as end:
             run(*flags, f"--out_dir={out_dir}")
     assert end.value.code == 128 + number
@@ -243,22 +244,22 @@ def test_a_signal_ends_an_evaluation_too(
     assert same(outcome(tmp_path / "out"), undisturbed)
 
 
-@pytest.mark.parametrize("numbers", [2, 3])
+@pytest.mark.parametrize(("at", "saved"), [(7, 3), (8, 4)])  # numbers are summed up twice in an evaluation, once in a step
 def test_a_signal_to_another_process_stops_this_one(
-    numbers: int, flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int, saved: int, flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches processes that part, one in a training step or an evaluation in which it waits for the others for good."""
     calls = []
 
     def sum_up(group: device.Group, *given: float) -> list[float]:
         calls.append(len(given))
-        return [*given[:-1], given[-1] + signal.SIGTERM * (len(given) == numbers and calls.count(numbers) == 4)]
+        return [*given[:-1], given[-1] + signal.SIGTERM * (len(given) > 1 and calls.count(3) == at)]
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(device.Group, "sum", sum_up)
         run(*flags, f"--out_dir={tmp_path / 'out'}")
     assert end.value.code == 128 + signal.SIGTERM
-    assert checkpoint.load(tmp_path / "out" / checkpoint.LAST).iter_num == {2: 4, 3: 3}[numbers]
+    assert checkpoint.load(tmp_path / "out" / checkpoint.LAST).iter_num == saved
     go_on(tmp_path / "out")
     assert same(outcome(tmp_path / "out"), undisturbed)
 
@@ -272,13 +273,13 @@ def test_a_second_signal_ends_the_run_at_once_and_leaves_files_whole(
 
     def twice() -> None:
         monkeypatch.setattr(guard, "SAME", -1.0)
-        stop(monkeypatch, train, "clip_grad_norm_", 8, number)
+        stop(monkeypatch, parallel, "clip_gradient", 8, number)
         steps(monkeypatch, 1 + len(names), lambda *call: signal.raise_signal(number))
         run(*flags, f"--out_dir={tmp_path / 'out'}")
 
     with monkeypatch.context() as patch:
         names = steps(patch, 0, kill)
-        stop(patch, train, "clip_grad_norm_", 8)
+        stop(patch, parallel, "clip_gradient", 8)
         with pytest.raises(SystemExit):
             run(*flags, f"--out_dir={tmp_path / 'counted'}")
     names = names[: len(names) - 1 - names[::-1].index("save")]  # up to the last save, which the second signal interrupts
@@ -372,7 +373,7 @@ def test_a_failed_save_at_a_signal_is_no_clean_stop(
     def fail(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    stop(monkeypatch, train, "clip_grad_norm_", 5)
+    stop(monkeypatch, parallel, "clip_gradient", 5)
     before_each(monkeypatch, [(torch, "save")], fail)
     with pytest.raises(UserError, match="No space left on device"):
         run(*flags, f"--out_dir={tmp_path / 'out'}")
@@ -404,7 +405,7 @@ def test_a_dataset_that_vanishes_costs_no_update(
     with monkeypatch.context() as patch:
         before_each(patch, [(Dataset, "windows")], vanish)
         reached = []
-        before_each(patch, [(train, "clip_grad_norm_")], lambda *arguments: reached.append(1))
+        before_each(patch, [(parallel, "clip_gradient")], lambda *arguments: reached.append(1))
         with pytest.raises(UserError, match=rf"{name}: cannot be read any more"):
             run(*flags, f"--out_dir={tmp_path / 'out'}")
     (dataset / name).write_bytes(before)
@@ -444,7 +445,7 @@ def test_early_stopping_counts_evaluations_without_a_better_one(
     for at in range(1, 10):
         out_dir = tmp_path / f"stopped{at}"
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            stop(patch, train, "clip_grad_norm_", at)
+            stop(patch, parallel, "clip_gradient", at)
             run(*patient, f"--out_dir={out_dir}")
         go_on(out_dir)
         assert same(outcome(out_dir), whole), f"stopped in iteration {at}"
@@ -465,7 +466,7 @@ def test_a_new_run_sets_an_earlier_one_aside(
     """Catches an earlier run that is lost to a forgotten --init_from, and one whose best weights pass for the new run's."""
     out_dir = tmp_path / "undisturbed"
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        stop(patch, train, "clip_grad_norm_", 1)
+        stop(patch, parallel, "clip_gradient", 1)
         run(*flags, f"--out_dir={out_dir}")
     assert str(out_dir / "previous") in capsys.readouterr().err
     assert same(outcome(out_dir / "previous"), undisturbed)
@@ -490,7 +491,7 @@ def test_the_clock_saves_too(flag: str, saved: int, flags: list[str], tmp_path: 
         raise Killed
 
     at = []
-    before_each(monkeypatch, [(train, "clip_grad_norm_")], lambda *arguments: at.append(1) or len(at) < 10 or die())
+    before_each(monkeypatch, [(parallel, "clip_gradient")], lambda *arguments: at.append(1) or len(at) < 10 or die())
     with pytest.raises(Killed):
         run(*quiet, f"--out_dir={tmp_path / 'out'}", "--max_iters=90", "--eval_interval=6")
     assert checkpoint.load(checkpoint.newest(tmp_path / "out")).iter_num == saved

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import configurator
+import parallel
 import plot
 import train
 from configurator import UserError
@@ -41,6 +42,7 @@ tokens per iteration will be: 1,024
 step 2: train loss 3.4000, val loss 3.5000
 iter 2: loss 3.5000, time 30.12ms, mfu 1.20%
 """
+NO_NUMBERS = "step 0: train loss nan, val loss nan\niter 0: loss nan, time 30.12ms, mfu -100.00%\n"
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +136,7 @@ def test_a_log_says_what_it_does_not_tell(log: Path) -> None:
         plot.read(log, "tokens")
 
 
-@pytest.mark.parametrize("text", ["", HEADER, HEADER + "0,0,0.5,4.2", '"', '"' * 200_001, "iter 5: lost"])
+@pytest.mark.parametrize("text", ["", HEADER, HEADER + "0,0,0.5,4.2", '"', '"' * 200_001, "iter 5: lost", NO_NUMBERS])
 def test_a_file_without_losses_is_named(text: str, tmp_path: Path) -> None:
     """Catches an empty picture, and a traceback for a run that has only begun."""
     (tmp_path / "metrics.csv").write_text(text)
@@ -225,6 +227,7 @@ def test_large_numbers_get_another_unit(x: str) -> None:
     unit, label = {"seconds": (3600, "hours"), "tokens": (1e9, "billion tokens")}[x]
     assert axes.get_xlabel() == label
     assert axes.get_lines()[0].get_xdata()[-1] == pytest.approx(7e9 / unit)
+    assert drawn(run, x=x, log="x").get_xlabel() == x  # or its beginning would be at a millionth of an hour
 
 
 @pytest.mark.parametrize("name", ["_hidden", "$\\frac$", "$", "名前"])
@@ -294,6 +297,20 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(run_folder: Path, m
         plot.draw([plot.read(run_folder)], run_folder / "loss.png")
     assert sorted(path.name for path in run_folder.iterdir()) == ["loss.png", "metrics.csv"]
     assert (run_folder / "loss.png").read_bytes() == before
+
+
+def test_a_picture_that_cannot_be_written_is_named(run_folder: Path) -> None:
+    """Catches an error about a file that nobody has asked for."""
+    out = run_folder / "curves.png"
+    out.mkdir()
+    with pytest.raises(UserError, match=r"--out=\S+curves.png: cannot be written"):
+        plot.main(configurator.parse(plot.Config, [str(run_folder), f"--out={out}"]))
+
+
+def test_one_iteration_is_no_part_of_one() -> None:
+    """Catches the ticks -0.03, -0.015, 0 ... of a run with one evaluation."""
+    ticks = drawn(a_run([], [3.0])).get_xticks()
+    assert list(ticks) == [round(tick) for tick in ticks]
 
 
 # beside a run
@@ -388,8 +405,8 @@ def test_a_run_leaves_its_curves(ending: str, dataset: Path, tmp_path: Path, mon
         run("--max_iters=1")
         run("--init_from=resume", "--max_iters=3")
     elif ending == "stopped":
-        clip = train.clip_grad_norm_
-        monkeypatch.setattr(train, "clip_grad_norm_", lambda *a: signal.raise_signal(signal.SIGTERM) or clip(*a))
+        clip = parallel.clip_gradient
+        monkeypatch.setattr(parallel, "clip_gradient", lambda *a: signal.raise_signal(signal.SIGTERM) or clip(*a))
         with pytest.raises(SystemExit):
             run()
     else:

@@ -14,6 +14,7 @@ import torch
 
 import checkpoint
 import configurator
+import device
 import guard
 import train
 from configurator import UserError
@@ -409,3 +410,57 @@ def test_a_run_with_the_loss_in_chunks_has_the_same_losses(flags: list[str], out
     assert losses(out_dir) == pytest.approx(whole[0], abs=1e-5)
     pairs = zip([row["val_loss"] for row in rows(out_dir)], whole[1], strict=True)
     assert all(float(a or 0) == pytest.approx(float(b or 0), abs=1e-5) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "processes", "expected"),
+    [(0, 1, 40), (0, 8, 40), (96, 1, 3), (96, 3, 3), (64, 2, 2), (491520, 8, 15360)],
+)
+def test_tokens_of_an_iteration_set_its_micro_batches(batch_tokens: int, processes: int, expected: int) -> None:
+    """Catches tokens that are counted for one process, or without their windows."""
+    config = configurator.parse(train.Config, [f"--batch_tokens={batch_tokens}", "--batch_size=4"])
+    assert train.micro_batches(config, 8, processes) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "processes", "advice"),
+    [
+        (100, 1, "= 32: give 96 or 128, or another --batch_size"),
+        (96, 2, "x 2 processes = 64: give 64 or 128"),
+        (31, 1, "x 1 process = 32: give 32, or"),
+    ],
+)
+def test_tokens_that_cannot_be_shared_out_are_refused(batch_tokens: int, processes: int, advice: str) -> None:
+    """Catches a batch that is silently larger or smaller than was asked for, and advice that does not help."""
+    config = configurator.parse(train.Config, [f"--batch_tokens={batch_tokens}", "--batch_size=4"])
+    with pytest.raises(UserError, match=re.escape(advice)) as caught:
+        train.micro_batches(config, 8, processes)
+    assert f"batch_tokens={batch_tokens} is no multiple of batch_size=4 x 8 tokens" in str(caught.value)
+
+
+def test_tokens_of_an_iteration_stay_when_a_run_goes_on(flags: list[str], out_dir: Path) -> None:
+    """Catches a resumed run with other batches, and a wish for other ones that its own tokens overrule."""
+    config = run(*flags, "--batch_tokens=192", "--max_iters=1")
+    assert config.gradient_accumulation_steps == 3
+    assert [int(row["tokens"]) for row in rows(out_dir)][-1] == 192
+    on = [f"--out_dir={out_dir}", "--init_from=resume"]
+    config = run(*on, "--batch_size=2", "--max_iters=2")
+    assert config.gradient_accumulation_steps == 6
+    config = run(*on, "--gradient_accumulation_steps=2", "--max_iters=3")
+    assert (config.gradient_accumulation_steps, config.batch_tokens) == (2, 0)
+
+
+def test_sharded_float16_is_refused() -> None:
+    """Catches gradients that overflow where no one looks."""
+    config = configurator.parse(train.Config, ["--parallel=fsdp", "--dtype=float16"])
+    with pytest.raises(UserError, match=r"--parallel=fsdp .* --dtype=bfloat16 or --dtype=float32"):
+        train.train(config, device.Group(launched=True))
+
+
+def test_activations_that_are_computed_anew_change_nothing(flags: list[str], out_dir: Path, tmp_path: Path) -> None:
+    """Catches a key that does nothing in training, or something to its result."""
+    run(*flags, "--dropout=0.2", "--n_layer=2")
+    expected = losses(out_dir), weights(out_dir / "last.pt")
+    run(*flags, "--dropout=0.2", "--n_layer=2", "--activation_checkpointing=True", f"--out_dir={tmp_path / 'other'}")
+    assert losses(tmp_path / "other") == expected[0]
+    assert all(torch.equal(tensor, expected[1][name]) for name, tensor in weights(tmp_path / "other" / "last.pt").items())
