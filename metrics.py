@@ -97,7 +97,9 @@ class Metrics:
         if not self.is_main:
             return
         try:
-            tqdm.write(text.translate(configurator.CONTROL) if sys.stdout.isatty() else text, file=sys.stdout)
+            text = text.translate(configurator.CONTROL) if sys.stdout.isatty() else text
+            write = print if self._bar.disable else tqdm.write
+            write(text, file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError:
             raise
@@ -134,8 +136,9 @@ class Metrics:
         """Record a logged iteration, which took `seconds`; `rate` is in tokens per second, `peak_memory` in bytes."""
         if not self.is_main:
             return
-        self._status = f"loss {loss:.4f}, lr {learning_rate:.2e}, {tqdm.format_sizeof(rate)} tokens/s"
-        self._bar.set_postfix_str(self._status, refresh=False)
+        if not self._bar.disable:
+            self._status = f"loss {loss:.4f}, lr {learning_rate:.2e}, {tqdm.format_sizeof(rate)} tokens/s"
+            self._bar.set_postfix_str(self._status, refresh=False)
         self.say(f"iter {iteration}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
         row = self._write(
             iteration,
@@ -251,9 +254,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    text = io.StringIO(newline="")
-    csv.DictWriter(text, COLUMNS).writerow(row)
-    return text.getvalue()
+    return ",".join([str(row.get(name, "")) for name in COLUMNS]) + "\r\n"  # numbers, which need no quotes
 
 
 def _is_dated(row: dict[str, str]) -> bool:

@@ -207,6 +207,7 @@ def draw(runs: list[Run], path: Path, x: str = "iterations", log: str = "none") 
     """Draw the losses of `runs`, which `read` has read against `x`, to a PNG or SVG file, which is always whole."""
     try:
         import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from PIL import Image  # which matplotlib stands on
     except ImportError as error:
@@ -219,9 +220,13 @@ def draw(runs: list[Run], path: Path, x: str = "iterations", log: str = "none") 
         figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
         fill(figure.add_subplot(), runs, x, log)
         try:
-            figure.savefig(part, format=path.suffix[1:].lower())
-            if path.suffix.lower() == ".png":  # a third of the bytes, and nobody sees it
-                Image.open(part).convert("RGB").quantize(128).save(part, "PNG")
+            if path.suffix.lower() == ".png":
+                canvas = FigureCanvasAgg(figure)
+                canvas.draw()
+                pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+                pixels.quantize(128).save(part, "PNG")  # a third of the bytes, and nobody sees it
+            else:
+                figure.savefig(part, format=path.suffix[1:].lower())
             os.replace(part, path)
         finally:
             with contextlib.suppress(OSError):
