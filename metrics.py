@@ -49,6 +49,7 @@ COLUMNS = [
     "peak_memory_mb",
 ]
 WANDB_NAMES = {"iteration": "iter", "train_loss": "train/loss", "val_loss": "val/loss", "learning_rate": "lr"}
+TOGETHER = 0.2  # seconds within which the lines of quick iterations are printed at once, as each write costs
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
@@ -81,6 +82,8 @@ class Metrics:
         self._file: io.FileIO | None = None  # opened once the rows that are kept are in it
         self._unwritten = "".join(map(_line, [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])).encode()
         self._is_failing, self._status = False, ""
+        self._held: list[str] = []  # lines that are not printed yet
+        self._said = -math.inf  # when others were
         self._flush()
         self._started = time.perf_counter() - (float(rows[-1]["seconds"]) if rows else 0.0)
         self._bar = tqdm(
@@ -88,6 +91,7 @@ class Metrics:
             initial=start,
             bar_format=BAR,
             dynamic_ncols=True,
+            mininterval=TOGETHER,
             smoothing=0.05,  # time left is not that of the latest few iterations
             disable=not sys.stderr.isatty(),
         )
@@ -96,10 +100,11 @@ class Metrics:
         """Print lines on stdout, above the progress bar; a terminal gets no control characters, as a model may write them."""
         if not self.is_main:
             return
+        lines, self._held, self._said = "\n".join([*self._held, text]), [], time.perf_counter()
         try:
-            text = text.translate(configurator.CONTROL) if sys.stdout.isatty() else text
+            lines = lines.translate(configurator.CONTROL) if sys.stdout.isatty() else lines
             write = print if self._bar.disable else tqdm.write
-            write(text, file=sys.stdout)
+            write(lines, file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError:
             raise
@@ -119,6 +124,7 @@ class Metrics:
         self._iterations += 1
         self._clipped += clipped
         if self.is_main:
+            self._print_held(TOGETHER)
             self._bar.set_postfix_str(self._status, refresh=False)
             self._bar.update()
 
@@ -139,7 +145,8 @@ class Metrics:
         if not self._bar.disable:
             self._status = f"loss {loss:.4f}, lr {learning_rate:.2e}, {tqdm.format_sizeof(rate)} tokens/s"
             self._bar.set_postfix_str(self._status, refresh=False)
-        self.say(f"iter {iteration}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
+        self._held.append(f"iter {iteration}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%")
+        self._print_held(TOGETHER)
         row = self._write(
             iteration,
             loss=loss,
@@ -156,6 +163,7 @@ class Metrics:
     def pause(self, reason: str) -> None:
         """Show on the progress bar why it stands still until the next iteration."""
         if self.is_main:
+            self._print_held()
             self._bar.set_postfix_str(reason)
 
     def __enter__(self) -> "Metrics":
@@ -167,6 +175,7 @@ class Metrics:
     def close(self, has_failed: bool = False) -> None:
         """End the records, also those of a run that has failed."""
         if self.is_main:
+            self._print_held()
             self._bar.set_postfix_str(self._status, refresh=False)
             self._bar.close()
             if self._file is not None:
@@ -174,6 +183,11 @@ class Metrics:
             if self._wandb is not None:
                 with contextlib.suppress(Exception):  # the run is over, whatever happens over there
                     self._wandb.finish(exit_code=int(has_failed))
+
+    def _print_held(self, wait: float = 0.0) -> None:
+        """Print the lines that are not printed yet, if `wait` seconds have passed since others were."""
+        if self._held and time.perf_counter() - self._said >= wait:
+            self.say(self._held.pop())
 
     def sync(self) -> None:
         """Put the rows so far on the disk, for a checkpoint that must not be there without them after a power failure."""

@@ -9,6 +9,7 @@ import re
 import struct
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,32 @@ def test_printed_lines_are_nanogpts(tmp_path, capsys, mfu, shown):
         capsys.readouterr().out
         == f"step 250: train loss 2.4293, val loss 2.4447\niter 10: loss 2.1234, time 30.12ms, mfu {shown}\n"
     )
+
+
+def test_lines_of_quick_iterations_wait_for_one_another_and_for_nothing_else(tmp_path, capsys, clock):
+    """A line that waits for the next logged iteration, minutes away; one that is lost, or comes after a later one."""
+
+    def printed(seconds: float, act: Callable[[], None]) -> list[str]:
+        clock[0] += seconds
+        act()
+        return [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+
+    def step(iteration: int) -> Callable[[], None]:
+        return lambda: records.step(iteration, 2.5, 1e-3, 1.0, 0.03, 1000.0, -1.0)
+
+    records = Metrics(tmp_path, 100, 64)
+    assert printed(0.0, step(0)) == ["iter 0"]
+    assert printed(0.1, step(1)) == []
+    assert printed(0.01, records.advance) == []
+    assert printed(0.2, step(2)) == ["iter 1", "iter 2"]
+    assert printed(0.1, step(3)) == []
+    assert printed(0.15, records.advance) == ["iter 3"]
+    assert printed(0.1, step(4)) == []
+    assert printed(0.0, lambda: records.say("text")) == ["iter 4", "text"]
+    assert printed(0.1, step(5)) == []
+    assert printed(0.0, lambda: records.pause("evaluating")) == ["iter 5"]
+    assert printed(0.1, step(6)) == []
+    assert printed(0.0, records.close) == ["iter 6"]
 
 
 def test_rows_of_metrics_csv(tmp_path, clock):
