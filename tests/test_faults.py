@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import math
 import os
 import shlex
 import signal
@@ -147,10 +148,20 @@ def kill(name: str, *arguments: Any) -> None:
 
 
 @needs_fork
+@pytest.mark.parametrize("together, flushes", [(0.0, 1 + 13), (math.inf, 1 + 4 + 7)])
 def test_a_run_killed_at_any_step_is_not_lost(
-    flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    together: float,
+    flushes: int,
+    flags: list[str],
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches a moment in which a kill leaves half a file, an older state than was saved, or no best one; rows that double."""
+    """Catches a moment in which a kill leaves half a file, an older state than was saved, or no best one; rows that double.
+
+    Rows are written one by one, or wait for the next evaluation or save.
+    """
+    monkeypatch.setattr(metrics, "TOGETHER", together)
     with monkeypatch.context() as patch:
         names = steps(patch, 0, kill)
         run(*flags, f"--out_dir={tmp_path / 'counted'}")
@@ -159,7 +170,7 @@ def test_a_run_killed_at_any_step_is_not_lost(
         "link": 1,
         "fsync": 3 * 6 + 1 + 1,  # rows, the file and its folder at each save; the link's folder; the rows at the end
         "save": 6,
-        "_flush": 1 + 13,
+        "_flush": flushes,
         "clip_gradient": 9,
     }
     for at in range(1, len(names) + 1):

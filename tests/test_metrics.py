@@ -82,17 +82,21 @@ def test_printed_lines_are_nanogpts(tmp_path, capsys, mfu, shown):
     )
 
 
-def test_lines_of_quick_iterations_wait_for_one_another_and_for_nothing_else(tmp_path, capsys, clock):
-    """A line that waits for the next logged iteration, minutes away; one that is lost, or comes after a later one."""
+def test_quick_iterations_are_recorded_together_and_wait_for_nothing_else(tmp_path, capsys, clock):
+    """A line or row that waits for the next logged iteration, minutes away; one that is lost, or comes after a later one."""
 
     def printed(seconds: float, act: Callable[[], None]) -> list[str]:
         clock[0] += seconds
         act()
-        return [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+        lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+        recorded.extend(int(line[5:]) for line in lines if line.startswith("iter "))
+        assert order(tmp_path) == [(iteration, False) for iteration in recorded]
+        return lines
 
     def step(iteration: int) -> Callable[[], None]:
         return lambda: records.step(iteration, 2.5, 1e-3, 1.0, 0.03, 1000.0, -1.0)
 
+    recorded: list[int] = []
     records = Metrics(tmp_path, 100, 64)
     assert printed(0.0, step(0)) == ["iter 0"]
     assert printed(0.1, step(1)) == []
@@ -105,7 +109,9 @@ def test_lines_of_quick_iterations_wait_for_one_another_and_for_nothing_else(tmp
     assert printed(0.1, step(5)) == []
     assert printed(0.0, lambda: records.pause("evaluating")) == ["iter 5"]
     assert printed(0.1, step(6)) == []
-    assert printed(0.0, records.close) == ["iter 6"]
+    assert printed(0.0, records.sync) == ["iter 6"]
+    assert printed(0.1, step(7)) == []
+    assert printed(0.0, records.close) == ["iter 7"]
 
 
 def test_rows_of_metrics_csv(tmp_path, clock):
@@ -215,8 +221,9 @@ def test_whole_rows_are_read_and_a_broken_one_is_not(tmp_path):
 
 @pytest.mark.skipif(resource is None, reason="this system has no limits on files")
 @pytest.mark.parametrize("room", [0, 10, 75, 130, 200])
-def test_rows_wait_for_a_disk_that_is_full(tmp_path, capsys, clock, room):
+def test_rows_wait_for_a_disk_that_is_full(tmp_path, capsys, clock, room, monkeypatch):
     """A run that ends for want of room for a row; rows that are lost or broken when there is room again."""
+    monkeypatch.setattr(metrics, "TOGETHER", 0.0)
     run(tmp_path, 0, 4)
     before, (soft, hard) = (tmp_path / "metrics.csv").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
