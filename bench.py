@@ -196,7 +196,8 @@ def work(pipe: Connection, config: Config, way: str) -> None:
     pipe.send({"made_of": ", ".join(made_of), "seconds": steps(1)})
     while count := pipe.recv():
         pipe.send(steps(count))
-    pipe.send((peak_megabytes(where), device.peak_flops(where, dtype) or measured_peak(where, dtype)))
+    memory = device.peak_memory(where) or 0
+    pipe.send((round(memory / 1e6), device.peak_flops(where, dtype) or measured_peak(where, dtype)))
     if config.profile and way == "fast":
         activities = [torch.profiler.ProfilerActivity.CPU]
         activities += [torch.profiler.ProfilerActivity.CUDA] * where.startswith("cuda")
@@ -230,18 +231,6 @@ def measured_peak(where: str, dtype: torch.dtype, size: int = 1024) -> float:
     a, b = torch.randn(2, size, size, device=where).to(dtype).unbind()
     seconds = [timed(lambda: a @ b, where) for _ in range(20)]
     return 2 * size**3 / statistics.median(seconds[5:])
-
-
-def peak_megabytes(where: str) -> int:
-    """Return the most memory that this process has had: on a CUDA device its tensors', else all of the process's."""
-    if where.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(where) >> 20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB; on a Mac in bytes
-    return peak >> (20 if sys.platform == "darwin" else 10)
 
 
 def device_name(where: str) -> str:

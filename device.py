@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,8 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+STATUS = Path("/proc/self/status")  # of Linux
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Compile = bool | Literal["auto"]
@@ -251,9 +254,20 @@ def peak_memory(device: str) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     if device == "mps":
         return torch.mps.driver_allocated_memory()
+    peak = _most_resident()
+    if peak == INHERITED and STATUS.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) << 10
+    return peak
+
+
+def _most_resident() -> int | None:
+    """Return the most bytes of memory that this process has had, or the one that started it."""
     if resource is None:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+INHERITED = _most_resident()  # which is no news of this process until it grows
 
 
 def set_up(device: str, seed: int) -> None:

@@ -28,6 +28,12 @@ import tiktoken
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "corpus_speed"
 FOLDER = ROOT / "data" / NAME
+MEASURED = """# a small process, since the memory of the one that starts a command counts as the command's
+import json, resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([usage.ru_utime + usage.ru_stime, usage.ru_maxrss]))
+"""
 BATCH = 16 << 20  # characters that tiktoken alone gets at a time; all of them would take some 10 GB
 
 
@@ -46,21 +52,18 @@ def make_up(path: Path, size: int) -> None:
             lines.write(json.dumps({"text": text}) + "\n")
 
 
-def command(path: Path, threads: int) -> subprocess.Popen:
+def command(path: Path, threads: int) -> list[str]:
     script = ROOT / "data" / "fineweb_edu" / "prepare.py"
-    flags = [f"--input={path}", f"--name={NAME}", f"--workers={threads}"]
-    return subprocess.Popen([sys.executable, script, *flags], stdout=subprocess.DEVNULL, start_new_session=True)
+    return [sys.executable, str(script), f"--input={path}", f"--name={NAME}", f"--workers={threads}"]
 
 
 def ours(path: Path, threads: int) -> tuple[float, float, int]:
     """Return seconds, seconds of the processors and the largest memory in bytes of the whole command, which is one process."""
     start = time.perf_counter()
-    process = command(path, threads)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, peak
+    told = subprocess.run([sys.executable, "-c", MEASURED, *command(path, threads)], stdout=subprocess.PIPE, check=True).stdout
+    seconds = time.perf_counter() - start
+    work, peak = json.loads(told)
+    return seconds, work, peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def batches(path: Path) -> Iterator[list[str]]:
@@ -91,7 +94,7 @@ def digests() -> dict[str, str]:
 
 def killed(path: Path, threads: int, tokens: int) -> int:
     """Kill a run when half of the tokens are noted, and return how many were; then let it go on."""
-    process, noted = command(path, threads), 0
+    process, noted = subprocess.Popen(command(path, threads), stdout=subprocess.DEVNULL, start_new_session=True), 0
     while noted < tokens // 2 and process.poll() is None:
         time.sleep(0.05)
         if (FOLDER / "progress.part").exists():

@@ -146,6 +146,23 @@ def test_a_cpu_has_no_known_peak(where):
     assert device.peak_flops(where, torch.float32) is None
 
 
+@pytest.mark.skipif(not device.STATUS.exists(), reason="only Linux tells a process's own memory")
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    """The memory of a notebook that holds a large array, given as that of the training that it starts."""
+    own = (
+        "import device; before = device.peak_memory('cpu'); more = bytearray(b'x') * {size}; "
+        "print(before, device.peak_memory('cpu'))"
+    )
+    starts = "import subprocess, sys; large = bytearray(b'x') * (1 << 30); subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    for size in (100 << 20, 1 << 30):
+        finished = subprocess.run(
+            [sys.executable, "-c", starts, own.format(size=size)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        before, after = map(int, finished.stdout.split())
+        assert 50 << 20 < before < 900 << 20
+        assert 0.95 * size < after - before < 1.05 * size
+
+
 def test_dropout_is_a_function_of_seed_iteration_and_micro_batch():
     """A resumed run, or another number of processes, that sees other dropout; one pattern for two micro-batches."""
 
