@@ -4,7 +4,7 @@
 #   python train.py config/train_chat.py
 #   python chat.py --out_dir=out-chat
 #
-# Expect a validation loss of about 0.04 (of the replies alone) after some four minutes on two cores, and nearly all replies
+# Expect a validation loss of about 0.04 (of the replies alone) after some two minutes on two cores, and nearly all replies
 # right, to the letter, in the conversations that are kept for validation.
 
 out_dir = "out-chat"
