@@ -37,7 +37,7 @@ quickstart: $(VENV)/installed
 	@echo "  python train.py --help                                           # every key; README.md has the walk"
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 soak: $(VENV)/installed
 	$(RUN) tests/soak.py
