@@ -334,6 +334,16 @@ def test_wandb_gets_nanogpts_keys(tmp_path, fake_wandb, clock):
     assert end == {"exit_code": 0}
 
 
+def test_wandb_gets_each_row_once_and_in_order(tmp_path, fake_wandb):
+    """Rows of quick iterations, which are recorded together, of which only the last one is sent."""
+    records = Metrics(tmp_path, 100, 64, wandb_run=metrics.start_wandb("owt", "gpt2", {}))
+    for iteration in range(5):
+        records.step(iteration, 2.5, 1e-3, 1.0, 0.03, 1000.0, -1.0)
+    records.evaluation(5, {"train": 2.5, "val": 2.5}, 1e-3, -1.0, 2.5)
+    records.close()
+    assert [(row["iter"], "val/loss" in row) for row in fake_wandb.calls[1:-1]] == order(tmp_path)
+
+
 def test_wandb_goes_on_with_a_run(fake_wandb):
     """A resumed run that becomes a second one over there."""
     metrics.start_wandb("owt", "gpt2", {}, "abc")
