@@ -30,6 +30,7 @@ from torch.nn.utils import clip_grad_norm_
 import configurator
 import device
 import metrics
+import parallel
 import train
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, UserError
 from data.dataset import Dataset
@@ -166,6 +167,7 @@ def work(pipe: Connection, config: Config, way: str) -> None:
     rows = train.resolve_loss_rows(config.loss_rows, where, B * T, shape.vocab_size)
     data = Dataset(config.dataset) if config.real_data else None
     generator = torch.Generator().manual_seed(config.seed)
+    clip = parallel.clip_gradient if way == "fast" else lambda model, limit: clip_grad_norm_(model.parameters(), limit)
 
     def step(number: int) -> None:
         if data is None:
@@ -176,7 +178,7 @@ def work(pipe: Connection, config: Config, way: str) -> None:
         with device.autocast(where, dtype):
             _, loss = network(x, y, loss_rows=rows)
         loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
+        clip(model, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()

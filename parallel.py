@@ -110,6 +110,7 @@ def clip_gradient(model: nn.Module, limit: float) -> float:
     norm = get_total_norm([parameter.grad for parameter in parameters])
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()
-    if limit > 0:
+    length = norm.item()
+    if limit > 0 and not length + 1e-6 <= limit:  # else all would be multiplied by 1
         clip_grads_with_norm_(parameters, limit, norm)
-    return norm.item()
+    return length
