@@ -84,7 +84,7 @@ class CausalSelfAttention(nn.Module):
         is_causal = mask is None and q.size(2) > 1  # a query alone is the last position, which sees all
         dtype = q.dtype
         if dtype == torch.bfloat16 and q.device.type == "cpu" and is_causal and T <= SHORT:
-            y = explicit_attention(q, k, v, dropout)
+            y = explicit_attention(heads, dropout)
         elif dtype != torch.float32 and q.device.type == "cpu":  # flash attention in 16 bits is slow there
             with torch.autocast("cpu", enabled=False):
                 q, k, v = q.float(), k.float(), v.float()
@@ -95,14 +95,15 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
-def explicit_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Return what causal `scaled_dot_product_attention` does, (B, nh, T, hs), with all scores in memory at once.
+def explicit_attention(heads: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Return what causal `scaled_dot_product_attention` makes of queries, keys and values, which are `heads`,
+    (3, B, nh, T, hs): (B, nh, T, hs), with all scores in memory at once.
 
     On a CPU in bfloat16, up to SHORT tokens, its plain matrix products are two to three times as fast.
     """
-    B, nh, T, hs = q.shape
+    _, B, nh, T, hs = heads.shape
     with torch.autocast("cpu", enabled=False):  # which would have the softmax in float32
-        q, k, v = (x.reshape(B * nh, T, hs) for x in (q, k, v))
+        q, k, v = heads.reshape(3, B * nh, T, hs)
         later = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
         scores = torch.baddbmm(later, q, k.mT, alpha=1 / math.sqrt(hs))  # (B * nh, T, T)
         weights = F.dropout(F.softmax(scores, dim=-1), dropout)

@@ -526,10 +526,10 @@ def test_logits_of_a_chunk_are_all_that_is_in_memory():
 def test_explicit_attention_is_pytorchs(T):
     """Scores that are not scaled, a mask that lets a later position in, heads that are mixed up."""
     torch.manual_seed(1)
-    q, k, v = (torch.randn(3, 2, T, 8) for _ in range(3))
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(explicit_attention(q, k, v, 0.0), expected)
-    rounded = explicit_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.0)
+    heads = torch.randn(3, 3, 2, T, 8)
+    expected = F.scaled_dot_product_attention(*heads, is_causal=True)
+    torch.testing.assert_close(explicit_attention(heads, 0.0), expected)
+    rounded = explicit_attention(heads.bfloat16(), 0.0)
     torch.testing.assert_close(rounded.float(), expected, atol=0.04, rtol=0.04)
 
 
@@ -537,7 +537,7 @@ def test_explicit_attention_drops_weights():
     """Dropout that is left out of attention, or does not keep the mean."""
     torch.manual_seed(1)
     q, k, v = torch.randn(1, 1, 300, 8), torch.randn(1, 1, 300, 8), torch.ones(1, 1, 300, 8)
-    y = explicit_attention(q, k, v, 0.5)
+    y = explicit_attention(torch.stack((q, k, v)), 0.5)
     assert y.mean().item() == pytest.approx(1, abs=0.1)
     assert y.std() > 0.05
 
