@@ -4,7 +4,7 @@
 #   python train.py config/train_shakespeare_char_cpu.py
 #   python sample.py --out_dir=out-shakespeare-char-cpu
 #
-# Expect a validation loss of about 1.90 after 35 s on two cores, 75 s where they have no instructions for bfloat16
+# Expect a validation loss of about 1.90 after 35 to 50 s on two cores, twice that where they have no instructions for bfloat16
 # (BENCHMARKS.md has the machine).
 
 out_dir = "out-shakespeare-char-cpu"

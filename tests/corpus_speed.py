@@ -7,6 +7,7 @@ the whole command of data/fineweb_edu, and with `encode_ordinary_batch` alone, o
 is killed half-way, its whole group, and goes on. Not a part of the tests: 1,000 MB take some minutes a round.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -30,7 +31,8 @@ NAME = "corpus_speed"
 FOLDER = ROOT / "data" / NAME
 MEASURED = """# a small process, since the memory of the one that starts a command counts as the command's
 import json, resource, subprocess, sys
-subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+if code := subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode:
+    sys.exit(code)
 usage = resource.getrusage(resource.RUSAGE_CHILDREN)
 print(json.dumps([usage.ru_utime + usage.ru_stime, usage.ru_maxrss]))
 """
@@ -60,9 +62,11 @@ def command(path: Path, threads: int) -> list[str]:
 def ours(path: Path, threads: int) -> tuple[float, float, int]:
     """Return seconds, seconds of the processors and the largest memory in bytes of the whole command, which is one process."""
     start = time.perf_counter()
-    told = subprocess.run([sys.executable, "-c", MEASURED, *command(path, threads)], stdout=subprocess.PIPE, check=True).stdout
+    finished = subprocess.run([sys.executable, "-c", MEASURED, *command(path, threads)], stdout=subprocess.PIPE)
     seconds = time.perf_counter() - start
-    work, peak = json.loads(told)
+    if finished.returncode:  # the command has said why
+        sys.exit(finished.returncode)
+    work, peak = json.loads(finished.stdout)
     return seconds, work, peak * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -138,5 +142,7 @@ def main(megabytes: int, rounds: int, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    given = [int(argument) for argument in sys.argv[1:]]
-    main(*given, *(1000, 3, 2)[len(given) :])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("megabytes", 1000), ("rounds", 3), ("threads", 2)):
+        parser.add_argument(name, type=int, nargs="?", default=default)
+    main(**vars(parser.parse_args()))

@@ -7,6 +7,7 @@ its first line. It must never lose more than the iterations since its last save,
 must be those of a run that nobody disturbed, bit for bit. Not a part of the tests: 50 kills take some minutes.
 """
 
+import argparse
 import csv
 import random
 import re
@@ -101,5 +102,7 @@ def main(kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    given = [int(argument) for argument in sys.argv[1:]]
-    main(*given, *(50, 1)[len(given) :])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("kills", 50), ("seed", 1)):
+        parser.add_argument(name, type=int, nargs="?", default=default)
+    main(**vars(parser.parse_args()))
