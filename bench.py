@@ -28,14 +28,14 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import configurator
-import device
-import metrics
-import parallel
 import train
-from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, UserError
-from data.dataset import Dataset
-from device import Compile, Dtype
+from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from model import GPT, GPTConfig, sample_next
+from nanogpt import device, metrics
+from nanogpt import distributed as parallel
+from nanogpt.dataset import Dataset
+from nanogpt.device import Compile, Dtype
+from nanogpt.errors import UserError
 
 ROOT = Path(__file__).resolve().parent
 TRACE = "trace.json"

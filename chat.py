@@ -16,16 +16,15 @@ from typing import Annotated, Literal
 
 import torch
 
-import checkpoint
 import configurator
-import device
-import guard
-from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UserError
-from data import conversation, corpus
-from data.conversation import ChatFormat
-from data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer
-from device import Compile, Dtype
+from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from model import GPT, Bigram
+from nanogpt import checkpoint, conversation, corpus, device, errors
+from nanogpt import run as guard
+from nanogpt.conversation import ChatFormat
+from nanogpt.device import Compile, Dtype
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer
 
 SETTABLE = ("temperature", "top_k", "top_p", "max_new_tokens")
 HELP = f"""\
@@ -240,21 +239,21 @@ def messages(name: str) -> Iterator[str]:
     typed, shown = sys.stdin.isatty(), sys.stdout.isatty()
     while True:
         if shown:
-            configurator.write("\n")
+            errors.write("\n")
         try:
             line = input(f"{name}: " if shown else "") if typed else sys.stdin.readline()
         except EOFError:
-            configurator.write("\n" if shown else "")
+            errors.write("\n" if shown else "")
             return
         except KeyboardInterrupt:
-            configurator.write("\n")
+            errors.write("\n")
             note("Ctrl-D leaves")
             continue
         if not line and not typed:
             return
         if line.strip():
             if shown and not typed:
-                configurator.write(f"{name}: {line}")
+                errors.write(f"{name}: {line}")
             yield line.strip()
 
 
@@ -296,7 +295,7 @@ def change(assignment: str, config: Config) -> None:
 def show(pieces: Generator[str, None, None], config: Config) -> None:
     """Print a reply as it comes, without the space around it; Ctrl-C ends it."""
     if sys.stdout.isatty():
-        configurator.write(f"{config.assistant_name}: ")
+        errors.write(f"{config.assistant_name}: ")
     begun, held = False, ""
     try:
         for piece in pieces:
@@ -304,11 +303,11 @@ def show(pieces: Generator[str, None, None], config: Config) -> None:
             shown = text.rstrip()  # space at the end waits for what follows it
             held = text[len(shown) :]
             begun = begun or bool(shown)
-            configurator.write(shown)
+            errors.write(shown)
     except KeyboardInterrupt:
         pieces.close()
-        configurator.write(" ...")
-    configurator.write("\n")
+        errors.write(" ...")
+    errors.write("\n")
 
 
 def note(text: str) -> None:

@@ -15,7 +15,6 @@ Python; it sees the values so far, and the names that it assigns must be keys.
 """
 
 import ast
-import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -32,12 +31,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
+from nanogpt.errors import UserError, one_line
+
 ROOT = Path(__file__).resolve().parent
-CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-
-
-class UserError(ValueError):
-    """A person's mistake: shown as one line that says what to do, without a traceback."""
 
 
 class Config:
@@ -152,13 +148,6 @@ def run(main: Callable[[Any], None], config_class: type) -> None:
         sys.exit(130)
 
 
-def warn(message: str) -> None:
-    """Print a line on stderr that a person should read; of several processes, the main one does."""
-    if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):  # stderr may be a file on the very disk that is full
-            print(f"{Path(sys.argv[0]).name}: warning: {one_line(message)}", file=sys.stderr)
-
-
 def help_text(config_class: type, script: str) -> str:
     """Return the --help page: each key's type, default and meaning, under the headings of the class's own comments."""
     kinds = typing.get_type_hints(config_class, include_extras=True)
@@ -181,19 +170,6 @@ def help_text(config_class: type, script: str) -> str:
                 subsequent_indent=" " * 46,
             )
     return "\n".join(lines) + "\n"
-
-
-def write(text: str) -> None:
-    """Write text that a model made to stdout, at once and as it is; a terminal gets a sign for each control character.
-
-    So no text can move the cursor, change colours or type commands; a file or a pipe gets every character.
-    """
-    print(text.translate(CONTROL) if sys.stdout.isatty() else text, end="", flush=True)
-
-
-def one_line(message: str) -> str:
-    """Return `message` without line breaks and control characters, so that it stays one line on a terminal."""
-    return "".join(character if character.isprintable() else " " for character in message)
 
 
 def _exit(message: str) -> NoReturn:

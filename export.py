@@ -9,11 +9,10 @@ from typing import Literal
 
 import torch
 
-import checkpoint
 import configurator
-import huggingface
-from configurator import UserError
 from model import GPT
+from nanogpt import checkpoint, huggingface
+from nanogpt.errors import UserError
 
 
 @dataclass

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from muon import Muon, MuonWithAdamW
+from nanogpt.optim import Muon, MuonWithAdamW
 
 SHORT = 512  # tokens up to which a CPU does without flash attention: quicker, but its memory grows with their square
 
@@ -329,7 +329,7 @@ class GPT(LanguageModel):
         """Return the model with the weights that `model_type` names: gpt2, gpt2-medium, gpt2-large, gpt2-xl, and whatever
         else train.py's init_from takes. `override_args` may set the dropout, which is 0 otherwise.
         """
-        import checkpoint  # the rooms that read files stand on this one
+        from nanogpt import checkpoint  # the rooms that read files stand on this one
 
         override_args = override_args or {}
         assert override_args.keys() <= {"dropout"}, "the rest of the shape is that of the weights"

@@ -13,15 +13,14 @@ from typing import Annotated
 
 import torch
 
-import checkpoint
 import configurator
-import device
-import guard
-from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UserError
-from data import corpus
-from data.tokenizer import CharTokenizer, StreamDecoder, Tokenizer
-from device import Compile, Dtype
+from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from model import GPT, Bigram
+from nanogpt import checkpoint, corpus, device, errors
+from nanogpt import run as guard
+from nanogpt.device import Compile, Dtype
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer, StreamDecoder, Tokenizer
 
 CACHE_BYTES = 2 << 30  # what the keys and values of a batch may take; more samples than that are several batches
 
@@ -51,18 +50,18 @@ def main(config: Config) -> None:
     model, tokenizer, _ = checkpoint.load_model(config.init_from, config.out_dir)
     start, prompt = read_prompt(config.start, "start" in config.given, tokenizer)
     if len(prompt) > model.config.block_size:
-        configurator.warn(f"the model sees the last {model.config.block_size:,} of the prompt's {len(prompt):,} tokens")
+        errors.warn(f"the model sees the last {model.config.block_size:,} of the prompt's {len(prompt):,} tokens")
     device.ready_to_generate(model, where, dtype, device.resolve_compile(config.compile, where))
 
     began, count = time.perf_counter(), 0
     batch_size = rows_in_memory(model, len(prompt) + config.max_new_tokens)
     for first in range(0, config.num_samples, batch_size):
         numbers = range(first, min(first + batch_size, config.num_samples))
-        configurator.write(start)
-        texts, drawn = sample(model, tokenizer, prompt, config, numbers, where, configurator.write)
-        configurator.write("\n---------------\n")
+        errors.write(start)
+        texts, drawn = sample(model, tokenizer, prompt, config, numbers, where, errors.write)
+        errors.write("\n---------------\n")
         for text in texts[1:]:
-            configurator.write(f"{start}{text}\n---------------\n")
+            errors.write(f"{start}{text}\n---------------\n")
         count += drawn
     seconds = time.perf_counter() - began
     print(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.1f} tokens/s", file=sys.stderr)

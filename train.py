@@ -26,19 +26,18 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
 import configurator
-import device
-import guard
-import parallel
-import plot
-from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Seed, UserError
-from data import conversation
-from data.dataset import Dataset, FileLost, Split
-from data.tokenizer import END_OF_TEXT, StreamDecoder
-from device import Compile, Dtype
-from metrics import Metrics, start_wandb
+from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Seed
 from model import GPT, Bigram, GPTConfig
+from nanogpt import checkpoint, conversation, device, errors
+from nanogpt import distributed as parallel
+from nanogpt import run as guard
+from nanogpt.curves import Curves
+from nanogpt.dataset import Dataset, FileLost, Split
+from nanogpt.device import Compile, Dtype
+from nanogpt.errors import UserError
+from nanogpt.metrics import Metrics, start_wandb
+from nanogpt.tokenizer import END_OF_TEXT, StreamDecoder
 
 LOGITS = 1 << 27  # bytes of logits in float32 above which a CPU computes the loss in chunks
 LossRows = Annotated[int | Literal["auto"], configurator.Range(at_least=0)]
@@ -209,7 +208,7 @@ def train(config: Config, group: device.Group) -> SystemExit | UserError | None:
     mfu, logged, t0 = -1.0, iteration, time.perf_counter()
     stopping, lost = False, None
     batches = training_batches(data, config, group, iteration, T, vocab_size)
-    with metrics, signals, plot.Curves(out_dir, group.is_main) as curves:
+    with metrics, signals, Curves(out_dir, group.is_main) as curves:
         try:
             x, y = next(batches)  # (B, T) each
             while True:
@@ -350,7 +349,7 @@ def set_aside(out_dir: Path) -> None:
     for name in RUN_FILES:
         if (out_dir / name).exists():
             os.replace(out_dir / name, previous / name)
-    configurator.warn(f"{out_dir} held an earlier run, which lies in {previous} now")
+    errors.warn(f"{out_dir} held an earlier run, which lies in {previous} now")
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
@@ -360,7 +359,7 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
         part.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
-        configurator.warn(f"{path} is not written: {error.strerror}")
+        errors.warn(f"{path} is not written: {error.strerror}")
         part.unlink(missing_ok=True)
 
 
@@ -441,7 +440,7 @@ def inherit_shape(config: Config, start: checkpoint.Checkpoint) -> None:
     for name, value in shape.items():
         cropped = name == "block_size" and config.init_from != "resume" and config.block_size < value
         if name in config.given and getattr(config, name) != value and not cropped:
-            configurator.warn(f"{start.path} has {name}={value}, used instead of {name}={getattr(config, name)}")
+            errors.warn(f"{start.path} has {name}={value}, used instead of {name}={getattr(config, name)}")
         if not (name in config.given and cropped):
             setattr(config, name, value)
 

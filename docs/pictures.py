@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-import checkpoint
 import configurator
-from configurator import UserError
-from data.dataset import Dataset
-from data.tokenizer import CharTokenizer
-from metrics import read_rows
 from model import GPT, Bigram
+from nanogpt import checkpoint
+from nanogpt.dataset import Dataset
+from nanogpt.errors import UserError
+from nanogpt.metrics import read_rows
+from nanogpt.tokenizer import CharTokenizer
 
 WINDOWS = 200  # of the validation text: those on which the heads are measured
 

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import plot
-from data import corpus
-from data.tokenizer import CharTokenizer
+from nanogpt import corpus, curves
+from nanogpt.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ["*.py", "*.md", "Makefile", "requirements*.txt", "config/*.py", "data/*.py", "data/*/prepare.py", "docs/*.py"]
+COPIED = ["*.py", "*.md", "Makefile", "requirements*.txt", "config/*.py", "nanogpt/*.py", "data/*/prepare.py", "docs/*.py"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test goes to the Hub, whose library reads this when it is first imported
 torch.set_num_threads(1)  # quickest for tiny models, and the same sums on every machine
@@ -24,7 +23,7 @@ torch.set_num_threads(1)  # quickest for tiny models, and the same sums on every
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the runs of the tests their pictures, a tenth of a second each; test_plot.py draws them."""
-    monkeypatch.setattr(plot, "draw", lambda *arguments: None)
+    monkeypatch.setattr(curves, "draw", lambda *arguments: None)
 
 
 @pytest.fixture

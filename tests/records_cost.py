@@ -1,4 +1,4 @@
-"""What the records and the picture of a run cost: a clock around all that the loop calls of metrics.py and plot.py.
+"""What the records and the picture of a run cost: a clock around all that the loop calls of metrics.py and curves.py.
 
 python tests/records_cost.py config/train_shakespeare_char_cpu.py [--key=value ...]
 
@@ -17,13 +17,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
-import metrics
-import plot
 import train
+from nanogpt import curves, metrics
 
 TIMED = {
     metrics.Metrics: ("__init__", "say", "evaluation", "step", "advance", "pause", "sync", "close"),
-    plot.Curves: ("update", "draw"),
+    curves.Curves: ("update", "draw"),
 }
 
 

@@ -24,9 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import checkpoint
-from data import corpus
-from data.tokenizer import CharTokenizer
+from nanogpt import checkpoint, corpus
+from nanogpt.tokenizer import CharTokenizer
 
 INTERVAL = 5  # iterations between saves
 LIFE = 1.5  # longest life in seconds, of which the first few tenths go into loading

@@ -14,14 +14,13 @@ import torch
 
 import chat
 import configurator
-import device
 import export
-import guard
 import plot
 import sample
 import train
-from data import corpus
-from data.tokenizer import CharTokenizer
+from nanogpt import corpus, device, errors
+from nanogpt import run as guard
+from nanogpt.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --gradient_accumulation_steps=1 --device=cpu"
@@ -306,7 +305,7 @@ def test_memory_that_runs_out_is_one_line(script, monkeypatch) -> None:
     def load(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
 
-    monkeypatch.setattr("checkpoint.load_model", load)
+    monkeypatch.setattr("nanogpt.checkpoint.load_model", load)
     for _ in range(2):
-        with pytest.raises(configurator.UserError, match=r"out of memory: .*--dtype=bfloat16"):
+        with pytest.raises(errors.UserError, match=r"out of memory: .*--dtype=bfloat16"):
             script.main(configurator.parse(script.Config, ["--device=cpu", "--dtype=float32"]))

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import bench
-import metrics
-from configurator import UserError, parse
+from configurator import parse
 from model import GPT
+from nanogpt import metrics
+from nanogpt.errors import UserError
 
 
 def results(finished: subprocess.CompletedProcess) -> dict:

@@ -13,13 +13,12 @@ import pytest
 import torch
 
 import chat
-import checkpoint
 import configurator
-from configurator import UserError
-from data import conversation
-from data.conversation import ChatFormat
-from data.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
 from model import GPT, Bigram, GPTConfig
+from nanogpt import checkpoint, conversation
+from nanogpt.conversation import ChatFormat
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = CharTokenizer(sorted("\n .:/?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"))

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-from configurator import UserError
-from data.tokenizer import CharTokenizer
 from model import GPT, Bigram, GPTConfig
+from nanogpt import checkpoint
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer
 
 TABLE = CharTokenizer.from_text("abcdefghijk")
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True, "vocab_size": 11, "dropout": 0.0}

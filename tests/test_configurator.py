@@ -15,7 +15,9 @@ import configurator
 import plot
 import sample
 import train
-from configurator import NonNegativeFloat, PositiveInt, Probability, Range, UserError, parse
+from configurator import NonNegativeFloat, PositiveInt, Probability, Range, parse
+from nanogpt import errors
+from nanogpt.errors import UserError
 
 ROOT = Path(configurator.__file__).parent
 RECIPES = sorted(path.name for path in (ROOT / "config").glob("*.py"))
@@ -362,6 +364,7 @@ And more about it.
 from dataclasses import dataclass
 from pathlib import Path
 import configurator
+from nanogpt.errors import UserError
 
 @dataclass
 class Config(configurator.Config):
@@ -370,7 +373,7 @@ class Config(configurator.Config):
 def main(config):
     print("started", flush=True)
     if config.fail == "user":
-        raise configurator.UserError("the thing\\nis \\x1b[31m wrong")
+        raise UserError("the thing\\nis \\x1b[31m wrong")
     if config.fail == "file":
         Path("nowhere/at-all.txt").read_bytes()
     if config.fail == "system":
@@ -457,7 +460,7 @@ class Screen(io.StringIO):
 def test_a_terminal_gets_no_control_characters(stream, shown, monkeypatch):
     """A text that clears the screen of whoever samples it; a file that lacks what the model wrote."""
     monkeypatch.setattr("sys.stdout", stream())
-    configurator.write("a\n\t\x1b[2Jb\x07\x9b\ré")
+    errors.write("a\n\t\x1b[2Jb\x07\x9b\ré")
     assert sys.stdout.getvalue() == shown
 
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 import chat
-import checkpoint
 import configurator
 import train
-from configurator import UserError
-from data import conversation, corpus
-from data.conversation import FORMATS, ChatFormat, Message
-from data.dataset import Dataset
-from data.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
+from nanogpt import checkpoint, conversation, corpus
+from nanogpt.conversation import FORMATS, ChatFormat, Message
+from nanogpt.dataset import Dataset
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
 
 
 def talk(*texts: str, system: str = "") -> list[Message]:

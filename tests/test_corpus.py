@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from configurator import UserError
-from data import corpus
-from data.dataset import Dataset
-from data.tokenizer import CharTokenizer, TiktokenTokenizer
+from nanogpt import corpus
+from nanogpt.dataset import Dataset
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
 
 BODY = bytes(range(256)) * 1000
 SHA256 = hashlib.sha256(BODY).hexdigest()

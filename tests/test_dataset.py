@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-import metrics
-from configurator import UserError
-from data import corpus, dataset
-from data.dataset import STREAMS, Dataset
-from data.tokenizer import CharTokenizer, TiktokenTokenizer
+from nanogpt import corpus, dataset, metrics
+from nanogpt.dataset import STREAMS, Dataset
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
 
 STATUS = Path("/proc/self/status")
 

@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 
-import device
-from configurator import ROOT, UserError
+from configurator import ROOT
 from model import GPT, GPTConfig
+from nanogpt import device
+from nanogpt.errors import UserError
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_a_cpu_has_no_known_peak(where):
 def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
     """The memory of a notebook that holds a large array, given as that of the training that it starts."""
     own = """
-import device
+from nanogpt import device
 used, held = [device.peak_memory("cpu")], []
 for size in (100 << 20, 800 << 20):
     held.append(bytearray(b"x") * size)
@@ -213,7 +214,8 @@ def test_one_gpu_for_all_processes_is_refused(monkeypatch):
 
 
 PROCESS = """
-import torch, device
+import torch
+from nanogpt import device
 with device.process_group("cpu", "auto") as group:
     total = group.sum(float(group.rank), 2.0**30 + group.rank, 1.0)
     print(group.rank, group.size, group.is_main, torch.distributed.get_backend(), *total)
@@ -305,7 +307,8 @@ def test_a_texts_random_numbers_follow_from_its_own_number():
 def test_a_cpu_keeps_its_memory_where_the_c_library_can_do_so(command):
     """Catches pages that go back to the system with each tensor, which cost a third of a training step."""
     code = """
-import resource, sys, torch, device
+import resource, sys, torch
+from nanogpt import device
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def used():
     for _ in range(3):
@@ -329,7 +332,8 @@ print("libc" if device.keep_memory() else "none", before, used())
 def test_a_failed_compilation_is_one_warning_and_the_model_works(command, tmp_path):
     """Catches a run that ends, or pages of tracebacks, where the compiler is missing or does not work."""
     code = """
-import torch, device
+import torch
+from nanogpt import device
 network = device.compiled(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()))
 x = torch.ones(2, 4)
 for _ in range(3):

@@ -13,12 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import device
-import guard
 from configurator import ROOT
-from data import corpus
-from data.tokenizer import CharTokenizer
+from nanogpt import checkpoint, corpus, device
+from nanogpt import run as guard
+from nanogpt.tokenizer import CharTokenizer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 FLAGS = (
@@ -48,7 +46,8 @@ def records(out_dir: Path) -> list[list[float]]:
 # processes does, or alone where there are none. All are forks of one process, so that PyTorch is imported once.
 LAUNCHER = """
 import gc, json, os, pathlib, sys
-import configurator, device, train, torch, torch._dynamo, torch.distributed.fsdp
+import configurator, train, torch, torch._dynamo, torch.distributed.fsdp
+from nanogpt import device
 gc.freeze()  # no fork has to look through all that again
 
 def train_in_fork(rank):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.tokenizer import TiktokenTokenizer
 from model import GPT, GPTConfig
+from nanogpt.tokenizer import TiktokenTokenizer
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 WALK = DOCS / "from_bigram_to_gpt.md"

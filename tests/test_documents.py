@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from configurator import UserError
-from data import documents
+from nanogpt import documents
+from nanogpt.errors import UserError
 
 TEXTS = ["one", "", "zwei\n🙂\n", "three <|endoftext|>", "\u2028 four\t", "fünf" * 50, "six\x00", " "]
 MISSING = "00000000000000000000000000000000000000aa"
@@ -219,6 +219,6 @@ def test_hub_without_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_nothing_is_imported_before_it_is_needed() -> None:
     """An optional library that everybody would have to install is caught."""
-    code = "import sys, data.stream; print({'datasets', 'pyarrow', 'fsspec', 'torch', 'tiktoken'} & set(sys.modules))"
+    code = "import sys, nanogpt.large_corpus; print({'datasets', 'pyarrow', 'fsspec', 'torch', 'tiktoken'} & set(sys.modules))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert process.stdout == "set()\n", process.stderr

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import configurator
 import export
-import huggingface
-from configurator import UserError
-from data.tokenizer import CharTokenizer
 from model import GPT, Bigram, GPTConfig
+from nanogpt import checkpoint, huggingface
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer
 
 TABLE = CharTokenizer(list("abcdefghij\n"))
 

@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-import checkpoint
 import configurator
-import device
-import guard
-import metrics
-import parallel
 import train
-from configurator import UserError
-from data.dataset import Dataset
+from nanogpt import checkpoint, device, metrics
+from nanogpt import distributed as parallel
+from nanogpt import run as guard
+from nanogpt.dataset import Dataset
+from nanogpt.errors import UserError
 
 try:
     import resource

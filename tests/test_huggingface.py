@@ -18,10 +18,10 @@ import pytest
 import safetensors.torch
 import torch
 
-import huggingface
-from configurator import UserError
-from data.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
 from model import GPT, GPTConfig
+from nanogpt import huggingface
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = " two  spaces\n\n\ttab\r\n it's 'don't' .,!? [] <unk> <|endoftext|> naïve e\u0301 日本語 🙂 \x00 \u00a0\u2003 12345 end "
@@ -29,8 +29,8 @@ TABLE = CharTokenizer.from_text(TEXT)
 WIDTHS = {"gpt2": (768, 12), "gpt2-medium": (1024, 16), "gpt2-large": (1280, 20), "gpt2-xl": (1600, 25)}
 LOAD = """
 import json, sys
-from configurator import UserError
-from huggingface import load
+from nanogpt.errors import UserError
+from nanogpt.huggingface import load
 for name in sys.argv[1:]:
     try:
         found = load(name)

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import configurator
-import metrics
 import train
-from configurator import UserError
-from metrics import Metrics
+from nanogpt import metrics
+from nanogpt.errors import UserError
+from nanogpt.metrics import Metrics
 
 try:
     import resource

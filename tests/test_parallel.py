@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-import parallel
 from model import GPT, Block, GPTConfig
+from nanogpt import distributed as parallel
 
 
 def model_and_batch() -> tuple[GPT, torch.Tensor]:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import configurator
-import parallel
 import plot
 import train
-from configurator import UserError
+from nanogpt import curves
+from nanogpt import distributed as parallel
+from nanogpt.errors import UserError
 
 TINY = "--n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=2 --gradient_accumulation_steps=1 --device=cpu".split()
 TINY += ["--eval_iters=1", "--max_iters=3"]
@@ -65,19 +66,19 @@ def log(tmp_path: Path) -> Path:
     return path
 
 
-def drawn(*runs: plot.Run, x: str = "iterations", log: str = "none"):
+def drawn(*runs: curves.Run, x: str = "iterations", log: str = "none"):
     """The Axes with these runs in it, which no file was made of."""
     from matplotlib.figure import Figure
 
     axes = Figure(layout="constrained").add_subplot()
-    plot.fill(axes, list(runs), x, log)
+    curves.fill(axes, list(runs), x, log)
     axes.figure.canvas.draw()
     return axes
 
 
-def a_run(train: list[float], val: list[float], name: str = "a") -> plot.Run:
+def a_run(train: list[float], val: list[float], name: str = "a") -> curves.Run:
     places = [np.arange(len(values), dtype=float) for values in (train, val)]
-    return plot.Run(name, places[0], np.array(train, dtype=float), places[1], np.array(val, dtype=float))
+    return curves.Run(name, places[0], np.array(train, dtype=float), places[1], np.array(val, dtype=float))
 
 
 def size(path: Path) -> tuple[int, int]:
@@ -96,18 +97,18 @@ def size(path: Path) -> tuple[int, int]:
 @pytest.mark.parametrize("name", ["out-a", "out-a/metrics.csv"])
 def test_a_runs_rows_are_read(x: str, at: list[float], name: str, run_folder: Path) -> None:
     """Catches the training loss of an evaluation taken for a batch's, a hole that moves what follows it, another column."""
-    run = plot.read(run_folder.parent / name, x)
+    run = curves.read(run_folder.parent / name, x)
     assert run.name == "out-a"
     np.testing.assert_array_equal(run.train, [4.0, math.nan, 3.5, 3.4])
     assert (run.train_x.tolist(), run.val.tolist()) == (at, [4.1, 3.2, 3.3])
     assert run.val_x.tolist() == {"iterations": [0, 3, 4], "tokens": [0, 192, 256], "seconds": [0.5, 1.5, 2.5]}[x]
-    assert run.val[plot.best_of(run)] == 3.2
+    assert run.val[curves.best_of(run)] == 3.2
 
 
 @pytest.mark.parametrize(("x", "each"), [("iterations", 1), ("tokens", 1024)])
 def test_a_log_of_nanogpt_is_read(x: str, each: int, log: Path) -> None:
     """Catches lines behind a progress bar that are missed, and what a run did twice, drawn twice."""
-    run = plot.read(log, x)
+    run = curves.read(log, x)
     np.testing.assert_array_equal(run.train, [4.0, math.nan, 3.5])
     assert run.train_x.tolist() == [0, each, 2 * each]
     assert (run.val_x.tolist(), run.val.tolist()) == ([0, 2 * each], [4.1, 3.5])
@@ -120,7 +121,7 @@ def test_our_own_log_is_read_like_the_run(dataset: Path, tmp_path: Path, capsys:
     train.main(config)
     (tmp_path / "log").write_text(capsys.readouterr().out)
     for x in ("iterations", "tokens"):
-        one, other = plot.read(tmp_path / "out", x), plot.read(tmp_path / "log", x)
+        one, other = curves.read(tmp_path / "out", x), curves.read(tmp_path / "log", x)
         assert (len(one.train), len(one.val)) == (3, 2)
         for field in ("train_x", "train", "val_x", "val"):
             np.testing.assert_allclose(getattr(one, field), getattr(other, field), atol=1e-4)
@@ -130,10 +131,10 @@ def test_our_own_log_is_read_like_the_run(dataset: Path, tmp_path: Path, capsys:
 def test_a_log_says_what_it_does_not_tell(log: Path) -> None:
     """Catches an axis with made-up times."""
     with pytest.raises(UserError, match="does not tell the seconds"):
-        plot.read(log, "seconds")
+        curves.read(log, "seconds")
     log.write_text(LOG.replace("tokens per", "words per"))
     with pytest.raises(UserError, match="does not tell the tokens"):
-        plot.read(log, "tokens")
+        curves.read(log, "tokens")
 
 
 @pytest.mark.parametrize("text", ["", HEADER, HEADER + "0,0,0.5,4.2", '"', '"' * 200_001, "iter 5: lost", NO_NUMBERS])
@@ -141,14 +142,14 @@ def test_a_file_without_losses_is_named(text: str, tmp_path: Path) -> None:
     """Catches an empty picture, and a traceback for a run that has only begun."""
     (tmp_path / "metrics.csv").write_text(text)
     with pytest.raises(UserError, match=r"metrics.csv: no losses in it"):
-        plot.read(tmp_path)
+        curves.read(tmp_path)
 
 
 def test_a_number_that_is_none_is_named(run_folder: Path) -> None:
     """Catches a traceback for a file that someone has edited."""
     (run_folder / "metrics.csv").write_text(HEADER + ROWS.replace("3.5", "three"))
     with pytest.raises(UserError, match=r"metrics.csv is damaged: .*three"):
-        plot.read(run_folder)
+        curves.read(run_folder)
 
 
 # what is drawn
@@ -160,7 +161,7 @@ def test_smoothing_is_the_mean_of_the_neighbours(half: int) -> None:
     values = np.random.default_rng(1).normal(3, 1, 60)
     values[[5, 6, 40]] = math.nan
     values[20:40] = math.nan
-    for i, found in enumerate(plot.smooth(values, half)):
+    for i, found in enumerate(curves.smooth(values, half)):
         left = min(half, i // 4)
         near = values[i - left : i + min(left, len(values) - 1 - i) + 1]
         good = near[np.isfinite(near)]
@@ -171,11 +172,11 @@ def test_an_envelope_keeps_the_extremes() -> None:
     """Catches spikes that are lost where there are more points than the picture has columns."""
     y = np.random.default_rng(1).normal(3, 0.1, 99_999)
     y[[17, 50_000]] = 9, math.nan
-    x, short = plot.envelope(np.arange(len(y)), y)
+    x, short = curves.envelope(np.arange(len(y)), y)
     assert len(x) == len(short) <= 4000
     assert (np.nanmax(short), np.nanmin(short)) == (9, np.nanmin(y))
     assert x[np.nanargmax(short)] == pytest.approx(17, abs=25)
-    assert plot.envelope(np.arange(10), y[:10])[1] is not None and len(plot.envelope(np.arange(10), y[:10])[1]) == 10
+    assert curves.envelope(np.arange(10), y[:10])[1] is not None and len(curves.envelope(np.arange(10), y[:10])[1]) == 10
 
 
 def test_the_best_evaluation_is_marked_with_its_value() -> None:
@@ -233,8 +234,8 @@ def test_large_numbers_get_another_unit(x: str) -> None:
 @pytest.mark.parametrize("name", ["_hidden", "$\\frac$", "$", "名前"])
 def test_a_name_is_text(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     """Catches a folder's name that is taken for a formula, or for a label to hide."""
-    plot.draw([a_run([4, 3], [4, 3], name), a_run([4, 3], [4, 3])], tmp_path / "a.png")
-    plot.draw([a_run([4, 3], [4, 3], name)], tmp_path / "a.svg")
+    curves.draw([a_run([4, 3], [4, 3], name), a_run([4, 3], [4, 3])], tmp_path / "a.png")
+    curves.draw([a_run([4, 3], [4, 3], name)], tmp_path / "a.svg")
     assert size(tmp_path / "a.png") == (1200, 675)
     assert "</svg>" in (tmp_path / "a.svg").read_text()
     assert not recwarn.list
@@ -244,12 +245,12 @@ def test_drawing_leaves_the_process_as_it_was(command, project: Path, run_folder
     """Catches a picture that opens a window, changes other people's settings, or follows them."""
     script = project / "check.py"
     script.write_text(
-        "import sys, pathlib, matplotlib, plot\n"
+        "import sys, pathlib, matplotlib\nfrom nanogpt import curves\n"
         "matplotlib.rcParams['axes.facecolor'] = 'red'\n"
-        f"plot.draw([plot.read(pathlib.Path({str(run_folder)!r}))], pathlib.Path('one.png'))\n"
+        f"curves.draw([curves.read(pathlib.Path({str(run_folder)!r}))], pathlib.Path('one.png'))\n"
         "assert matplotlib.rcParams['axes.facecolor'] == 'red'\n"
         "matplotlib.rcdefaults()\n"
-        f"plot.draw([plot.read(pathlib.Path({str(run_folder)!r}))], pathlib.Path('two.png'))\n"
+        f"curves.draw([curves.read(pathlib.Path({str(run_folder)!r}))], pathlib.Path('two.png'))\n"
         "assert pathlib.Path('one.png').read_bytes() == pathlib.Path('two.png').read_bytes()\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
@@ -286,7 +287,7 @@ def test_command(
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches half a picture in the place of a whole one, and litter."""
-    plot.draw([plot.read(run_folder)], run_folder / "loss.png")
+    curves.draw([curves.read(run_folder)], run_folder / "loss.png")
     before = (run_folder / "loss.png").read_bytes()
 
     def fail(*arguments: object) -> None:
@@ -294,7 +295,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(run_folder: Path, m
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="No space"):
-        plot.draw([plot.read(run_folder)], run_folder / "loss.png")
+        curves.draw([curves.read(run_folder)], run_folder / "loss.png")
     assert sorted(path.name for path in run_folder.iterdir()) == ["loss.png", "metrics.csv"]
     assert (run_folder / "loss.png").read_bytes() == before
 
@@ -322,10 +323,10 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cost: float):
         self.now, self.drawn = 100.0, []
         self.cost = cost
-        monkeypatch.setattr(plot.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(plot, "draw", self.draw)
+        monkeypatch.setattr(curves.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(curves, "draw", self.draw)
 
-    def draw(self, runs: list[plot.Run], path: Path) -> None:
+    def draw(self, runs: list[curves.Run], path: Path) -> None:
         self.drawn.append(self.now)
         self.now += self.cost
 
@@ -336,10 +337,10 @@ def test_a_run_is_drawn_while_that_costs_under_one_percent(
 ) -> None:
     """Catches drawing that slows a run down, and a long run without a picture."""
     clock = Clock(monkeypatch, cost)
-    with plot.Curves(run_folder) as curves:
+    with curves.Curves(run_folder) as kept:
         for _ in range(2000):
             clock.now += 1
-            curves.update()
+            kept.update()
             assert len(clock.drawn) <= 1 or len(clock.drawn) * cost <= 0.01 * (clock.now - 100)
         assert clock.drawn[0] == pytest.approx(201, abs=1)  # before that, importing matplotlib would be too much
         assert len(clock.drawn) == pytest.approx(0.01 * 2000 / cost, rel=0.2)
@@ -350,9 +351,9 @@ def test_a_run_is_drawn_while_that_costs_under_one_percent(
 def test_only_the_main_process_draws(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches eight processes that write one picture."""
     clock = Clock(monkeypatch, 0.1)
-    with plot.Curves(run_folder, is_main=False) as curves:
+    with curves.Curves(run_folder, is_main=False) as kept:
         clock.now += 1000
-        curves.update()
+        kept.update()
     assert clock.drawn == []
 
 
@@ -363,9 +364,9 @@ def test_a_failure_to_draw_is_one_warning(error: Exception, run_folder: Path, mo
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(plot, "draw", fail)
-    with plot.Curves(run_folder) as curves:
-        curves.draw()
+    monkeypatch.setattr(curves, "draw", fail)
+    with curves.Curves(run_folder) as kept:
+        kept.draw()
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "loss.png is not drawn: " in warning
 
@@ -375,7 +376,7 @@ def test_a_run_that_has_only_begun_is_not_drawn(tmp_path: Path, capsys: pytest.C
     for text in (None, HEADER):
         if text:
             (tmp_path / "metrics.csv").write_text(text)
-        plot.Curves(tmp_path).draw()
+        curves.Curves(tmp_path).draw()
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "loss.png").exists()
 
@@ -384,8 +385,8 @@ def test_a_missing_matplotlib_is_named(run_folder: Path, monkeypatch: pytest.Mon
     """Catches a traceback, and a run that needs a package for its picture."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
-        plot.draw([plot.read(run_folder)], run_folder / "loss.png")
-    plot.Curves(run_folder).draw()
+        curves.draw([curves.read(run_folder)], run_folder / "loss.png")
+    curves.Curves(run_folder).draw()
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
@@ -394,7 +395,7 @@ def test_a_run_leaves_its_curves(ending: str, dataset: Path, tmp_path: Path, mon
     """Catches an ending without a picture, and a picture that is older than the last row."""
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
     seen = []
-    monkeypatch.setattr(plot, "draw", lambda runs, path: seen.append((len(runs[0].train), len(runs[0].val), path)))
+    monkeypatch.setattr(curves, "draw", lambda runs, path: seen.append((len(runs[0].train), len(runs[0].val), path)))
 
     def run(*more: str) -> None:
         train.main(configurator.parse(train.Config, [*flags, *more]))

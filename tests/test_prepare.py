@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configurator import UserError
-from data import corpus
-from data.conversation import FORMATS
-from data.dataset import Dataset
-from data.tokenizer import CharTokenizer
+from nanogpt import corpus
+from nanogpt.conversation import FORMATS
+from nanogpt.dataset import Dataset
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer
 
 Command = Callable
 
@@ -174,7 +174,7 @@ def test_text_that_lies_in_its_datasets_folder(command: Command, project: Path) 
         (["--input=good.txt", "--name=a/b"], ["--name=a/b", "letters"]),
         (["--input=good.txt", "--name=.hidden"], ["--name=.hidden", "letters"]),
         (["--input=good.txt", "--name=shakespeare_char"], ["--name=shakespeare_char", "another name"]),
-        (["--input=good.txt", "--name=tokenizer.py"], ["tokenizer.py"]),
+        (["--input=good.txt", "--name=taken.txt"], ["taken.txt"]),
         (["--imput=good.txt"], ["imput", "did you mean --input"]),
     ],
 )
@@ -196,6 +196,7 @@ def test_bad_text_is_refused_in_one_line(
     put(texts / "mixed" / "latin.txt", b"caf\xe9\n" * 9)
     put(texts / "mixed" / "good.txt", "to be\n" * 9)
     (texts / "bare").mkdir()
+    put(project / "data" / "taken.txt", "a file where a folder should go")
     before = sorted(project.rglob("*"))
     monkeypatch.chdir(texts)
     monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-import checkpoint
 import configurator
 import sample
 import train
-from configurator import UserError
-from data.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
 from model import GPT, Bigram, GPTConfig
+from nanogpt import checkpoint, errors
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
 
 TABLE = CharTokenizer(list("abcdefghij\n"))
 LINE = "---------------\n"
@@ -167,7 +167,7 @@ def test_a_sample_is_the_same_alone_in_a_batch_and_in_several(out_dir, texts, mo
 def test_the_first_text_is_shown_as_it_grows(out_dir, monkeypatch):
     """A screen that stays empty until the last token is there."""
     shown: list[str] = []
-    monkeypatch.setattr(configurator, "write", shown.append)
+    monkeypatch.setattr(errors, "write", shown.append)
     sample.main(
         configurator.parse(sample.Config, [f"--out_dir={out_dir}", "--start=abc", "--max_new_tokens=20", "--num_samples=2"])
     )

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configurator import UserError
-from data import tokenizer
-from data.tokenizer import CharTokenizer, StreamDecoder, TiktokenTokenizer
+from nanogpt import tokenizer
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer, StreamDecoder, TiktokenTokenizer
 
 MULTI_BYTE = "naïve café — 日本語 한국어 👩‍👩‍👧‍👦 🙂🙃 ﷽ \U0010ffff\x00 e\u0301\r\n\tend"
 CL100K_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"

@@ -12,16 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import configurator
-import device
-import guard
 import train
-from configurator import UserError
-from data import corpus
-from data.dataset import Dataset
-from data.tokenizer import CharTokenizer, TiktokenTokenizer
 from model import Bigram, GPTConfig
+from nanogpt import checkpoint, corpus, device
+from nanogpt import run as guard
+from nanogpt.dataset import Dataset
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2"]
 SHORT = [

@@ -23,11 +23,12 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 import configurator
-from configurator import Seed, UserError, one_line
-from data import conversation, corpus
-from data import tokenizer as tokenizers
-from data.conversation import FORMATS, ChatFormat, Message
-from data.tokenizer import END_OF_TEXT, CharTokenizer, TiktokenTokenizer, Tokenizer
+from configurator import Seed
+from nanogpt import conversation, corpus
+from nanogpt import tokenizer as tokenizers
+from nanogpt.conversation import FORMATS, ChatFormat, Message
+from nanogpt.errors import UserError, one_line
+from nanogpt.tokenizer import END_OF_TEXT, CharTokenizer, TiktokenTokenizer, Tokenizer
 
 ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
 SHOWN = 100  # characters of a piece of the conversation that is shown

@@ -17,8 +17,8 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 
 import configurator
 from configurator import NonNegativeInt, PositiveInt
-from data import corpus, documents, stream
-from data.tokenizer import TiktokenTokenizer
+from nanogpt import corpus, documents, large_corpus
+from nanogpt.tokenizer import TiktokenTokenizer
 
 HUB = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 
@@ -45,7 +45,7 @@ def split(count: int) -> tuple[np.ndarray, np.ndarray]:
 def main(config: Config) -> None:
     tokenizer = TiktokenTokenizer(config.tokenizer)
     source = documents.local(config.input) if config.input else documents.hub(*HUB, config.revision)
-    stream.prepare(FOLDER.parent / config.name, source, tokenizer, split, config.workers, config.max_tokens)
+    large_corpus.prepare(FOLDER.parent / config.name, source, tokenizer, split, config.workers, config.max_tokens)
     print(f"next: python train.py config/train_gpt2.py --dataset={config.name}")
 
 

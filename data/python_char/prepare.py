@@ -14,9 +14,9 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 import configurator
-from configurator import UserError
-from data import corpus
-from data.tokenizer import CharTokenizer
+from nanogpt import corpus
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer
 
 NOT_TAKEN = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 

@@ -11,8 +11,8 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 import configurator
-from data import corpus
-from data.tokenizer import CharTokenizer
+from nanogpt import corpus
+from nanogpt.tokenizer import CharTokenizer
 
 
 @dataclass

@@ -13,9 +13,9 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 import configurator
-from configurator import UserError
-from data import corpus
-from data.tokenizer import CharTokenizer, TiktokenTokenizer
+from nanogpt import corpus
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
 
 WRITTEN = ("train.bin", "val.bin", "meta.json")  # what an earlier run may have left in the folder
 

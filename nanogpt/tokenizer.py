@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from configurator import UserError
+from nanogpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257

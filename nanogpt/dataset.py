@@ -13,11 +13,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from configurator import UserError
-from data import conversation, tokenizer
-from data.conversation import ChatFormat
+from nanogpt import conversation, tokenizer
+from nanogpt.conversation import ChatFormat
+from nanogpt.errors import UserError
 
-DATA = Path(__file__).resolve().parent
+DATA = Path(__file__).resolve().parents[1] / "data"
 DTYPES = ("uint8", "uint16", "uint32")
 CHECKED_TOKENS = 1 << 24  # at either end of a token file; further in, each batch is checked as it is read
 CHECKED_AT_ONCE = 1 << 20  # so that a large file takes no more memory than a small one

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from configurator import UserError
-from data import corpus
+from nanogpt import corpus
+from nanogpt.errors import UserError
 
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 BATCH = 1024  # rows of a Parquet file that are turned into strings at once

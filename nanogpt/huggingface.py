@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from configurator import UserError, one_line
-from data import tokenizer as tokenizers
-from data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, CharTokenizer, TiktokenTokenizer, Tokenizer
 from model import GPT, GPTConfig
+from nanogpt import tokenizer as tokenizers
+from nanogpt.errors import UserError, one_line
+from nanogpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, CharTokenizer, TiktokenTokenizer, Tokenizer
 
 NAMES = {
     "gpt2": "openai-community/gpt2",
@@ -88,7 +88,7 @@ class Pretrained:
     weights: dict[str, torch.Tensor]  # float32, on the CPU; the head is the token embedding itself
     model_args: dict[str, Any]  # nanoGPT's seven
     gelu: str  # "tanh" or "erf"
-    tokenizer: dict[str, Any]  # for data.tokenizer.from_dict
+    tokenizer: dict[str, Any]  # for nanogpt.tokenizer.from_dict
 
 
 def is_name(init_from: str) -> bool:

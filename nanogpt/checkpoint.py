@@ -3,8 +3,8 @@
 A checkpoint is nanoGPT's dictionary, so that files pass both ways: `model`, `optimizer`, `model_args` (nanoGPT's seven
 names), `iter_num` (updates done), `best_val_loss`, `config`. What nanoGPT does not know lies under one more key, `extra`:
 
-    tokenizer        the description that data.tokenizer.from_dict reads
-    chat_format      the description that data.conversation.from_dict reads, of a model of conversations
+    tokenizer        the description that nanogpt.tokenizer.from_dict reads
+    chat_format      the description that nanogpt.conversation.from_dict reads, of a model of conversations
     model            "gpt" or "bigram"
     gelu             "erf" or "tanh"
     scaler           state of the GradScaler, empty without one
@@ -24,14 +24,13 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-import configurator
-import huggingface
-import parallel
-from configurator import UserError, one_line
-from data import conversation
-from data import tokenizer as tokenizers
 from model import GPT, Bigram, GPTConfig
-from muon import Muon, MuonWithAdamW
+from nanogpt import conversation, errors, huggingface
+from nanogpt import distributed as parallel
+from nanogpt import tokenizer as tokenizers
+from nanogpt.dataset import DATA
+from nanogpt.errors import UserError, one_line
+from nanogpt.optim import Muon, MuonWithAdamW
 
 BEST = "ckpt.pt"  # the best weights, or the newest with always_save_checkpoint
 LAST = "last.pt"  # the newest training state
@@ -113,7 +112,7 @@ class Saver:
                 save(self._out_dir / LAST, state)
         except OSError as error:
             self.failure = f"{error.filename or self._out_dir}: {error.strerror}"
-            configurator.warn(f"iteration {iter_num} is not saved ({self.failure}); the files before it are whole")
+            errors.warn(f"iteration {iter_num} is not saved ({self.failure}); the files before it are whole")
         self._tried_at = time.perf_counter()
 
 
@@ -368,7 +367,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> "tokenizers.Tokenizer":
     else:
         dataset = str(checkpoint.config.get("dataset", ""))
         try:
-            tokenizer = tokenizers.from_folder(Path(tokenizers.__file__).parent / dataset)
+            tokenizer = tokenizers.from_folder(DATA / dataset)
         except OSError as error:  # no name of a folder
             raise UserError(f"{checkpoint.path}: no dataset is there of its name {_shown(dataset)}") from error
     if tokenizer.vocab_size > checkpoint.model_args["vocab_size"]:

@@ -20,11 +20,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-import configurator
-from configurator import UserError
-from data import corpus, documents
-from data.documents import Position, Source
-from data.tokenizer import TiktokenTokenizer
+from nanogpt import corpus, documents, errors
+from nanogpt.documents import Position, Source
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import TiktokenTokenizer
 
 try:
     import fcntl
@@ -131,7 +130,7 @@ def _begin(folder: Path, file: BinaryIO, recipe: dict[str, Any], dtype: np.dtype
             state = noted
             print(f"going on after {state['tokens']:,} tokens")
         else:
-            configurator.warn(f"what was begun in {folder} had other keys or files, or is damaged; beginning anew")
+            errors.warn(f"what was begun in {folder} had other keys or files, or is damaged; beginning anew")
     file.truncate(state["tokens"] * dtype.itemsize)
     return state
 

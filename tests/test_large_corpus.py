@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configurator import UserError
-from data import corpus, documents, stream
-from data.dataset import Dataset
-from data.tokenizer import CharTokenizer, TiktokenTokenizer
+from nanogpt import corpus, documents, large_corpus
+from nanogpt.dataset import Dataset
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
 
 END = 256
 TEXTS = [f"{i} plus {i} is {2 * i}, " * (i % 7) + "é" * (i % 3) for i in range(60)]
@@ -68,9 +68,9 @@ def source(tmp_path: Path) -> documents.Source:
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "CHUNK", 400)
-    monkeypatch.setattr(stream, "NOTE", 1000)
-    monkeypatch.setattr(stream, "BLOCK", 500)
+    monkeypatch.setattr(large_corpus, "CHUNK", 400)
+    monkeypatch.setattr(large_corpus, "NOTE", 1000)
+    monkeypatch.setattr(large_corpus, "BLOCK", 500)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no test cuts the power, and each takes its time
 
 
@@ -85,7 +85,7 @@ def ids(folder: Path, dtype: str = "<u2") -> tuple[list[int], list[int]]:
 @pytest.fixture
 def whole(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> dict[str, bytes]:
     """The files that one thread makes where nothing happens to it."""
-    stream.prepare(tmp_path / "whole", source, tokenizer, split, workers=1)
+    large_corpus.prepare(tmp_path / "whole", source, tokenizer, split, workers=1)
     return content(tmp_path / "whole")
 
 
@@ -98,7 +98,7 @@ def test_files_are_those_of_a_plain_loop(
 ) -> None:
     """Documents that threads bring out of order, without their ends, or into the wrong split, are caught."""
     folder = tmp_path / "out" / "new"
-    stream.prepare(folder, source, tokenizer, split, workers)
+    large_corpus.prepare(folder, source, tokenizer, split, workers)
     assert ids(folder) == naive(TOKENS)
     meta = json.loads((folder / "meta.json").read_text())
     assert meta == {
@@ -118,7 +118,7 @@ def test_files_are_those_of_a_plain_loop(
 def test_large_vocabulary(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
     """Ids beyond 65,535 that are cut to 16 bits, and documents that are looked for in the wrong type, are caught."""
     tokenizer.vocab_size = 100_277
-    stream.prepare(tmp_path / "out", source, tokenizer, split, workers=2)
+    large_corpus.prepare(tmp_path / "out", source, tokenizer, split, workers=2)
     assert ids(tmp_path / "out", "<u4") == naive(TOKENS)
     assert Dataset(str(tmp_path / "out")).dtype == np.dtype("<u4")
 
@@ -126,21 +126,21 @@ def test_large_vocabulary(tmp_path: Path, source: documents.Source, tokenizer: T
 @pytest.mark.parametrize(("tokens", "documents"), [(1, 100), (7, 100), (12, 100), (1 << 20, 3), (1 << 20, 1), (1 << 20, 81)])
 def test_arranging_is_indexing(tokens: int, documents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are put together wrongly: of one document, smaller than one, of all of them."""
-    monkeypatch.setattr(stream, "BLOCK", tokens)
-    monkeypatch.setattr(stream, "BLOCK_DOCUMENTS", documents)
+    monkeypatch.setattr(large_corpus, "BLOCK", tokens)
+    monkeypatch.setattr(large_corpus, "BLOCK_DOCUMENTS", documents)
     rng = np.random.default_rng(0)
     rows = [[*rng.integers(9, size=rng.integers(12)).tolist(), 9] for _ in range(80)] + [[1, 2]]
     np.array(joined(rows), "<u2").tofile(tmp_path / "tokens")
-    bounds, digest = stream._bounds(tmp_path / "tokens", 9, np.dtype("<u2"))
+    bounds, digest = large_corpus._bounds(tmp_path / "tokens", 9, np.dtype("<u2"))
     assert bounds.tolist() == [0, *np.cumsum([len(row) for row in rows]).tolist()]
     assert digest == hashlib.sha256((tmp_path / "tokens").read_bytes()).hexdigest()
     chosen = rng.permutation(81)
-    blocks = list(stream._blocks(bounds, chosen))
+    blocks = list(large_corpus._blocks(bounds, chosen))
     lengths = [sum(len(rows[index]) for index in chosen[first:last]) for first, last in blocks]
     assert all(length <= tokens or last - first == 1 for length, (first, last) in zip(lengths, blocks, strict=True))
     assert all(last - first <= documents for first, last in blocks)
-    with stream.tqdm(disable=True) as bar:
-        stream._arrange(tmp_path / "tokens", tmp_path / "out", bounds, chosen, np.dtype("<u2"), bar)
+    with large_corpus.tqdm(disable=True) as bar:
+        large_corpus._arrange(tmp_path / "tokens", tmp_path / "out", bounds, chosen, np.dtype("<u2"), bar)
     assert np.fromfile(tmp_path / "out", "<u2").tolist() == joined([rows[index] for index in chosen])
 
 
@@ -151,7 +151,7 @@ def last_two(count: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("limit", [*range(90, 110), 400, 401, 1000, 1001, len(joined(TOKENS)), 10**9])
 def test_max_tokens_is_exact(limit: int, tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
     """A sample of more or fewer tokens, or of others than the first, is caught."""
-    stream.prepare(tmp_path / "out", source, tokenizer, last_two, 3, limit)
+    large_corpus.prepare(tmp_path / "out", source, tokenizer, last_two, 3, limit)
     train, val = ids(tmp_path / "out")
     assert train + val == joined(TOKENS)[:limit]
 
@@ -159,7 +159,7 @@ def test_max_tokens_is_exact(limit: int, tmp_path: Path, source: documents.Sourc
 def test_sample_ends_the_reading(tmp_path: Path, tokenizer: TiktokenTokenizer) -> None:
     """A small sample for which gigabytes are read is caught."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) + "not reached")
-    stream.prepare(tmp_path / "out", documents.local(str(tmp_path / "a.jsonl")), tokenizer, last_two, 1, 1500)
+    large_corpus.prepare(tmp_path / "out", documents.local(str(tmp_path / "a.jsonl")), tokenizer, last_two, 1, 1500)
     assert joined(ids(tmp_path / "out")) == joined(TOKENS)[:1500]
 
 
@@ -172,7 +172,7 @@ def test_text_that_is_too_short(
 ) -> None:
     """A dataset that nothing can be learned from, or what is left lying about of it, is caught."""
     with pytest.raises(UserError, match=told):
-        stream.prepare(tmp_path / "out", source, tokenizer, lambda count: (np.arange(0, 1), np.arange(1, 2)), 1, limit)
+        large_corpus.prepare(tmp_path / "out", source, tokenizer, lambda count: (np.arange(0, 1), np.arange(1, 2)), 1, limit)
     assert not (tmp_path / "out").exists()
 
 
@@ -181,12 +181,14 @@ def test_damaged_document_leaves_nothing(tmp_path: Path, source: documents.Sourc
     (tmp_path / "in" / "b.jsonl").write_text('{"text": "a"}\n{"text": "a}\n')
     damaged = documents.local(str(tmp_path / "in"))
     with pytest.raises(UserError, match=r"b\.jsonl, line 2: not JSON"):
-        stream.prepare(tmp_path / "out", damaged, tokenizer, split, workers=40)
+        large_corpus.prepare(tmp_path / "out", damaged, tokenizer, split, workers=40)
     assert not (tmp_path / "out").exists()
-    stream.prepare(tmp_path / "out", source := documents.local(str(tmp_path / "in" / "a.jsonl")), tokenizer, split, workers=1)
+    large_corpus.prepare(
+        tmp_path / "out", source := documents.local(str(tmp_path / "in" / "a.jsonl")), tokenizer, split, workers=1
+    )
     before = content(tmp_path / "out")
     with pytest.raises(UserError, match="line 2"):
-        stream.prepare(tmp_path / "out", damaged, tokenizer, split, workers=40)
+        large_corpus.prepare(tmp_path / "out", damaged, tokenizer, split, workers=40)
     assert content(tmp_path / "out") == before and source.name == "a.jsonl"
 
 
@@ -200,7 +202,7 @@ def test_threads_are_only_a_little_ahead() -> None:
             next(taken)
             yield index, index
 
-    for mark, result in stream._ahead(lambda index: index * index, items(), 3):
+    for mark, result in large_corpus._ahead(lambda index: index * index, items(), 3):
         next(given)
         ahead.append(int(repr(taken)[6:-1]) - int(repr(given)[6:-1]))
         assert result == mark * mark
@@ -222,7 +224,7 @@ def at_step(step: int, act: Callable[[], Any], *others: tuple[Any, str]) -> pyte
 
         return wrapper
 
-    for owner, name in ((os, "fsync"), (os, "replace"), (stream.tqdm, "update"), *others):
+    for owner, name in ((os, "fsync"), (os, "replace"), (large_corpus.tqdm, "update"), *others):
         patch.setattr(owner, name, watched(getattr(owner, name)))
     return patch
 
@@ -286,13 +288,13 @@ def test_interrupted_at_any_step_goes_on(
         folder = tmp_path / str(step)
         corpus.write_dataset(folder, ["abab"], ["baba"], CharTokenizer(["a", "b"]), "letters")
         before = content(folder)
-        ended = end(lambda folder=folder: stream.prepare(folder, source, tokenizer, split, workers=2), step)
+        ended = end(lambda folder=folder: large_corpus.prepare(folder, source, tokenizer, split, workers=2), step)
         found = {name: content(folder).get(name) for name in before}
         assert found in (before, whole) or found["train.bin"] is None
         assert end is not refuse or not list(folder.glob("*.bin.tmp"))
-        with open(folder / stream.TOKENS, "ab") as file:
+        with open(folder / large_corpus.TOKENS, "ab") as file:
             file.write(b"torn")  # what was written after the last note
-        stream.prepare(folder, source, tokenizer, split, workers=3)
+        large_corpus.prepare(folder, source, tokenizer, split, workers=3)
         assert content(folder) == whole
         if ended:
             break
@@ -308,12 +310,12 @@ def test_tokens_are_on_the_disk_before_they_are_noted(
     replace = os.replace
 
     def noted(one: Path, other: Path) -> None:
-        if other.name == stream.PROGRESS:
+        if other.name == large_corpus.PROGRESS:
             assert safe[-1] == 2 * json.loads(one.read_text())["tokens"] > 0
         replace(one, other)
 
     monkeypatch.setattr(os, "replace", noted)
-    stream.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
+    large_corpus.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
     assert len(safe) > 5
 
 
@@ -334,11 +336,11 @@ def test_what_is_done_is_not_done_again(
 
     counting = Counting("bytes", 257)
     counting._encoding = tokenizer._encoding
-    call = lambda: stream.prepare(tmp_path / "out", source, counting, split, workers=1)  # noqa: E731
+    call = lambda: large_corpus.prepare(tmp_path / "out", source, counting, split, workers=1)  # noqa: E731
     for note, step in ((1000, 20), (10**9, 5)):  # Ctrl-C loses nothing that is done, noted before or not
-        monkeypatch.setattr(stream, "NOTE", note)
+        monkeypatch.setattr(large_corpus, "NOTE", note)
         assert not interrupt(call, step)
-        done = json.loads((tmp_path / "out" / stream.PROGRESS).read_text())["tokens"]
+        done = json.loads((tmp_path / "out" / large_corpus.PROGRESS).read_text())["tokens"]
         assert done > 0
     encoded.clear()
     call()
@@ -353,8 +355,8 @@ def test_something_else_begins_anew(
 ) -> None:
     """Tokens of another text, encoding or length that a run goes on from are caught."""
     folder, limit, tokens = tmp_path / "out", 0, TOKENS
-    assert not interrupt(lambda: stream.prepare(folder, source, tokenizer, split, workers=1), 30)
-    assert json.loads((folder / stream.PROGRESS).read_text())["tokens"] > 1000
+    assert not interrupt(lambda: large_corpus.prepare(folder, source, tokenizer, split, workers=1), 30)
+    assert json.loads((folder / large_corpus.PROGRESS).read_text())["tokens"] > 1000
     if change == "max_tokens":
         limit = 3000
     elif change == "tokenizer":
@@ -364,10 +366,10 @@ def test_something_else_begins_anew(
         source = documents.local(str(tmp_path / "in"))
         tokens = [[*b"new", END], *TOKENS[40:]]
     elif change == "note":
-        (folder / stream.PROGRESS).write_bytes(b"")
+        (folder / large_corpus.PROGRESS).write_bytes(b"")
     else:
-        (folder / stream.TOKENS).write_bytes(b"")
-    stream.prepare(folder, source, tokenizer, split, 1, limit)
+        (folder / large_corpus.TOKENS).write_bytes(b"")
+    large_corpus.prepare(folder, source, tokenizer, split, 1, limit)
     assert "beginning anew" in capsys.readouterr().err
     if limit:
         assert sum(map(len, ids(folder))) == limit
@@ -377,23 +379,23 @@ def test_something_else_begins_anew(
 
 def test_file_that_cannot_be_opened_is_named(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
     """Advice to make room where it is not room that is missing is caught."""
-    (tmp_path / "out" / stream.TOKENS).mkdir(parents=True)
-    with pytest.raises(OSError, match=stream.TOKENS):
-        stream.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
+    (tmp_path / "out" / large_corpus.TOKENS).mkdir(parents=True)
+    with pytest.raises(OSError, match=large_corpus.TOKENS):
+        large_corpus.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
 
 
 def test_second_run_at_the_same_time(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
     """Two processes that write into the same file, and what they make of it, are caught."""
     fcntl = pytest.importorskip("fcntl", reason="this system has no flock")
     (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / stream.TOKENS, "ab") as file:
+    with open(tmp_path / "out" / large_corpus.TOKENS, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(b"of the first")
         file.flush()
         with pytest.raises(UserError, match="another prepare"):
-            stream.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
-        assert (tmp_path / "out" / stream.TOKENS).read_bytes() == b"of the first"
-    stream.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
+            large_corpus.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
+        assert (tmp_path / "out" / large_corpus.TOKENS).read_bytes() == b"of the first"
+    large_corpus.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
     assert ids(tmp_path / "out") == naive(TOKENS)
 
 
@@ -422,7 +424,7 @@ def test_openwebtext_has_the_files_of_nanogpt(project: Path, tmp_path: Path, tok
     texts = [f"{i} " * (i % 9) for i in range(2500)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     source = documents.local(str(tmp_path / "a.jsonl"))
-    stream.prepare(tmp_path / "out", source, tokenizer, script(project, "openwebtext")["split"], workers=2)
+    large_corpus.prepare(tmp_path / "out", source, tokenizer, script(project, "openwebtext")["split"], workers=2)
     whole = datasets.Dataset.from_dict({"text": texts})
     expected = []
     for shuffled in whole.train_test_split(test_size=0.0005, seed=2357, shuffle=True).values():

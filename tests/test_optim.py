@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import train
-from configurator import UserError, parse
+from configurator import parse
 from model import GPT, Bigram, GPTConfig
-from muon import Muon, MuonWithAdamW
+from nanogpt import checkpoint
+from nanogpt.errors import UserError
+from nanogpt.optim import Muon, MuonWithAdamW
 
 SETTINGS = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, bias=True)
@@ -47,7 +48,7 @@ def test_muon_matches_a_reference_in_its_own_format(monkeypatch: pytest.MonkeyPa
 
     In bfloat16 the reference is PyTorch's Muon, in float32 a loop in float64, so that no CPU's rounding decides.
     """
-    monkeypatch.setattr("device.has_bfloat16_instructions", lambda: format == "bfloat16")
+    monkeypatch.setattr("nanogpt.device.has_bfloat16_instructions", lambda: format == "bfloat16")
     torch.manual_seed(1)
     shapes = [(8, 24), (24, 8), (8, 8), (8, 24), (5, 8), (8, 8), (24, 8)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -74,7 +75,7 @@ def test_muon_matches_a_reference_in_its_own_format(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("has_instructions", [True, False])
 def test_updates_have_singular_values_near_one(monkeypatch: pytest.MonkeyPatch, has_instructions: bool) -> None:
     """Catches an iteration that does not converge, in either number format."""
-    monkeypatch.setattr("device.has_bfloat16_instructions", lambda: has_instructions)
+    monkeypatch.setattr("nanogpt.device.has_bfloat16_instructions", lambda: has_instructions)
     p = torch.nn.Parameter(torch.zeros(16, 64))
     muon = Muon([p], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import guard
-from configurator import UserError
-from device import Group
+from nanogpt import run as guard
+from nanogpt.device import Group
+from nanogpt.errors import UserError
 
 ALONE = Group()
 

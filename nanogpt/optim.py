@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-import device
+from nanogpt import device
 
 
 class MuonWithAdamW:

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
-import device
-from device import Group
 from model import Block
+from nanogpt import device
+from nanogpt.device import Group
 
 
 def blocks(model: nn.Module) -> list[Block]:

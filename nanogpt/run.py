@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-import configurator
-from configurator import UserError
-from device import Group
+from nanogpt import errors
+from nanogpt.device import Group
+from nanogpt.errors import UserError
 
 try:
     import fcntl
@@ -99,7 +99,7 @@ def _held(out_dir: Path) -> Iterator[None]:
             except (BlockingIOError, PermissionError) as error:
                 raise UserError(f"another run lives in {out_dir}: stop it first, or give this one another --out_dir") from error
             except OSError as error:  # as on some network disks
-                configurator.warn(f"{out_dir} cannot be locked ({error.strerror}): start no second run in it")
+                errors.warn(f"{out_dir} cannot be locked ({error.strerror}): start no second run in it")
             yield
     finally:
         if is_new and os.listdir(out_dir) == [LOCK]:

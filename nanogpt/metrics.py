@@ -31,8 +31,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-import configurator
-from configurator import UserError
+from nanogpt import errors
+from nanogpt.errors import UserError
 
 COLUMNS = [
     "iteration",
@@ -202,7 +202,7 @@ class Metrics:
 
     def _print(self, text: str) -> None:
         try:
-            text = text.translate(configurator.CONTROL) if sys.stdout.isatty() else text
+            text = text.translate(errors.CONTROL) if sys.stdout.isatty() else text
             write = print if self._bar.disable else tqdm.write
             write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -228,7 +228,7 @@ class Metrics:
         try:
             self._wandb.log(values)
         except Exception as error:  # nothing that happens over there is worth a run
-            configurator.warn(f"Weights & Biases gets no more of this run: {error or type(error).__name__}")
+            errors.warn(f"Weights & Biases gets no more of this run: {error or type(error).__name__}")
             self._wandb = None
 
     def _flush(self) -> None:
@@ -243,7 +243,7 @@ class Metrics:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]  # a disk that fills up takes a part
         except OSError as error:
             if not self._is_failing:
-                configurator.warn(f"{self._path}: {error.strerror}; its rows wait in memory")
+                errors.warn(f"{self._path}: {error.strerror}; its rows wait in memory")
         self._is_failing = bool(self._unwritten)
 
 

@@ -15,8 +15,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from configurator import UserError, one_line
-from data.tokenizer import CharTokenizer, Tokenizer
+from nanogpt.errors import UserError, one_line
+from nanogpt.tokenizer import CharTokenizer, Tokenizer
 
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]  # {"role": one of ROLES, "content": its text}

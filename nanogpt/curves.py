@@ -1,0 +1,268 @@
+"""The loss curves of one or several runs, read from metrics.csv or from logs, as a picture."""
+
+import contextlib
+import math
+import os
+import re
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanogpt import errors, metrics
+from nanogpt.errors import UserError
+
+LOSS = re.compile(r"iter (\d+): loss ([\d.]+|nan|inf),")  # nanoGPT's lines, and ours
+LOSSES = re.compile(r"step (\d+): train loss (?:[\d.]+|nan|inf), val loss ([\d.]+|nan|inf)")
+TOKENS = re.compile(r"tokens per iteration(?: will be)?: ([\d,]+)")
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # told apart by all (Okabe & Ito 2008)
+STYLE = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#999999",
+    "axes.labelcolor": "#333333",
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eeeeee",
+    "legend.frameon": False,
+    "agg.path.chunksize": 10000,
+}
+DOTS = {"linestyle": "--", "linewidth": 1, "marker": "o", "markersize": 5}
+RING = {"linestyle": "", "marker": "o", "markersize": 8, "markerfacecolor": "white", "markeredgewidth": 1.8, "zorder": 5}
+
+
+@dataclass
+class Run:
+    """The losses of one run, in nats a token, and where on the x axis they stand."""
+
+    name: str
+    train_x: np.ndarray  # (n,)
+    train: np.ndarray  # (n,) of the batches; not a number where it was none
+    val_x: np.ndarray  # (m,)
+    val: np.ndarray  # (m,) of the evaluations
+
+
+class NothingToDraw(UserError):
+    """A file without losses, or no file, as of a run that has only begun."""
+
+
+class Curves:
+    """Keeps the picture of a run that goes on up to date: inside its `with` block where that costs little, and at its end."""
+
+    SHARE = 0.01  # of the time so far is what drawing may take before the end
+    FIRST = 1.0  # seconds that the first drawing is taken to need, since it imports matplotlib
+
+    def __init__(self, out_dir: Path, is_main: bool = True):
+        """Draw the metrics.csv of `out_dir`; in all processes but the main one, do nothing."""
+        self._out_dir, self._is_main = out_dir, is_main
+        self._began, self._spent, self._expected, self._has_failed = time.perf_counter(), 0.0, self.FIRST, False
+
+    def update(self) -> None:
+        """Draw, if the time allows for it."""
+        if self._spent + self._expected < self.SHARE * (time.perf_counter() - self._began):
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw what there is; a failure is a warning, the first time."""
+        began = time.perf_counter()
+        try:
+            if self._is_main:
+                draw([read(self._out_dir)], self._out_dir / "loss.png")
+        except NothingToDraw:
+            pass
+        except Exception as error:  # no picture is worth a run
+            if not self._has_failed:
+                errors.warn(f"{self._out_dir / 'loss.png'} is not drawn: {error or type(error).__name__}")
+            self._has_failed = True
+        self._expected = time.perf_counter() - began
+        self._spent += self._expected
+
+    def __enter__(self) -> "Curves":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.draw()
+
+
+def read(path: Path, x: str = "iterations") -> Run:
+    """Read the run in a folder, a metrics.csv or a log; `x` is what its losses stand against. UserError where it has none."""
+    file = path / "metrics.csv" if path.is_dir() else path
+    if not file.is_file():
+        raise NothingToDraw(f"{file}: no such file; name run folders, metrics.csv files or logs")
+    name = file.resolve().parent.name if file.name == "metrics.csv" else path.name
+    rows = metrics.read_rows(file)
+    if rows:
+        column = {"iterations": "iteration"}.get(x, x)
+        try:
+            train = [(float(row[column]), float(row["loss"] or "nan")) for row in rows if row["learning_rate"]]
+            val = [(float(row[column]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+        except ValueError as error:
+            raise UserError(f"{file} is damaged: {error}") from error
+    else:
+        train, val = read_log(file, x)
+    if not any(math.isfinite(loss) for _, loss in train + val):
+        raise NothingToDraw(f"{file}: no losses in it (yet); a metrics.csv has them, or what train.py or nanoGPT prints")
+    return Run(name, *np.array(train, ndmin=2).reshape(-1, 2).T, *np.array(val, ndmin=2).reshape(-1, 2).T)
+
+
+def read_log(path: Path, x: str) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Return (x, loss) of each batch and of each evaluation of the validation split that a log tells of.
+
+    Where a run went on from an earlier iteration, what it had done beyond that counts as undone.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = []
+    for pattern in (LOSS, LOSSES):
+        points: list[tuple[float, float]] = []
+        for iteration, loss in pattern.findall(text):
+            while points and points[-1][0] >= int(iteration):
+                points.pop()
+            points.append((int(iteration), float(loss)))
+        found.append(points)
+    if x == "iterations" or found == [[], []]:
+        return found[0], found[1]
+    tokens = TOKENS.search(text)
+    if x == "seconds" or tokens is None:
+        raise UserError(f"{path}: a log that does not tell the {x}: draw it with --x=iterations")
+    each = int(tokens[1].replace(",", ""))
+    return tuple([(iteration * each, loss) for iteration, loss in points] for points in found)
+
+
+def best_of(run: Run) -> int | None:
+    """Return which evaluation has the lowest validation loss; None where there is none."""
+    return int(np.nanargmin(run.val)) if np.isfinite(run.val).any() else None
+
+
+def smooth(values: np.ndarray, half: int) -> np.ndarray:
+    """Return the mean over up to `half` neighbours on either side, (n,), which is no number where most of them are none.
+
+    Near the beginning they are fewer, so that its fall is not flattened; none comes from the right where none is.
+    """
+    n, good = len(values), np.isfinite(values)
+    i = np.arange(n)
+    left = np.minimum(i // 4, half)
+    right = np.minimum(left, n - 1 - i)
+    totals = np.concatenate(([0.0], np.cumsum(np.where(good, values, 0.0))))
+    counts = np.concatenate(([0], np.cumsum(good)))
+    count = counts[i + right + 1] - counts[i - left]
+    return np.where(2 * count > left + right, (totals[i + right + 1] - totals[i - left]) / np.maximum(count, 1), np.nan)
+
+
+def envelope(x: np.ndarray, y: np.ndarray, count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """Return a line that looks like that of many points: through the lowest and the highest of every few."""
+    each = -(-len(x) // count)
+    if each <= 2:
+        return x, y
+    whole = len(x) // each * each
+    groups = y[:whole].reshape(-1, each)
+    ends = np.stack((np.fmin.reduce(groups, axis=1), np.fmax.reduce(groups, axis=1)), axis=1)
+    return np.repeat(x[:whole].reshape(-1, each).mean(axis=1), 2), ends.reshape(-1)
+
+
+def draw(runs: list[Run], path: Path, x: str = "iterations", log: str = "none") -> None:
+    """Draw the losses of `runs`, which `read` has read against `x`, to a PNG or SVG file, which is always whole."""
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from PIL import Image  # which matplotlib stands on
+    except ImportError as error:
+        raise UserError("curves need the package matplotlib: pip install matplotlib") from error
+    part = path.with_name(path.name + ".tmp")
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a letter that the font lacks
+        matplotlib.rcdefaults()  # the same picture for everyone
+        matplotlib.rcParams.update(STYLE)
+        figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+        fill(figure.add_subplot(), runs, x, log)
+        try:
+            if path.suffix.lower() == ".png":
+                canvas = FigureCanvasAgg(figure)
+                canvas.draw()
+                pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+                pixels.quantize(128).save(part, "PNG")  # a third of the bytes, and nobody sees it
+            else:
+                figure.savefig(part, format=path.suffix[1:].lower())
+            os.replace(part, path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def fill(axes: Any, runs: list[Run], x: str, log: str) -> None:
+    """Draw the runs into a matplotlib Axes."""
+    from matplotlib import ticker
+    from matplotlib.lines import Line2D
+
+    alone = len(runs) == 1
+    unit, label = (1, x) if "x" in log else _unit(runs, x)  # powers of ten need no other
+    losses: list[np.ndarray] = []  # what must be in the picture; the worst batches may be beyond its edge
+    entries: list[tuple[Any, str]] = []
+    smoothed_label = "training"
+    for number, run in enumerate(runs):
+        color = COLORS[number % len(COLORS)]
+        val_color = COLORS[1] if alone else color
+        half = len(run.train) // 50
+        smoothed, best = smooth(run.train, half), best_of(run)
+        smoothed_label = "training, smoothed" if half else smoothed_label
+        losses += [smoothed, run.val, np.nanpercentile(run.train, [1, 99]) if np.isfinite(run.train).any() else run.val]
+        raw_x, raw = (run.train_x, run.train) if "x" in log else envelope(run.train_x, run.train)
+        axes.plot(raw_x / unit, raw, color=color, alpha=0.25 if half else 1.0, linewidth=0.7)
+        (train,) = axes.plot(run.train_x / unit, smoothed, color=color, linewidth=1.8 if alone else 1.0)
+        (val,) = axes.plot(run.val_x / unit, run.val, color=val_color, **DOTS if len(run.val) <= 50 else {"linewidth": 2})
+        if not alone:
+            entries.append((val, run.name if best is None else f"{run.name}, best {run.val[best]:.3f}"))
+        else:
+            entries += [(train, smoothed_label)] * (len(run.train) > 0) + [(val, "validation")] * (len(run.val) > 0)
+        if best is not None:
+            (ring,) = axes.plot(run.val_x[best] / unit, run.val[best], color=val_color, **RING)
+            entries += [(ring, f"best: {run.val[best]:.3f}")] * alone
+    if not alone:
+        entries.append((Line2D([], [], color="#777777", linewidth=1), smoothed_label))
+        entries.append((Line2D([], [], color="#777777", **DOTS), "validation"))
+    _scale(axes, np.concatenate(losses), log)
+    axes.set_xlabel(label)
+    axes.set_ylabel("loss (nats per token)")
+    if "x" not in log:
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(9, integer=unit == 1, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    if alone:
+        axes.set_title(runs[0].name, loc="left", parse_math=False)
+    handles, labels = zip(*entries, strict=True)
+    for text in axes.legend(handles, labels, loc="lower left" if "x" in log else "upper right").get_texts():
+        text.set_parse_math(False)  # a name may have dollar signs
+
+
+def _scale(axes: Any, losses: np.ndarray, log: str) -> None:
+    """Set the scales of the axes, and the limits of the losses so that `losses` are within them."""
+    from matplotlib import ticker
+
+    losses = losses[np.isfinite(losses) & ((losses > 0) | ("y" not in log))]
+    if "x" in log:
+        axes.set_xscale("log", nonpositive="mask")
+    if "y" in log:
+        axes.set_yscale("log", nonpositive="mask")
+        wide = losses.size > 0 and losses.max() > 10 * losses.min()
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if wide else ticker.MaxNLocator(6))
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+    if losses.size:
+        low, high = losses.min(), losses.max()
+        if "y" in log:
+            axes.set_ylim(low * (low / high) ** 0.05 * 0.99, high * (high / low) ** 0.05 * 1.01)
+        else:
+            margin = 0.05 * (high - low) or 0.1
+            axes.set_ylim(low - margin, high + margin)
+
+
+def _unit(runs: list[Run], x: str) -> tuple[float, str]:
+    """Return the number that is 1 on the x axis, and its label."""
+    last = max(value for run in runs for value in (*run.train_x[-1:], *run.val_x[-1:]))
+    units = {"seconds": [(3600, "hours"), (60, "minutes")], "tokens": [(1e9, "billion tokens"), (1e6, "million tokens")]}
+    return next(((unit, label) for unit, label in units.get(x, []) if last >= unit), (1, x))
