@@ -22,20 +22,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 import configurator
-import train
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from model import GPT, GPTConfig, sample_next
-from nanogpt import device, metrics
-from nanogpt import distributed as parallel
+from nanogpt import device, distributed, metrics
 from nanogpt.dataset import Dataset
 from nanogpt.device import Compile, Dtype
 from nanogpt.errors import UserError
+from nanogpt.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parent
 TRACE = "trace.json"
@@ -85,7 +84,7 @@ class Config(configurator.Config):
     dtype: Dtype = "auto"  # of matrix products, in generation also of weights. auto: 16 bits where the device is made for it
     compile: Compile = "auto"  # compile the model with torch.compile for training. auto: on CUDA
     fused: bool = True  # AdamW as one kernel, on CUDA and CPUs
-    loss_rows: train.LossRows = (
+    loss_rows: Annotated[int | Literal["auto"], configurator.Range(at_least=0)] = (
         "auto"  # positions whose logits are there at a time; 0: all. auto: 256 on a CPU where all are many
     )
     keep_memory: bool = True  # on a CPU under Linux: keep the memory of tensors for those of the next step
@@ -108,7 +107,7 @@ def main(config: Config) -> None:
 
 def training(config: Config) -> None:
     """Time training steps of the fast and the plain way in turn, each in a process of its own, whose memory is its own."""
-    where = device.resolve_device(config.device)
+    where = device.pick_device(config.device)
     B, T = batch_shape(config)
     if config.real_data:
         Dataset(config.dataset).check(T, trained_shape(config).vocab_size)
@@ -152,8 +151,8 @@ def training(config: Config) -> None:
 
 def work(pipe: Connection, config: Config, way: str) -> None:
     """Do training steps as a process of `training` asks for them; tell it the seconds of one, and at the end the memory."""
-    where = device.resolve_device(config.device)
-    dtype = device.resolve_dtype(config.dtype, where)
+    where = device.pick_device(config.device)
+    dtype = device.pick_dtype(config.dtype, where)
     device.set_up(where, config.seed)
     kept = config.keep_memory and where == "cpu" and device.keep_memory()
     shape = trained_shape(config)
@@ -161,13 +160,13 @@ def work(pipe: Connection, config: Config, way: str) -> None:
     model = GPT(shape).to(where)
     device_type = torch.device(where).type
     muon = config.optimizer == "muon" and way == "fast"
-    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type, muon, config.fused)
-    is_compiled = device.resolve_compile(config.compile, where)
-    network = device.compiled(model) if is_compiled else model
-    rows = train.resolve_loss_rows(config.loss_rows, where, B * T, shape.vocab_size)
+    optimizer = build_optimizer(model, "muon" if muon else "adamw", 0.1, 1e-4, (0.9, 0.95), device_type, config.fused)
+    is_compiled = device.pick_compile(config.compile, where)
+    network = device.compile_model(model) if is_compiled else model
+    rows = device.pick_loss_rows(config.loss_rows, where, B * T, shape.vocab_size)
     data = Dataset(config.dataset) if config.real_data else None
     generator = torch.Generator().manual_seed(config.seed)
-    clip = parallel.clip_gradient if way == "fast" else lambda model, limit: clip_grad_norm_(model.parameters(), limit)
+    clip = distributed.clip_gradient if way == "fast" else lambda model, limit: clip_grad_norm_(model.parameters(), limit)
 
     def step(number: int) -> None:
         if data is None:
@@ -270,7 +269,7 @@ def sizing(config: Config) -> None:
     )
     activations = 34 * B * T * shape.n_embd * shape.n_layer
     logits = 4 * B * T * shape.vocab_size
-    rows = train.resolve_loss_rows("auto", "cpu", B * T, shape.vocab_size)
+    rows = device.pick_loss_rows("auto", "cpu", B * T, shape.vocab_size)
     memory = {"weights, float32": 4 * total, "gradients": 4 * total, "AdamW's two moments": 8 * total}
     memory |= {"activations, 16 bits, about": activations, "logits, float32, all at once": logits}
     for name, size in memory.items():
@@ -337,8 +336,8 @@ def crossing(found: list[tuple[float, int, float]], target: float) -> float | No
 
 def generation(config: Config) -> None:
     """Time the generation of text in this process, and the other way to do it in turn."""
-    where = device.resolve_device(config.device)
-    dtype = device.resolve_dtype(config.dtype, where)
+    where = device.pick_device(config.device)
+    dtype = device.pick_dtype(config.dtype, where)
     device.set_up(where, config.seed)
     shape = GPTConfig(**SIZES[config.size])
     idx = torch.randint(shape.vocab_size, (config.batch_size or 1, config.prompt_tokens), device=where)
@@ -346,7 +345,7 @@ def generation(config: Config) -> None:
     run_other = other(shape, idx, config, where, dtype) if other else None
     model = GPT(shape)
     print(f"{config.size}: {model.get_num_params() / 1e6:.2f}M random weights; {where}, {dtype}, PyTorch {torch.__version__}")
-    device.ready_to_generate(model, where, dtype)
+    device.prepare_for_generation(model, where, dtype)
     times: list[float] = []  # of each token of a round
     speeds, ratios, slowings = [], [], []
     for number in range(-1, config.rounds):  # the first warms up

@@ -20,7 +20,6 @@ import configurator
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from model import GPT, Bigram
 from nanogpt import checkpoint, conversation, corpus, device, errors
-from nanogpt import run as guard
 from nanogpt.conversation import ChatFormat
 from nanogpt.device import Compile, Dtype
 from nanogpt.errors import UserError
@@ -60,15 +59,15 @@ class Config(configurator.Config):
                 raise UserError(f"--{key}={name}: a name is one line of text, and not empty")
 
 
-@guard.memory("give --dtype=bfloat16, or take a smaller model")
+@device.explain_out_of_memory("give --dtype=bfloat16, or take a smaller model")
 def main(config: Config) -> None:
-    where = device.resolve_device(config.device)
-    dtype = device.resolve_dtype(config.dtype, where)
+    where = device.pick_device(config.device)
+    dtype = device.pick_dtype(config.dtype, where)
     device.set_up(where, config.seed)
     model, tokenizer, start = checkpoint.load_model(config.init_from, config.out_dir)
     chat_format = choose_format(config, start.chat_format)
     size = model.get_num_params() / 1e6
-    device.ready_to_generate(model, where, dtype, device.resolve_compile(config.compile, where))
+    device.prepare_for_generation(model, where, dtype, device.pick_compile(config.compile, where))
     chat = Chat(model, tokenizer, chat_format, config, where)
     if sys.stdout.isatty():
         print(f"{start.path}: {size:.2f}M parameters, context {model.config.block_size:,}, format {chat_format.name}")

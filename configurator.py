@@ -1,17 +1,17 @@
-"""Turn a script's defaults, config files and --key=value flags into one checked config.
+"""Merge a command's defaults, config files and --key=value flags into one checked config.
 
-A script describes its keys as a dataclass, one field a line, with a trailing comment that is also the key's help:
+A command describes its keys as a dataclass, one field per line; the trailing comment is the key's help:
 
-    @dataclass
+    @dataclass(frozen=True)
     class Config(configurator.Config):
-        batch_size: PositiveInt = 12  # windows in a micro-batch
-        device: Literal["auto", "cpu"] = "auto"  # where to compute
+        batch_size: PositiveInt = 12  # sequences per micro-batch
+        device: Literal["auto", "cpu"] = "auto"  # device to train on
 
     if __name__ == "__main__":
         configurator.run(main, Config)
 
 `python script.py config/a.py --batch_size=4 config/b.py` applies its arguments from left to right. A config file is plain
-Python; it sees the values so far, and the names that it assigns must be keys.
+Python: it sees the values so far, and the names that it assigns must be keys.
 """
 
 import ast
@@ -37,13 +37,17 @@ ROOT = Path(__file__).resolve().parent
 
 
 class Config:
-    """What every script's config dataclass starts from."""
+    """Base class of every command's config."""
 
-    given: ClassVar[frozenset[str]] = frozenset()  # the keys that a file or a flag has set; an instance gets its own
-    positional: ClassVar[str] = ""  # a key that takes arguments without dashes, joined by commas; else they are config files
+    given: ClassVar[frozenset[str]] = frozenset()  # the keys that a file or a flag has set, on each instance
+    positional: ClassVar[str] = ""  # the key that takes arguments without dashes, joined by commas; "": they are config files
 
     def validate(self) -> None:
-        """Raise UserError where values that are fine one by one do not fit together."""
+        """Check the keys together. Raises UserError if they do not fit."""
+
+    def replace(self, **values: Any) -> "Config":
+        """Return a copy with other values and the same `given`."""
+        return _with_given(dataclasses.replace(self, **values), self.given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +81,13 @@ Probability = Annotated[float, Range(at_least=0, below=1)]
 
 
 def parse(config_class: type, arguments: list[str]) -> Any:
-    """Return a `config_class` with its defaults overridden by `arguments`, applied from left to right.
+    """Return a `config_class` with its defaults overridden by `arguments`, from left to right.
 
-    `config.given` holds the keys that were set. Raises UserError for whatever does not fit.
+    `config.given` holds the keys that were set. Raises UserError if a key or a value is wrong.
     """
-    config = config_class()
     kinds = typing.get_type_hints(config_class, include_extras=True)
-    keys = [field.name for field in dataclasses.fields(config_class)]
+    values = {field.name: getattr(config_class(), field.name) for field in dataclasses.fields(config_class)}
+    keys = list(values)
     given: set[str] = set()
     for argument in arguments:
         if argument.startswith("--"):
@@ -92,37 +96,41 @@ def parse(config_class: type, arguments: list[str]) -> Any:
                 raise UserError(f"{argument}: write --key=value, with no spaces around '='{_hint(key, keys, '--{}=...')}")
             if key not in keys:
                 raise UserError(f"unknown key '{key}' in {argument}{_hint(key, keys, '--{}')}; --help lists all keys")
-            updates = {key: _checked(f"--{key}={text}", text, kinds[key], is_text=True)}
+            updates = {key: _check(f"--{key}={text}", text, kinds[key], is_text=True)}
         elif config_class.positional and not argument.startswith("-"):
             key = config_class.positional
-            updates = {key: ",".join(filter(None, (getattr(config, key), argument)))}
+            updates = {key: ",".join(filter(None, (values[key], argument)))}
         else:
             path = _find_config_file(argument, keys)
-            assigned = _run_config_file(path, argument, {key: getattr(config, key) for key in keys})
             updates = {}
-            for key, value in assigned.items():
+            for key, value in _run_config_file(path, argument, values).items():
                 if key not in keys:
-                    raise UserError(f"{argument}: unknown key '{key}'{_hint(key, keys)}; a name that is no key starts with _")
-                updates[key] = _checked(f"{argument}: {key} = {value!r}", value, kinds[key], is_text=False)
-        for key, value in updates.items():
-            setattr(config, key, value)
+                    hint = f"{_hint(key, keys)}; start a name that is not a key with _"
+                    raise UserError(f"{argument}: unknown key '{key}'{hint}")
+                updates[key] = _check(f"{argument}: {key} = {value!r}", value, kinds[key], is_text=False)
+        values.update(updates)
         given.update(updates)
-    config.given = frozenset(given)
+    config = _with_given(config_class(**values), frozenset(given))
     config.validate()
     return config
 
 
+def _with_given(config: Config, given: frozenset[str]) -> Config:
+    object.__setattr__(config, "given", given)  # configs are frozen
+    return config
+
+
 def check_value(config_class: type, key: str, value: Any, source: str) -> Any:
-    """Return `value`, which came from `source`, as the type of `key`; UserError where it does not fit."""
+    """Return `value`, read from `source`, as the type of `key`. Raises UserError if it does not fit."""
     kind = typing.get_type_hints(config_class, include_extras=True)[key]
-    return _checked(f"{source}: {key} = {value!r}", value, kind, is_text=False)
+    return _check(f"{source}: {key} = {value!r}", value, kind, is_text=False)
 
 
 def run(main: Callable[[Any], None], config_class: type) -> None:
-    """Call `main` with the config from the command line; what a script's `if __name__ == "__main__"` does.
+    """Parse the command line and call `main` with the config: the `if __name__ == "__main__"` of every command.
 
-    A UserError, or the system's refusal of a file (OSError with a file's name), ends the process with status 1 and one
-    line on stderr; Ctrl-C with status 130. Everything else is a mistake in the program and keeps its traceback.
+    A UserError, or an OSError with a file's name, ends the process with one line on stderr and status 1; Ctrl-C with status
+    130. Any other exception is a bug and keeps its traceback.
     """
     try:
         for stream in (sys.stdout, sys.stderr):
@@ -136,7 +144,7 @@ def run(main: Callable[[Any], None], config_class: type) -> None:
         sys.stdout.flush()
     except UserError as error:
         _exit(str(error))
-    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
@@ -149,19 +157,19 @@ def run(main: Callable[[Any], None], config_class: type) -> None:
 
 
 def help_text(config_class: type, script: str) -> str:
-    """Return the --help page: each key's type, default and meaning, under the headings of the class's own comments."""
+    """Return the --help page: each key's type, default and comment, under the headings in the class."""
     kinds = typing.get_type_hints(config_class, include_extras=True)
     defaults = {field.name: getattr(config_class(), field.name) for field in dataclasses.fields(config_class)}
     plain = config_class.positional or "config/file.py"
     lines = [f"usage: python {script} [{plain} ...] [--key=value ...]", ""]
-    summary = (sys.modules[config_class.__module__].__doc__ or "").strip().split("\n\n")[0]
-    lines += [*textwrap.wrap(summary, 100), ""]
-    lines.append("Arguments are applied from left to right. Keys, with type, default and meaning:")
+    description = (sys.modules[config_class.__module__].__doc__ or "").strip().split("\n\n")[0]
+    lines += [*textwrap.wrap(description, 100), ""]
+    lines.append("Arguments apply from left to right. Keys, with type, default and meaning:")
     for key, comment in _comments(config_class):
         if key is None:
             lines += ["", f"{comment}:"]
         elif key in defaults:
-            head = f"  --{key}=<{_type_name(kinds[key])}>  [{_shown(defaults[key])}]"
+            head = f"  --{key}=<{_type_name(kinds[key])}>  [{_show_default(defaults[key])}]"
             lines += [head] if len(head) > 44 else []
             lines += textwrap.wrap(
                 comment,
@@ -174,8 +182,8 @@ def help_text(config_class: type, script: str) -> str:
 
 def _exit(message: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
-    where = Path(sys.argv[0]).name + ("" if rank == "0" else f" [rank {rank}]")
-    print(f"{where}: error: {one_line(message)}", file=sys.stderr)
+    script = Path(sys.argv[0]).name + ("" if rank == "0" else f" [rank {rank}]")
+    print(f"{script}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -232,7 +240,7 @@ def _run_config_file(path: Path, shown: str, values: dict[str, Any]) -> dict[str
     }
 
 
-def _checked(shown: str, value: Any, kind: Any, is_text: bool) -> Any:
+def _check(shown: str, value: Any, kind: Any, is_text: bool) -> Any:
     """Return `value` as `kind`; `shown` is how an error quotes it."""
     limits = None
     if typing.get_origin(kind) is Annotated:
@@ -313,7 +321,7 @@ def _type_name(kind: Any) -> str:
     return "|".join(parts)
 
 
-def _shown(value: Any) -> str:
+def _show_default(value: Any) -> str:
     return repr(value) if isinstance(value, str) and (not value or not value.isprintable()) else str(value)
 
 
@@ -323,15 +331,20 @@ def _hint(name: str, known: list[str], form: str = "{}") -> str:
 
 
 def _comments(config_class: type) -> list[tuple[str | None, str]]:
-    """Return (key, trailing comment) of each field of the class and (None, text) of each comment line, in order."""
+    """Return (key, comment) of each field of the class and (None, text) of each heading between them, in order.
+
+    A comment-only line is a heading; a comment inside or behind a field that takes several lines belongs to the field.
+    """
     source = textwrap.dedent(inspect.getsource(config_class))
+    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    key_of_line = {line: node.target.id for node in fields for line in range(node.lineno, node.end_lineno + 1)}
+    last_line = max((node.end_lineno for node in fields), default=0)
     found: list[tuple[str | None, str]] = []
-    first_name_of_line: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.NAME and token.string == "def":
-            break
-        if token.type == tokenize.NAME:
-            first_name_of_line.setdefault(token.start[0], token.string)
-        elif token.type == tokenize.COMMENT:
-            found.append((first_name_of_line.get(token.start[0]), token.string.lstrip("# ")))
+        if token.type == tokenize.COMMENT and token.start[0] <= last_line:
+            key, text = key_of_line.get(token.start[0]), token.string.lstrip("# ")
+            if key is not None and found and found[-1][0] == key:
+                found[-1] = key, f"{found[-1][1]} {text}"
+            else:
+                found.append((key, text))
     return found

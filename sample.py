@@ -17,7 +17,6 @@ import configurator
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from model import GPT, Bigram
 from nanogpt import checkpoint, corpus, device, errors
-from nanogpt import run as guard
 from nanogpt.device import Compile, Dtype
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import CharTokenizer, StreamDecoder, Tokenizer
@@ -42,16 +41,16 @@ class Config(configurator.Config):
     compile: Compile = False  # compile the model with torch.compile
 
 
-@guard.memory("lower --num_samples or --max_new_tokens, give --dtype=bfloat16, or take a smaller model")
+@device.explain_out_of_memory("lower --num_samples or --max_new_tokens, give --dtype=bfloat16, or take a smaller model")
 def main(config: Config) -> None:
-    where = device.resolve_device(config.device)
-    dtype = device.resolve_dtype(config.dtype, where)
+    where = device.pick_device(config.device)
+    dtype = device.pick_dtype(config.dtype, where)
     device.set_up(where, config.seed)
     model, tokenizer, _ = checkpoint.load_model(config.init_from, config.out_dir)
     start, prompt = read_prompt(config.start, "start" in config.given, tokenizer)
     if len(prompt) > model.config.block_size:
         errors.warn(f"the model sees the last {model.config.block_size:,} of the prompt's {len(prompt):,} tokens")
-    device.ready_to_generate(model, where, dtype, device.resolve_compile(config.compile, where))
+    device.prepare_for_generation(model, where, dtype, device.pick_compile(config.compile, where))
 
     began, count = time.perf_counter(), 0
     batch_size = rows_in_memory(model, len(prompt) + config.max_new_tokens)

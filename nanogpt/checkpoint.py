@@ -1,19 +1,18 @@
-"""The only reader and writer of checkpoints, and the one loader of models for all scripts.
+"""The only reader and writer of checkpoints, and the model loader of every command.
 
-A checkpoint is nanoGPT's dictionary, so that files pass both ways: `model`, `optimizer`, `model_args` (nanoGPT's seven
-names), `iter_num` (updates done), `best_val_loss`, `config`. What nanoGPT does not know lies under one more key, `extra`:
+A checkpoint is nanoGPT's dictionary, so that files pass both ways: `model`, `optimizer`, `model_args` (nanoGPT's seven names),
+`iter_num` (updates done), `best_val_loss`, `config`. What nanoGPT does not know is under one more key, `extra`:
 
     tokenizer        the description that nanogpt.tokenizer.from_dict reads
-    chat_format      the description that nanogpt.conversation.from_dict reads, of a model of conversations
+    chat_format      the description that nanogpt.conversation.from_dict reads, if the model was trained on conversations
     model            "gpt" or "bigram"
     gelu             "erf" or "tanh"
     scaler           state of the GradScaler, empty without one
-    evaluated        the iteration of the last evaluation, which a resumed run does not repeat
+    evaluated        iteration of the last evaluation, which a resumed run does not repeat
     stale            evaluations since the best one, for early stopping
-    wandb            the id of the run at Weights & Biases, if it has one
+    wandb            id of the Weights & Biases run, if there is one
 """
 
-import contextlib
 import dataclasses
 import os
 import time
@@ -25,23 +24,25 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from model import GPT, Bigram, GPTConfig
-from nanogpt import conversation, errors, huggingface
-from nanogpt import distributed as parallel
+from nanogpt import conversation, huggingface
 from nanogpt import tokenizer as tokenizers
 from nanogpt.dataset import DATA
-from nanogpt.errors import UserError, one_line
+from nanogpt.distributed import gather, is_sharded, shard_like
+from nanogpt.errors import UserError, first_line, shown, warn
+from nanogpt.files import atomic_write, sync_folder
 from nanogpt.optim import Muon, MuonWithAdamW
 
-BEST = "ckpt.pt"  # the best weights, or the newest with always_save_checkpoint
+BEST = "ckpt.pt"  # the best weights; the newest with always_save_checkpoint
 LAST = "last.pt"  # the newest training state
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 MODELS = {"gpt": GPT, "bigram": Bigram}
-PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before names
+PREFIXES = ("_orig_mod.", "module.")  # added to names by torch.compile and DistributedDataParallel
+Optimizer = torch.optim.Optimizer | MuonWithAdamW
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint file's content, checked as far as each part can be by itself."""
+    """The content of a checkpoint file, each part checked by itself."""
 
     path: Path
     weights: dict[str, torch.Tensor]
@@ -51,11 +52,11 @@ class Checkpoint:
     best_val_loss: float
     config: dict[str, Any]
     extra: dict[str, Any]
-    in_file: bool = True  # whether the weights may be parts of the file, which are copied to build a model
+    in_file: bool = True  # the tensors belong to the file: a model copies them
 
     @property
-    def kind(self) -> str:
-        """The kind of model: a key of MODELS."""
+    def model_type(self) -> str:
+        """The type of model: a key of MODELS."""
         return self.extra.get("model", "gpt")
 
     @property
@@ -64,72 +65,70 @@ class Checkpoint:
         description = self.extra.get("chat_format")
         return None if description is None else conversation.from_dict(description)
 
+    def in_memory(self) -> "Checkpoint":
+        """Return the checkpoint with its tensors read from the file, if they were memory-mapped."""
+        return load(self.path) if self.in_file else self
+
+
+# writing
+
 
 class Saver:
-    """Writes the checkpoints of one run into its folder, in the main process; the others hand it their shares of the state."""
+    """Writes the checkpoints of one run, on rank 0; the other ranks contribute their shards."""
 
     def __init__(
         self,
         out_dir: Path,
         model: GPT | Bigram,
-        optimizer: torch.optim.Optimizer | MuonWithAdamW,
+        optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         description: dict[str, Any],
         config: dict[str, Any],
         saved: tuple[int, int] = (-1, -1),
         is_main: bool = True,
     ):
-        """Save `model` (the module itself, not a wrapper) and the others; `description` is that of the dataset.
+        """Save `model` (the module, not a wrapper of it) and the rest; `description` is the dataset's.
 
-        The folder has a state already where `saved`, its iteration and that of its last evaluation, are those of one.
+        `saved` is the (iter_num, evaluated) of the state that is in the folder already, if any.
         """
-        self.failure = ""  # why the newest state that was to be saved is not on the disk
+        self.failure = ""  # why the newest state is not on the disk
         self._out_dir, self._description, self._config, self._is_main = out_dir, description, config, is_main
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
-        self._tried, self._tried_at = saved, time.perf_counter()
+        self._saved, self._saved_at = saved, time.perf_counter()
 
-    def is_due(self, iteration: int, interval: int, minutes: float) -> bool:
-        """Return whether to save now: every `interval` iterations and `minutes` after the last time, 0 being never."""
-        if not self._is_main or iteration in (0, self._tried[0]):
+    def is_due(self, iter_num: int, interval: int, minutes: float) -> bool:
+        """Return whether to save now: every `interval` iterations, and `minutes` after the last save; 0 means never."""
+        if not self._is_main or iter_num in (0, self._saved[0]):
             return False
-        elapsed = time.perf_counter() - self._tried_at
-        return (interval > 0 and iteration % interval == 0) or (0 < 60 * minutes <= elapsed)
+        elapsed = time.perf_counter() - self._saved_at
+        return (interval > 0 and iter_num % interval == 0) or (0 < 60 * minutes <= elapsed)
 
-    def save(self, iter_num: int, best_val_loss: float, evaluated: int, stale: int, is_best: bool) -> None:
-        """Write the state after `iter_num` updates, unless that was done before; a full disk is a warning and a `failure`."""
-        if self._tried == (iter_num, evaluated) or not (self._is_main or parallel.is_sharded(self._model)):
+    def save(self, iter_num: int, best_val_loss: float, extra: dict[str, Any], is_best: bool) -> None:
+        """Write the state after `iter_num` updates unless it is written already; a full disk is a warning and a `failure`."""
+        if self._saved == (iter_num, extra["evaluated"]) or not (self._is_main or is_sharded(self._model)):
             return
-        self._tried, self.failure = (iter_num, evaluated), ""
-        extra = {**self._description, "scaler": self._scaler.state_dict(), "evaluated": evaluated, "stale": stale}
+        self._saved, self.failure = (iter_num, extra["evaluated"]), ""
+        extra = {**self._description, "scaler": self._scaler.state_dict(), **extra}
         state = pack(self._model, self._optimizer, iter_num, best_val_loss, self._config, extra)
         if not self._is_main:
             return
         try:
-            if is_best:  # in this order, a run that is killed in between has its newest state in BEST; see `newest`
+            if is_best:  # in this order: if the process is killed in between, BEST is the newest state; see `newest`
                 save(self._out_dir / BEST, state)
-                share(self._out_dir / BEST, self._out_dir / LAST)
+                link(self._out_dir / BEST, self._out_dir / LAST)
             else:
                 save(self._out_dir / LAST, state)
         except OSError as error:
             self.failure = f"{error.filename or self._out_dir}: {error.strerror}"
-            errors.warn(f"iteration {iter_num} is not saved ({self.failure}); the files before it are whole")
-        self._tried_at = time.perf_counter()
+            warn(f"iteration {iter_num} is not saved ({self.failure}); the earlier checkpoints are whole")
+        self._saved_at = time.perf_counter()
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path` so that the file there is always whole: the old one until the new one is on the disk.
-
-    OSError, with the name of the file, where it cannot be written.
-    """
-    part = path.with_name(path.name + ".tmp")
+    """Write `state` to `path` atomically. Raises OSError, with the file's name, if it cannot be written."""
     try:
-        part.unlink(missing_ok=True)  # one left by a killed `share` is another name of a checkpoint: not to be written into
-        with open(part, "wb") as file:
+        with atomic_write(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         cause = error
         while not isinstance(cause, OSError):  # torch.save raises errors of its own on top of it
@@ -137,12 +136,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
             if cause is None:
                 raise
         raise OSError(cause.errno, cause.strerror, str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
-def share(path: Path, other: Path) -> None:
-    """Make `other` a second name of the checkpoint at `path`, which costs no time; a copy where the disk has no links."""
+def link(path: Path, other: Path) -> None:
+    """Make `other` a hard link to the checkpoint at `path`, atomically; a copy on disks without links."""
     part = other.with_name(other.name + ".tmp")
     part.unlink(missing_ok=True)
     try:
@@ -151,13 +148,13 @@ def share(path: Path, other: Path) -> None:
         save(other, torch.load(path, map_location="cpu", weights_only=True))
     else:
         os.replace(part, other)
-        part.unlink(missing_ok=True)  # it is still there where both were names of one file already
-        _sync_folder(other.parent)
+        part.unlink(missing_ok=True)  # still there if both were links to one file already
+        sync_folder(other.parent)
 
 
 def pack(
     model: GPT | Bigram,
-    optimizer: torch.optim.Optimizer | MuonWithAdamW,
+    optimizer: Optimizer,
     iter_num: int,
     best_val_loss: float,
     config: dict[str, Any],
@@ -165,47 +162,53 @@ def pack(
 ) -> dict[str, Any]:
     """Return a training state as the dictionary that `save` takes; `model` is the module itself, not a wrapper of it.
 
-    Of a sharded model it is that in the main process alone, and all of them must call this.
+    With a sharded model all ranks must call this, and only rank 0 gets the tensors.
     """
     shape = dataclasses.asdict(model.config)
-    parameters = model.state_dict(keep_vars=True)  # themselves, so that tied ones are known and stored once
-    weights = {parameter: parallel.whole(parameter.detach()) for parameter in dict.fromkeys(parameters.values())}
+    parameters = model.state_dict(keep_vars=True)  # the parameters themselves, so that tied ones are stored once
+    weights = {parameter: gather(parameter.detach()) for parameter in dict.fromkeys(parameters.values())}
+    model_type = next(name for name, model_class in MODELS.items() if isinstance(model, model_class))
     return {
         "model": {name: weights[parameter] for name, parameter in parameters.items()},
-        "optimizer": parallel.whole(optimizer.state_dict()),
+        "optimizer": gather(optimizer.state_dict()),
         "model_args": {name: shape[name] for name in MODEL_ARGS},
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
         "config": config,
-        "extra": extra | {"model": _kind(model), "gelu": model.config.gelu},
+        "extra": extra | {"model": model_type, "gelu": model.config.gelu},
     }
 
 
-def load(path: Path, mmap: bool = False) -> Checkpoint:
-    """Read a checkpoint of this project or of nanoGPT, without running code from it; UserError where it is none.
+# finding and reading
 
-    With `mmap`, tensors stay in the file until they are used: for those who need few of them, and do not keep them.
+
+def load_model(init_from: str, out_dir: str, dropout: float = 0.0) -> tuple[GPT | Bigram, tokenizers.Tokenizer, Checkpoint]:
+    """Return the model that `init_from` names (see `open_checkpoint`), its tokenizer and its checkpoint."""
+    checkpoint = open_checkpoint(init_from, out_dir)
+    return build_model(checkpoint, dropout), tokenizer_of(checkpoint), checkpoint
+
+
+def open_checkpoint(init_from: str, out_dir: str, newest_state: bool = False) -> Checkpoint:
+    """Return the checkpoint that `init_from` names, its tensors memory-mapped.
+
+    `init_from` is "resume", for the run in `out_dir`; the path of a run folder or a checkpoint file; or GPT-2 weights, as
+    `huggingface.load` takes them. Of a run it is the best checkpoint, or, with "resume" and `newest_state`, the newest.
+    Raises UserError if there is no such checkpoint.
     """
-    state = huggingface.read_pickled(path, "a checkpoint", mmap)
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path}: not a checkpoint: it has no 'model'")
-    checkpoint = Checkpoint(
-        path=path,
-        weights=_weights(state["model"], path),
-        optimizer=_typed(state, "optimizer", dict, path, optional=True),
-        model_args=_typed(state, "model_args", dict, path),
-        iter_num=_typed(state, "iter_num", int, path),
-        best_val_loss=_number(state.get("best_val_loss", float("inf")), path),
-        config=_typed(state, "config", dict, path, optional=True) or {},
-        extra=_typed(state, "extra", dict, path, optional=True) or {},
-    )
-    _check_extra(checkpoint)
-    _check_shape(checkpoint)
-    return checkpoint
+    path = Path(out_dir if init_from == "resume" else init_from)
+    if init_from != "resume" and (huggingface.is_folder(path) or (huggingface.is_name(init_from) and not path.exists())):
+        return _pretrained(init_from)
+    if path.is_dir():
+        path = newest(path) if newest_state and init_from == "resume" else find(path, (BEST, LAST))
+    elif init_from == "resume":
+        raise UserError(f"--out_dir={out_dir}: no such folder; train a model there first, or name another")
+    elif not path.is_file():
+        raise UserError(f"--init_from={init_from}: no such run folder or checkpoint file, nor a name of GPT-2 weights")
+    return load(path, mmap=True)
 
 
 def find(out_dir: Path, names: tuple[str, ...]) -> Path:
-    """Return the first of `names` that is in the run folder `out_dir`; UserError where none is."""
+    """Return the first of `names` that exists in the run folder. Raises UserError if none does."""
     for name in names:
         if (out_dir / name).is_file():
             return out_dir / name
@@ -215,134 +218,42 @@ def find(out_dir: Path, names: tuple[str, ...]) -> Path:
 
 
 def newest(out_dir: Path) -> Path:
-    """Return the file with the newest training state in a run folder, for resuming it; UserError where there is none."""
+    """Return the file with the newest training state in a run folder. Raises UserError if there is none."""
     path, best = find(out_dir, (LAST, BEST)), out_dir / BEST
     if not best.is_file() or best.samefile(path):
         return path
     try:
         last = load(path, mmap=True)
     except UserError as error:
-        raise UserError(f"{error}; without that file, the run goes on from {best}") from error
+        raise UserError(f"{error}; remove that file to resume from {best}") from error
     return best if load(best, mmap=True).iter_num > last.iter_num else path
 
 
-def skeleton(kind: str, config: GPTConfig) -> GPT | Bigram:
-    """Return a model of a `kind` in MODELS without weights, which takes no memory: on the device "meta"."""
-    with torch.device("meta"), _Unfilled():
-        return MODELS[kind](config)
+def load(path: Path, mmap: bool = False) -> Checkpoint:
+    """Read a checkpoint of this project or of nanoGPT, without running code from it.
 
-
-def build_model(checkpoint: Checkpoint, dropout: float = 0.0, weightless: bool = False) -> GPT | Bigram:
-    """Return the checkpoint's model, on the CPU in float32, with its weights, which leave the checkpoint.
-
-    A `weightless` one is on the device "meta". UserError where the weights do not fit its shape.
+    With `mmap`, tensors stay in the file until they are used. Raises UserError if the file is not a checkpoint.
     """
-    args = {name: checkpoint.model_args[name] for name in MODEL_ARGS}
-    config = GPTConfig(**args | {"dropout": dropout, "gelu": checkpoint.extra.get("gelu", "erf")})
-    model = skeleton(checkpoint.kind, config)  # the shapes are compared before any memory is taken
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in checkpoint.weights.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            shapes = [tuple(side[name]) if name in side else "nothing" for side in (found, wanted)]
-            raise UserError(f"{checkpoint.path}: damaged: {name!r} is {shapes[0]} where its shape needs {shapes[1]}")
-    if weightless:
-        return model
-    # Copied one by one, each original going at once, so that memory holds the weights once; tied ones are one.
-    copies: dict[tuple, torch.Tensor] = {}
-    weights = {}
-    for name in list(checkpoint.weights):
-        tensor = checkpoint.weights.pop(name)
-        place = tensor.data_ptr(), tensor.shape, tensor.stride()
-        if place not in copies:
-            copies[place] = tensor.to(torch.float32, copy=checkpoint.in_file)
-        weights[name] = copies[place]
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
-    return model
-
-
-def restore_optimizer(
-    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | MuonWithAdamW, scaler: torch.amp.GradScaler
-) -> None:
-    """Load the optimizer's and the scaler's state; what they are set to (rates, decay, kernels) stays as it is.
-
-    UserError where the state does not fit the parameters.
-    """
-    saved, scale = checkpoint.optimizer, checkpoint.extra.get("scaler")
-    try:
-        if isinstance(optimizer, MuonWithAdamW):
-            if saved is None or saved.keys() != optimizer.parts.keys():
-                raise ValueError("it is AdamW's alone, and not Muon's")
-            for name, part in optimizer.parts.items():
-                _restore(part, saved[name])
-        else:
-            if saved is not None and saved.keys() == {"muon", "adamw"}:
-                raise ValueError("it is Muon's, and not AdamW's alone")
-            _restore(optimizer, saved)
-        if scaler.is_enabled() and scale:
-            types = {name: type(value) for name, value in scale.items()}
-            if types != {name: type(value) for name, value in scaler.state_dict().items()}:
-                raise ValueError("that of its scaler")
-            scaler.load_state_dict(scale)
-    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"{checkpoint.path}: the state of its optimizer does not fit ({_first_line(error)}); "
-            f"--init_from={checkpoint.path} --out_dir=NEW starts a new run from its weights"
-        ) from error
-
-
-def _restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load one optimizer's state; ValueError, or another error, where it is not that of its parameters."""
-    if not all(_is_plain(value) for state in saved["state"].values() for value in state.values()):
-        raise ValueError("not of plain tensors")
-    groups = [
-        {name: value for name, value in group.items() if name != "params"} | {"params": old["params"]}
-        for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
-    ]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    ours = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    parameters = dict(zip(numbers, ours, strict=True))
-    states = {
-        index: {name: parallel.sharded_as(value, parameters[index]) for name, value in state.items()}
-        for index, state in saved["state"].items()
-    }
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
-    for parameter, state in optimizer.state.items():
-        shapes = {name: value.shape for name, value in state.items()}
-        if isinstance(optimizer, Muon):
-            expected = {"momentum_buffer": parameter.shape}
-        else:
-            expected = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-        if shapes != expected:
-            raise ValueError("of another shape")
-
-
-def load_model(
-    init_from: str, out_dir: str, dropout: float = 0.0, to_train: bool = False, weightless: bool = False
-) -> tuple[GPT | Bigram, "tokenizers.Tokenizer", Checkpoint]:
-    """Return the model that `init_from` names, its tokenizer and the checkpoint that it comes from.
-
-    `init_from` is "resume", for the run in `out_dir`; the path of a run folder or a checkpoint file; or GPT-2 weights, as
-    `huggingface.load` takes them. Of a run it takes the best weights; to go on training it with "resume", the newest.
-    The weights of a `weightless` model stay in the file. UserError where there is no such thing.
-    """
-    path = Path(out_dir if init_from == "resume" else init_from)
-    if init_from != "resume" and (huggingface.is_folder(path) or (huggingface.is_name(init_from) and not path.exists())):
-        checkpoint = _pretrained(init_from)
-        return build_model(checkpoint, dropout, weightless), tokenizer_of(checkpoint), checkpoint
-    if path.is_dir():
-        path = newest(path) if to_train and init_from == "resume" else find(path, (BEST, LAST))
-    elif init_from == "resume":
-        raise UserError(f"--out_dir={out_dir}: no such folder; train a model there first, or name another")
-    elif not path.is_file():
-        raise UserError(f"--init_from={init_from}: no such run folder or checkpoint file, nor a name of GPT-2 weights")
-    checkpoint = load(path, mmap=weightless or not to_train)
-    return build_model(checkpoint, dropout, weightless), tokenizer_of(checkpoint), checkpoint
+    state = huggingface.read_pickled(path, "a checkpoint", mmap)
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(f"{path}: not a checkpoint: it has no 'model'")
+    checkpoint = Checkpoint(
+        path=path,
+        weights=_read_weights(state["model"], path),
+        optimizer=_read(state, "optimizer", dict, path, optional=True),
+        model_args=_read(state, "model_args", dict, path),
+        iter_num=_read(state, "iter_num", int, path),
+        best_val_loss=_read_number(state.get("best_val_loss", float("inf")), path),
+        config=_read(state, "config", dict, path, optional=True) or {},
+        extra=_read(state, "extra", dict, path, optional=True) or {},
+    )
+    _check_extra(checkpoint)
+    _check_shape(checkpoint)
+    return checkpoint
 
 
 def _pretrained(name: str) -> Checkpoint:
-    """Return GPT-2 weights in the form of a checkpoint that was never trained here."""
+    """Return GPT-2 weights in the form of a checkpoint."""
     pretrained = huggingface.load(name)
     return Checkpoint(
         path=pretrained.path,
@@ -357,8 +268,8 @@ def _pretrained(name: str) -> Checkpoint:
     )
 
 
-def tokenizer_of(checkpoint: Checkpoint) -> "tokenizers.Tokenizer":
-    """Return the tokenizer in a checkpoint; for nanoGPT's, which have none, that of the dataset which they name."""
+def tokenizer_of(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
+    """Return the tokenizer in a checkpoint; for nanoGPT's checkpoints, which have none, that of the dataset they name."""
     if "tokenizer" in checkpoint.extra:
         try:
             tokenizer = tokenizers.from_dict(checkpoint.extra["tokenizer"])
@@ -368,15 +279,114 @@ def tokenizer_of(checkpoint: Checkpoint) -> "tokenizers.Tokenizer":
         dataset = str(checkpoint.config.get("dataset", ""))
         try:
             tokenizer = tokenizers.from_folder(DATA / dataset)
-        except OSError as error:  # no name of a folder
-            raise UserError(f"{checkpoint.path}: no dataset is there of its name {_shown(dataset)}") from error
+        except OSError as error:  # not a name of a folder
+            raise UserError(f"{checkpoint.path}: its dataset {shown(dataset)} is not found in data/") from error
     if tokenizer.vocab_size > checkpoint.model_args["vocab_size"]:
         raise UserError(f"{checkpoint.path}: its tokenizer ({tokenizer}) does not belong to its model")
     return tokenizer
 
 
-class _Unfilled(TorchFunctionMode):
-    """Leaves out the drawing of initial weights, for which PyTorch would import a thousand modules on the "meta" device."""
+# restoring
+
+
+def empty_model(model_type: str, config: GPTConfig) -> GPT | Bigram:
+    """Return a model without weights, on the "meta" device, which takes no memory; `model_type` is a key of MODELS."""
+    with torch.device("meta"), _SkipInit():
+        return MODELS[model_type](config)
+
+
+def build_model(checkpoint: Checkpoint, dropout: float = 0.0, empty: bool = False) -> GPT | Bigram:
+    """Return the checkpoint's model on the CPU in float32; its weights are removed from the checkpoint.
+
+    An `empty` model has no weights and is on the "meta" device. Raises UserError if the weights do not fit the shape.
+    """
+    args = {name: checkpoint.model_args[name] for name in MODEL_ARGS}
+    config = GPTConfig(**args | {"dropout": dropout, "gelu": checkpoint.extra.get("gelu", "erf")})
+
+    # compare all shapes before any memory is taken
+    model = empty_model(checkpoint.model_type, config)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in checkpoint.weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            shapes = [tuple(side[name]) if name in side else "missing" for side in (found, expected)]
+            raise UserError(f"{checkpoint.path}: damaged: {name!r} is {shapes[0]}, but its model_args need {shapes[1]}")
+    if empty:
+        return model
+
+    # copy weight by weight and drop each original, so that memory holds them once; tied weights are copied once
+    copies: dict[tuple, torch.Tensor] = {}
+    weights = {}
+    for name in list(checkpoint.weights):
+        tensor = checkpoint.weights.pop(name)
+        storage = tensor.data_ptr(), tensor.shape, tensor.stride()
+        if storage not in copies:
+            copies[storage] = tensor.to(torch.float32, copy=checkpoint.in_file)
+        weights[name] = copies[storage]
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model
+
+
+def restore_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Load the state of the optimizer and the scaler; their settings (rates, decay, kernels) stay as they are.
+
+    Raises UserError if the state does not fit the parameters.
+    """
+    saved, scaler_state = checkpoint.optimizer, checkpoint.extra.get("scaler")
+    try:
+        if isinstance(optimizer, MuonWithAdamW):
+            if saved is None or saved.keys() != optimizer.parts.keys():
+                raise ValueError("it is AdamW's, not Muon's")
+            for name, part in optimizer.parts.items():
+                _restore(part, saved[name])
+        else:
+            if saved is not None and saved.keys() == {"muon", "adamw"}:
+                raise ValueError("it is Muon's, not AdamW's")
+            _restore(optimizer, saved)
+        if scaler.is_enabled() and scaler_state:
+            types = {name: type(value) for name, value in scaler_state.items()}
+            if types != {name: type(value) for name, value in scaler.state_dict().items()}:
+                raise ValueError("the scaler's state is malformed")
+            scaler.load_state_dict(scaler_state)
+    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{checkpoint.path}: its optimizer state does not fit ({first_line(error)}); "
+            f"--init_from={checkpoint.path} --out_dir=NEW starts a new run from its weights"
+        ) from error
+
+
+def _restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load one optimizer's state. Raises ValueError, or another error, if it does not belong to its parameters."""
+    if not all(_is_plain(value) for state in saved["state"].values() for value in state.values()):
+        raise ValueError("not plain tensors")
+
+    # keep our settings, and give each rank its shard
+    groups = [
+        {name: value for name, value in group.items() if name != "params"} | {"params": old["params"]}
+        for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    ]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    ours = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = dict(zip(numbers, ours, strict=True))
+    states = {
+        index: {name: shard_like(value, parameters[index]) for name, value in state.items()}
+        for index, state in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+    for parameter, state in optimizer.state.items():
+        shapes = {name: value.shape for name, value in state.items()}
+        if isinstance(optimizer, Muon):
+            expected = {"momentum_buffer": parameter.shape}
+        else:
+            expected = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        if shapes != expected:
+            raise ValueError("of another shape")
+
+
+class _SkipInit(TorchFunctionMode):
+    """Skips weight initialization, for which PyTorch would import a thousand modules on the "meta" device."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if getattr(function, "__module__", "") == "torch.nn.init":
@@ -384,16 +394,19 @@ class _Unfilled(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def _weights(named: dict[Any, Any], path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights in a state dict by their bare names, without the masks that nanoGPT's old files have."""
+# checks
+
+
+def _read_weights(named: dict[Any, Any], path: Path) -> dict[str, torch.Tensor]:
+    """Return a state dict by bare names, without the attention masks that old nanoGPT files hold."""
     if not named or not all(isinstance(name, str) and _is_plain(value) for name, value in named.items()):
         raise UserError(f"{path}: damaged: its 'model' is not a dictionary of tensors")
-    weights = {_bare(name): tensor for name, tensor in named.items()}
+    weights = {_strip_prefixes(name): tensor for name, tensor in named.items()}
     return {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
 
 
 def _check_shape(checkpoint: Checkpoint) -> None:
-    """Raise UserError where the model's arguments are not those of a model."""
+    """Raise UserError if model_args do not describe a model."""
     args, path = checkpoint.model_args, checkpoint.path
     for name in MODEL_ARGS:
         value = args.get(name)
@@ -404,86 +417,65 @@ def _check_shape(checkpoint: Checkpoint) -> None:
         else:
             fits = type(value) is int and 0 < value < 1 << 24
         if not fits:
-            raise UserError(f"{path}: damaged: its model_args have {name} = {_shown(value)}")
-    if checkpoint.kind == "bigram":
+            raise UserError(f"{path}: damaged: its model_args have {name} = {shown(value)}")
+    if checkpoint.model_type == "bigram":
         return
     if args["n_embd"] % args["n_head"]:
         raise UserError(f"{path}: damaged: n_head={args['n_head']} does not divide n_embd={args['n_embd']}")
-    if args["n_layer"] > len(checkpoint.weights):  # not to be built, even without memory for its weights
-        raise UserError(f"{path}: damaged: weights for n_layer={args['n_layer']} are not all there")
+    if args["n_layer"] > len(checkpoint.weights):  # such a model must not be built, not even without weights
+        raise UserError(f"{path}: damaged: some of the weights for n_layer={args['n_layer']:,} are missing")
 
 
 def _check_extra(checkpoint: Checkpoint) -> None:
-    """Raise UserError where what is beyond nanoGPT's keys, the tokenizer apart, is not what this version writes."""
+    """Raise UserError if `extra`, apart from the tokenizer, is not what this version writes."""
     extra, path = checkpoint.extra, checkpoint.path
     for name, known in (("model", list(MODELS)), ("gelu", ["erf", "tanh"])):
         if extra.get(name, known[0]) not in known:
-            raise UserError(f"{path}: its {name} is {_shown(extra[name])}: damaged, or of a later version")
+            raise UserError(f"{path}: damaged or from a later version: its {name} is {shown(extra[name])}")
     try:
         checkpoint.chat_format  # noqa: B018 (reading it checks it)
     except UserError as error:
         raise UserError(f"{path}: damaged: {error}") from error
     for name in ("evaluated", "stale"):
         if type(extra.get(name, 0)) is not int:
-            raise UserError(f"{path}: damaged: '{name}' is {_shown(extra[name])}")
+            raise UserError(f"{path}: damaged: '{name}' is {shown(extra[name])}")
     if type(extra.get("wandb", "")) is not str:
-        raise UserError(f"{path}: damaged: its wandb is {_shown(extra['wandb'])}")
+        raise UserError(f"{path}: damaged: its wandb is {shown(extra['wandb'])}")
     scaler = extra.get("scaler", {})
     if not isinstance(scaler, dict) or not all(type(value) in (int, float) for value in scaler.values()):
-        raise UserError(f"{path}: damaged: its scaler is {_shown(scaler)}")
+        raise UserError(f"{path}: damaged: its scaler is {shown(scaler)}")
 
 
-def _typed(state: dict, key: str, kind: type, path: Path, optional: bool = False) -> Any:
+def _read(state: dict, key: str, kind: type, path: Path, optional: bool = False) -> Any:
     value = state.get(key)
     if optional and value is None:
         return None
     if type(value) is not kind or (kind is int and value < 0):
-        raise UserError(f"{path}: not a checkpoint, or damaged: its '{key}' is {_shown(value)}")
+        raise UserError(f"{path}: not a checkpoint, or damaged: its '{key}' is {shown(value)}")
     return value
 
 
-def _number(value: Any, path: Path) -> float:
+def _read_number(value: Any, path: Path) -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()  # nanoGPT's is a tensor
     if type(value) is int and abs(value) < 1 << 62:
         value = float(value)
     if type(value) is not float:
-        raise UserError(f"{path}: damaged: its 'best_val_loss' is {_shown(value)}")
+        raise UserError(f"{path}: damaged: its 'best_val_loss' is {shown(value)}")
     return value
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlast a power failure; Windows has no such call, and some network disks refuse it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def _kind(model: GPT | Bigram) -> str:
-    return next(kind for kind, cls in MODELS.items() if isinstance(model, cls))
-
-
-def _bare(name: str) -> str:
+def _strip_prefixes(name: str) -> str:
     for prefix in PREFIXES * 2:
         name = name.removeprefix(prefix)
     return name
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a tensor of real numbers that are all there."""
+    """Whether a value is a dense CPU tensor of real numbers."""
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and not value.is_complex()
     )
-
-
-def _first_line(error: object) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def _shown(value: Any) -> str:
-    return one_line(repr(value))[:60]

@@ -1,22 +1,21 @@
-"""What a run records and shows: printed lines, a progress bar, metrics.csv and Weights & Biases.
+"""What a run logs: printed lines, a progress bar, metrics.csv and Weights & Biases.
 
-metrics.csv has a row for each evaluation (`train_loss` and `val_loss`) and one for each logged iteration (what is below them):
+metrics.csv has a row for each evaluation (train_loss and val_loss) and one for each logged iteration (the columns after them):
 
     iteration            updates done before this row
     tokens               tokens trained on before this row
-    seconds              time spent in this run, evaluations included, in all its parts where it was resumed
-    train_loss, val_loss means over the windows of the evaluation, in nats a token
-    loss                 mean over this iteration's batch, before its update
+    seconds              wall-clock time of the run, evaluations included, over all its resumes
+    train_loss, val_loss mean losses of the evaluation, in nats per token
+    loss                 mean loss of this iteration's batch, before its update
     learning_rate        of this iteration
-    grad_norm            Euclidean norm of the gradient before clipping
-    clipped              share of the iterations since the last logged one, this one included, whose gradient was clipped
+    grad_norm            L2 norm of the gradient before clipping
+    clipped              share of iterations since the last logged one (this one included) whose gradient was clipped
     tokens_per_second    since the last logged iteration
-    mfu                  model FLOPs utilisation, running average; -1 where the device's peak is unknown
-    peak_memory_mb       10^6 bytes: the most that tensors took of a CUDA device so far; elsewhere, that the process took
+    mfu                  model FLOPs utilization, running average; -1 if the device's peak is unknown
+    peak_memory_mb       10^6 bytes; of tensors on a CUDA device, elsewhere of the process
 
-A number that is not finite is left empty, and so is what the system does not tell. Weights & Biases gets each row when it is
-written, under nanoGPT's names where it has them (`iter`, `train/loss`, `val/loss`, `lr`; `mfu` is in percent), and the best
-validation loss so far with each evaluation; its summary is the last row.
+Numbers that are not finite or not known are left empty. Weights & Biases gets each row as it is written, under nanoGPT's names
+where those exist (iter, train/loss, val/loss, lr; mfu in percent), plus the best validation loss with each evaluation.
 """
 
 import contextlib
@@ -31,8 +30,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanogpt import errors
-from nanogpt.errors import UserError
+from nanogpt.errors import CONTROL, UserError, warn
+from nanogpt.files import atomic_write
 
 COLUMNS = [
     "iteration",
@@ -49,77 +48,68 @@ COLUMNS = [
     "peak_memory_mb",
 ]
 WANDB_NAMES = {"iteration": "iter", "train_loss": "train/loss", "val_loss": "val/loss", "learning_rate": "lr"}
-TOGETHER = 0.2  # seconds within which quick iterations are recorded at once, for a tenth of the time
-BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+FLUSH_SECONDS = 0.2  # quick iterations are printed and written together, at a tenth of the cost
+BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
 class Metrics:
-    """The records of one run; in all processes but the main one, it does nothing."""
+    """Logs one run: to stdout, a progress bar on stderr, metrics.csv and, if given, a Weights & Biases run."""
 
     def __init__(
         self,
         out_dir: Path,
-        total_iterations: int,
-        tokens_per_iteration: int,
-        start: int = 0,
-        evaluated: int = -1,
-        is_main: bool = True,
+        max_iters: int,
+        tokens_per_iter: int,
+        first_iter: int = 0,
+        last_eval: int = -1,
         wandb_run: Any = None,
     ):
-        """Open metrics.csv in `out_dir`. A run that starts again at iteration `start` keeps the rows before it.
+        """Open metrics.csv in `out_dir`. A run that resumes at `first_iter` keeps the rows before it.
 
-        Of iteration `start` itself it keeps the evaluation, where `evaluated` says that this has been done.
-        All rows also go to `wandb_run`, from `start_wandb`, where there is one.
+        It also keeps the evaluation at `first_iter` itself if `last_eval` says that it was done. `wandb_run` comes from
+        `start_wandb`.
         """
-        self.is_main = is_main
-        self._tokens_per_iteration = tokens_per_iteration
-        self._iterations = self._clipped = 0  # since the last logged one
+        self._tokens_per_iter = tokens_per_iter
+        self._iterations = self._clipped = 0  # since the last logged iteration
         self._wandb = wandb_run
-        if not is_main:
-            return
         self._path = out_dir / "metrics.csv"
-        rows = [row for row in read_rows(self._path) if _was_before(row, start, evaluated)] if start else []
-        self._file: io.FileIO | None = None  # opened once the rows that are kept are in it
+        rows = [row for row in read_rows(self._path) if _was_before(row, first_iter, last_eval)] if first_iter else []
+        self._file: io.FileIO | None = None  # opened once the rows to keep are in it
         self._unwritten = "".join(map(_line, [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])).encode()
         self._is_failing, self._status = False, ""
-        self._steps: list[tuple[float, int, float, dict[str, float]]] = []  # logged iterations that are not recorded yet
-        self._recorded = -math.inf  # when others were
+        self._pending: list[tuple[float, int, float, dict[str, float]]] = []  # logged iterations, not yet printed or written
+        self._flushed_at = -math.inf
         self._flush()
         self._started = time.perf_counter() - (float(rows[-1]["seconds"]) if rows else 0.0)
         self._bar = tqdm(
-            total=total_iterations,
-            initial=start,
-            bar_format=BAR,
+            total=max_iters,
+            initial=first_iter,
+            bar_format=BAR_FORMAT,
             dynamic_ncols=True,
-            mininterval=TOGETHER,
-            smoothing=0.05,  # time left is not that of the latest few iterations
+            mininterval=FLUSH_SECONDS,
+            smoothing=0.05,  # estimate the time left from more than the last few iterations
             disable=not sys.stderr.isatty(),
         )
 
     def say(self, text: str) -> None:
-        """Print lines on stdout, above the progress bar; a terminal gets no control characters, as a model may write them."""
-        if not self.is_main:
-            return
-        self._record_steps()
+        """Print lines on stdout, above the progress bar; on a terminal without control characters, as a model may emit."""
+        self._flush_steps()
         self._print(text)
 
     def evaluation(self, iteration: int, losses: dict[str, float], learning_rate: float, mfu: float, best: float) -> None:
-        """Record the evaluation after `iteration` updates; `losses` has "train" and "val", and `best` is the best so far."""
-        if not self.is_main:
-            return
+        """Log an evaluation: `losses` has "train" and "val", `best` is the best validation loss so far."""
         self.say(f"step {iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         row = self._add_row(self._seconds(), iteration, {"train_loss": losses["train"], "val_loss": losses["val"]})
         self._flush()
         self._send(row | {"lr": learning_rate, "mfu": mfu, "best_val_loss": best})
 
     def advance(self, clipped: bool = False) -> None:
-        """Count an iteration, and move the progress bar on; `clipped` tells whether its gradient was too long."""
+        """Count an iteration and advance the progress bar; `clipped` says whether its gradient was clipped."""
         self._iterations += 1
         self._clipped += clipped
-        if self.is_main:
-            self._record_steps(TOGETHER)
-            self._bar.set_postfix_str(self._status, refresh=False)
-            self._bar.update()
+        self._flush_steps(FLUSH_SECONDS)
+        self._bar.set_postfix_str(self._status, refresh=False)
+        self._bar.update()
 
     def step(
         self,
@@ -128,31 +118,35 @@ class Metrics:
         learning_rate: float,
         grad_norm: float,
         seconds: float,
-        rate: float,
+        tokens_per_second: float,
         mfu: float,
         peak_memory: float | None = None,
     ) -> None:
-        """Record a logged iteration, which took `seconds`; `rate` is in tokens per second, `peak_memory` in bytes."""
-        if not self.is_main:
-            return
+        """Log an iteration that took `seconds`; `peak_memory` is in bytes."""
         values = {
             "loss": loss,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "clipped": self._clipped / max(1, self._iterations),
-            "tokens_per_second": rate,
+            "tokens_per_second": tokens_per_second,
             "mfu": mfu,
             "peak_memory_mb": math.nan if peak_memory is None else round(peak_memory / 1e6, 1),
         }
         self._iterations = self._clipped = 0
-        self._steps.append((self._seconds(), iteration, seconds, values))
-        self._record_steps(TOGETHER)
+        self._pending.append((self._seconds(), iteration, seconds, values))
+        self._flush_steps(FLUSH_SECONDS)
 
     def pause(self, reason: str) -> None:
         """Show on the progress bar why it stands still until the next iteration."""
-        if self.is_main:
-            self._record_steps()
-            self._bar.set_postfix_str(reason)
+        self._flush_steps()
+        self._bar.set_postfix_str(reason)
+
+    def sync(self) -> None:
+        """Flush the rows to the disk, so that no checkpoint survives a power failure without its rows."""
+        self._flush_steps()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> "Metrics":
         return self
@@ -161,96 +155,102 @@ class Metrics:
         self.close(has_failed=kind is not None)
 
     def close(self, has_failed: bool = False) -> None:
-        """End the records, also those of a run that has failed."""
-        if self.is_main:
-            self._record_steps()
-            self._bar.set_postfix_str(self._status, refresh=False)
-            self._bar.close()
-            if self._file is not None:
-                self._file.close()
-            if self._wandb is not None:
-                with contextlib.suppress(Exception):  # the run is over, whatever happens over there
-                    self._wandb.finish(exit_code=int(has_failed))
+        """Write what is pending and close everything."""
+        self._flush_steps()
+        self._bar.set_postfix_str(self._status, refresh=False)
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            with contextlib.suppress(Exception):  # the run is over, whatever happens there
+                self._wandb.finish(exit_code=int(has_failed))
 
-    def sync(self) -> None:
-        """Put the rows so far on the disk, for a checkpoint that must not be there without them after a power failure."""
-        if self.is_main:
-            self._record_steps()
-            if self._file is not None:
-                with contextlib.suppress(OSError):
-                    os.fsync(self._file.fileno())
-
-    def _record_steps(self, wait: float = 0.0) -> None:
-        """Record the logged iterations that are not recorded yet, if `wait` seconds have passed since others were."""
-        if not self._steps or time.perf_counter() - self._recorded < wait:
+    def _flush_steps(self, interval: float = 0.0) -> None:
+        """Print and write the pending iterations if the last time was at least `interval` seconds ago."""
+        if not self._pending or time.perf_counter() - self._flushed_at < interval:
             return
-        steps, self._steps, self._recorded = self._steps, [], time.perf_counter()
-        rows = [self._add_row(elapsed, iteration, values) for elapsed, iteration, _, values in steps]
+        pending, self._pending, self._flushed_at = self._pending, [], time.perf_counter()
+        rows = [self._add_row(elapsed, iteration, values) for elapsed, iteration, _, values in pending]
         self._flush()
         for row in rows:
             self._send(row)
-        last = steps[-1][3]
+        last = pending[-1][3]
         rate = tqdm.format_sizeof(last["tokens_per_second"])
         self._status = f"loss {last['loss']:.4f}, lr {last['learning_rate']:.2e}, {rate} tokens/s"
         self._bar.set_postfix_str(self._status, refresh=False)
         self._print(
             "\n".join(
                 f"iter {iteration}: loss {values['loss']:.4f}, time {seconds * 1000:.2f}ms, mfu {values['mfu'] * 100:.2f}%"
-                for _, iteration, seconds, values in steps
+                for _, iteration, seconds, values in pending
             )
         )
 
     def _print(self, text: str) -> None:
         try:
-            text = text.translate(errors.CONTROL) if sys.stdout.isatty() else text
+            text = text.translate(CONTROL) if sys.stdout.isatty() else text
             write = print if self._bar.disable else tqdm.write
             write(text, file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError:
             raise
-        except OSError:  # stdout is a file on a disk that is full: no reason to end a run
+        except OSError:  # stdout is a file on a full disk: no reason to end a run
             pass
 
     def _seconds(self) -> float:
         return round(time.perf_counter() - self._started, 3)
 
     def _add_row(self, seconds: float, iteration: int, values: dict[str, float]) -> dict[str, float]:
-        """Add a row to what metrics.csv is to get, and return its numbers, which are those that the file says."""
-        row = {"iteration": iteration, "tokens": iteration * self._tokens_per_iteration, "seconds": seconds}
+        """Queue a row for metrics.csv; return its numbers as the file will show them."""
+        row = {"iteration": iteration, "tokens": iteration * self._tokens_per_iter, "seconds": seconds}
         row |= {name: float(f"{value:.9g}") for name, value in values.items() if math.isfinite(value)}
         self._unwritten += _line({name: f"{value:.9g}" if name in values else value for name, value in row.items()}).encode()
         return row
 
     def _send(self, row: dict[str, float]) -> None:
+        """Send a row to Weights & Biases; after a first failure, stop sending."""
         if self._wandb is None:
             return
         values = {WANDB_NAMES.get(name, name): value * 100 if name == "mfu" else value for name, value in row.items()}
         try:
             self._wandb.log(values)
-        except Exception as error:  # nothing that happens over there is worth a run
-            errors.warn(f"Weights & Biases gets no more of this run: {error or type(error).__name__}")
+        except Exception as error:  # not worth a run
+            warn(f"logging to Weights & Biases failed and stops here: {error or type(error).__name__}")
             self._wandb = None
 
     def _flush(self) -> None:
-        """Write what is not in metrics.csv yet; on a full disk it waits, and training goes on."""
+        """Write the queued rows to metrics.csv; on a full disk they wait, and training continues."""
         try:
             if self._file is None:
-                part = self._path.with_suffix(".csv.tmp")
-                part.write_bytes(self._unwritten)
-                os.replace(part, self._path)
+                with atomic_write(self._path, durable=False) as file:
+                    file.write(self._unwritten)
                 self._file, self._unwritten = open(self._path, "ab", buffering=0), b""
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]  # a disk that fills up takes a part
+            while self._unwritten:  # a disk that is filling up takes a part
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             if not self._is_failing:
-                errors.warn(f"{self._path}: {error.strerror}; its rows wait in memory")
+                warn(f"cannot write {self._path} ({error.strerror}); its rows wait in memory")
         self._is_failing = bool(self._unwritten)
 
 
-def start_wandb(project: str, name: str, config: dict[str, Any], run_id: str | None = None) -> Any:
-    """Return a run of Weights & Biases: a new one, or that of `run_id` again.
+class SilentMetrics:
+    """The `Metrics` of every rank but the first: logs nothing."""
 
-    UserError where its package is missing, or refuses for want of a login.
+    def say(self, *arguments: Any, **keywords: Any) -> None: ...
+    def evaluation(self, *arguments: Any, **keywords: Any) -> None: ...
+    def advance(self, *arguments: Any, **keywords: Any) -> None: ...
+    def step(self, *arguments: Any, **keywords: Any) -> None: ...
+    def pause(self, *arguments: Any, **keywords: Any) -> None: ...
+    def sync(self, *arguments: Any, **keywords: Any) -> None: ...
+    def __enter__(self) -> "SilentMetrics":
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+def start_wandb(project: str, name: str, config: dict[str, Any], run_id: str | None = None) -> Any:
+    """Return a Weights & Biases run: a new one, or the one with `run_id`.
+
+    Raises UserError if the package or a login is missing.
     """
     try:
         import wandb
@@ -258,26 +258,26 @@ def start_wandb(project: str, name: str, config: dict[str, Any], run_id: str | N
         raise UserError("--wandb_log=True needs the package wandb: pip install wandb") from error
     stdin = sys.stdin
     try:
-        sys.stdin = io.StringIO()  # which is no terminal: without a login it refuses, and does not ask
+        sys.stdin = io.StringIO()  # not a terminal: without a login, wandb fails instead of asking
         run = wandb.init(project=project, name=name, config=config, id=run_id, resume="allow", allow_val_change=True)
     except wandb.errors.Error as error:
         raise UserError(f"--wandb_log=True: {str(error).rstrip('.')} (without a network: WANDB_MODE=offline)") from error
     finally:
         sys.stdin = stdin
-    run.define_metric("*", step_metric="iter")  # what a resumed run does again stands where it stood
+    run.define_metric("*", step_metric="iter")  # repeated iterations of a resumed run keep their place
     return run
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the whole rows of a metrics.csv, without the one that a killed run broke off; none where there is no file.
+    """Return the complete rows of a metrics.csv, by column; none if there is no such file.
 
-    What an earlier version did not write is empty.
+    A last row that a killed run left incomplete is dropped. Columns that an older version did not write are empty.
     """
     if not path.is_file():
         return []
     text = path.read_bytes().decode("utf-8", errors="replace").replace("\0", "")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    with contextlib.suppress(csv.Error):  # another kind of file
+    with contextlib.suppress(csv.Error):  # not a metrics.csv
         if not {"iteration", "tokens", "seconds"} <= set(rows.fieldnames or ()) <= set(COLUMNS):
             return []
         return [dict.fromkeys(COLUMNS, "") | row for row in rows if None not in {*row, *row.values()} and _is_dated(row)]
@@ -285,7 +285,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return ",".join([str(row.get(name, "")) for name in COLUMNS]) + "\r\n"  # numbers, which need no quotes
+    return ",".join([str(row.get(name, "")) for name in COLUMNS]) + "\r\n"  # numbers need no quotes
 
 
 def _is_dated(row: dict[str, str]) -> bool:
@@ -295,6 +295,6 @@ def _is_dated(row: dict[str, str]) -> bool:
         return False
 
 
-def _was_before(row: dict[str, str], start: int, evaluated: int) -> bool:
+def _was_before(row: dict[str, str], first_iter: int, last_eval: int) -> bool:
     iteration = int(row["iteration"])
-    return iteration < start or (iteration == start == evaluated and row["val_loss"] != "")
+    return iteration < first_iter or (iteration == first_iter == last_eval and row["val_loss"] != "")

@@ -1,21 +1,44 @@
-"""Muon for the matrices of the hidden layers, AdamW for everything else, behind the interface of one optimizer."""
+"""Optimizers: AdamW as the model configures it, and Muon for its hidden matrices beside AdamW for the rest."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from nanogpt import device
+from model import GPT, Bigram
+from nanogpt.device import has_bfloat16_instructions
+
+OptimizerName = Literal["adamw", "muon"]
+
+
+def build_optimizer(
+    model: GPT | Bigram,
+    name: OptimizerName,
+    weight_decay: float,
+    learning_rate: float,
+    betas: tuple[float, float],
+    device_type: str,
+    fused: bool = True,
+) -> "torch.optim.AdamW | MuonWithAdamW":
+    """Return the optimizer of a model: "adamw", or "muon" for the matrices of its blocks, at the same learning rate."""
+    adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type, fused)
+    if name == "adamw":
+        return adamw
+    matrices = [p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2]
+    hidden = set(matrices)
+    for group in adamw.param_groups:
+        group["params"] = [p for p in group["params"] if p not in hidden]
+    return MuonWithAdamW(Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
 
 
 class MuonWithAdamW:
-    """A Muon and an AdamW as one optimizer, as far as a training loop and its GradScaler use one."""
+    """Muon and AdamW behind the part of one optimizer's interface that a training loop and its GradScaler use."""
 
     def __init__(self, muon: "Muon", adamw: torch.optim.AdamW):
         self.parts: dict[str, torch.optim.Optimizer] = {"muon": muon, "adamw": adamw}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The settings and parameters of both, which may be set here."""
+        """The parameter groups of both; changing them here changes the optimizers."""
         return [group for part in self.parts.values() for group in part.param_groups]
 
     def step(self) -> None:
@@ -24,7 +47,7 @@ class MuonWithAdamW:
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Take away all gradients, or set them to zero."""
+        """Clear all gradients."""
         for part in self.parts.values():
             part.zero_grad(set_to_none)
 
@@ -34,57 +57,58 @@ class MuonWithAdamW:
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, which orthogonalises matrix by matrix, with all matrices of one shape in one product.
+    """torch.optim.Muon, with all matrices of one shape orthogonalised in one batched product.
 
-    The formula, the state and the settings are PyTorch's, but the number format is float32 on CPUs that have no instructions
-    for bfloat16. Source: "Muon is Scalable for LLM Training" (Liu et al. 2025), section 2.
+    Same updates, state and settings as PyTorch's, except that CPUs without bfloat16 instructions compute in float32.
+    Source: "Muon is Scalable for LLM Training" (Liu et al. 2025), section 2.
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            stacks: dict[torch.Size, list[torch.Tensor]] = {}
+            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    stacks.setdefault(p.shape, []).append(p)
-            for shape, parameters in stacks.items():
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, parameters in by_shape.items():
                 updates = []
                 for p in parameters:
                     if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                    buffer = self.state[p]["momentum_buffer"]
-                    buffer.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer)
-                rate = 0.2 * max(shape) ** 0.5 * group["lr"]  # updates of the size that AdamW's have
-                for p, update in zip(parameters, orthogonalised(updates, group), strict=True):
+                    momentum = self.state[p]["momentum_buffer"]
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum)
+                scaled_lr = 0.2 * max(shape) ** 0.5 * group["lr"]  # gives updates the RMS of AdamW's
+                for p, update in zip(parameters, orthogonalize(updates, group), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-rate)
+                    p.add_(update, alpha=-scaled_lr)
 
 
-def orthogonalised(matrices: list[torch.Tensor], group: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """Return matrices of one shape with singular values near 1.
+def orthogonalize(matrices: list[torch.Tensor], group: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Return matrices of one shape with their singular values near 1, by the Newton-Schulz iteration.
 
-    By the quintic Newton-Schulz iteration with the settings of `group`, one of Muon's. Of sharded matrices, of which each
-    process has some rows, it gets some whole ones to work on, so that the processes share the work.
+    `group` is one of Muon's parameter groups. Under FSDP, where each rank holds some rows of every matrix, each rank
+    orthogonalises some whole matrices, so that the work is shared.
     """
-    fast = matrices[0].device.type != "cpu" or device.has_bfloat16_instructions()
-    stack = torch.stack(matrices).to(torch.bfloat16 if fast else torch.float32)  # (n, rows, columns)
+    in_bfloat16 = matrices[0].device.type != "cpu" or has_bfloat16_instructions()
+    stack = torch.stack(matrices).to(torch.bfloat16 if in_bfloat16 else torch.float32)  # (n, rows, columns)
     if not hasattr(stack, "redistribute"):
         return newton_schulz(stack, group).unbind()
-    from torch.distributed.tensor import DTensor, Shard  # there already, where there are sharded tensors
 
-    whole = stack.redistribute(placements=[Shard(0)])
-    done = newton_schulz(whole.to_local(), group).contiguous()
-    done = DTensor.from_local(done, whole.device_mesh, [Shard(0)], shape=whole.shape, stride=whole.stride())
-    return done.redistribute(placements=stack.placements).unbind()
+    from torch.distributed.tensor import DTensor, Shard  # already imported if there are DTensors
+
+    by_matrix = stack.redistribute(placements=[Shard(0)])
+    local = newton_schulz(by_matrix.to_local(), group).contiguous()
+    result = DTensor.from_local(local, by_matrix.device_mesh, [Shard(0)], shape=by_matrix.shape, stride=by_matrix.stride())
+    return result.redistribute(placements=stack.placements).unbind()
 
 
 def newton_schulz(x: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-    """Return (n, rows, columns) matrices with their singular values brought near 1."""
+    """Quintic Newton-Schulz iteration: x (n, rows, columns) -> the same shape, singular values near 1."""
     a, b, c = group["ns_coefficients"]
     is_tall = x.size(1) > x.size(2)
-    x = x.mT if is_tall else x  # the product below is the smaller one
+    x = x.mT if is_tall else x  # makes the Gram matrix the smaller of the two
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
         gram = x @ x.mT

@@ -1,90 +1,284 @@
-"""What happens to a run from outside: signals that ask it to stop, a second run in its folder, memory that runs out."""
+"""What surrounds the training loop: the state that it changes, and the run's folder, signals, clock, logging and saving."""
 
 import contextlib
+import json
+import math
 import os
-import re
+import shlex
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from nanogpt import errors
-from nanogpt.device import Group
-from nanogpt.errors import UserError
+import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
+from model import GPT, Bigram
+from nanogpt.checkpoint import BEST, LAST, Checkpoint, Optimizer, Saver
+from nanogpt.curves import Curves
+from nanogpt.dataset import FileLost
+from nanogpt.device import peak_memory, synchronize
+from nanogpt.distributed import Group, is_sharded
+from nanogpt.errors import UserError, warn
+from nanogpt.files import atomic_write, lock
+from nanogpt.metrics import Metrics, SilentMetrics, start_wandb
 
-LOCK = "lock"  # a file in the run's folder, which the operating system holds locked for as long as the process lives
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C; the end of a job's time; of a terminal, which Windows has not
-SAME = 1.0
-NO_MEMORY = re.compile(r"out of memory|not enough memory|can(no|')t allocate memory|ALLOC_FAILED", re.IGNORECASE)
+LOCK = "lock"  # a file in the run's folder, locked for as long as the run lives
+CONFIG, METRICS, CURVES = "config.json", "metrics.csv", "loss.png"
+RUN_FILES = (BEST, LAST, METRICS, CONFIG, CURVES)
+PREVIOUS = "previous"  # folder for the files of an earlier run
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, preemption, a closed terminal (not on Windows)
+SIGNAL_DEBOUNCE_SECONDS = 1.0  # a second signal within this time is the same one, sent by the cluster and by torchrun
 
 
-class Signals:
-    """Turns SIGNALS into a number to look at, for a run that stops when its state is whole.
+def every(interval: int, iteration: int) -> bool:
+    """Whether something that happens every `interval` iterations is due; 0 means never."""
+    return interval > 0 and iteration % interval == 0
 
-    That holds inside its `with` block and in the main thread. A second signal ends the process at once; but not one within
-    SAME seconds, since a cluster may send its signal to every process, and `torchrun` passes on the one that it has got itself.
+
+@dataclass
+class TrainState:
+    """What the training loop changes, besides weights and optimizer; checkpoints hold it."""
+
+    iter_num: int = 0  # updates done
+    best_val_loss: float = math.inf
+    last_eval: int = -1  # iteration of the last evaluation
+    evals_since_best: int = 0
+    wandb_id: str | None = None
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> "TrainState":
+        """Return the state in a checkpoint."""
+        extra = checkpoint.extra
+        last_eval, evals_since_best = extra.get("evaluated", -1), extra.get("stale", 0)
+        return cls(checkpoint.iter_num, checkpoint.best_val_loss, last_eval, evals_since_best, extra.get("wandb"))
+
+    def eval_due(self, eval_interval: int, max_iters: int) -> bool:
+        """Whether to evaluate now: every `eval_interval` iterations and at the end, but not twice (after a resume)."""
+        return self.last_eval != self.iter_num and (every(eval_interval, self.iter_num) or self.iter_num >= max_iters)
+
+    def record_eval(self, val_loss: float) -> bool:
+        """Record an evaluation, and return whether it is the best so far."""
+        improved = val_loss < self.best_val_loss
+        self.last_eval = self.iter_num
+        self.best_val_loss = min(self.best_val_loss, val_loss)
+        self.evals_since_best = 0 if improved else self.evals_since_best + 1
+        return improved
+
+    def out_of_patience(self, patience: int) -> bool:
+        """Whether `patience` evaluations in a row were not better; 0 means never."""
+        return 0 < patience <= self.evals_since_best
+
+    def finished(self, max_iters: int, patience: int) -> bool:
+        """Whether training is over, by its length or by early stopping."""
+        return self.iter_num >= max_iters or self.out_of_patience(patience)
+
+
+class Run:
+    """One training run around its loop: folder, signals, clock, logging and checkpoints.
+
+    Entering the `with` block locks the folder for this run; `begin` opens the log and starts to catch signals. Rank 0 prints
+    and writes, the other ranks only take part in what all must do together.
     """
 
-    def __init__(self) -> None:
-        self.received = 0  # number of the signal that came; 0 for none
-        self._received_at = 0.0
-        self._previous = {}
+    def __init__(self, out_dir: Path, group: Group):
+        self.out_dir, self.group = out_dir, group
+        self.signals = Signals()
+        self.save_due = False
+        self._stop_agreed = False
+        self._saver: Saver | None = None
+        self._open_parts = contextlib.ExitStack()
 
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():
-            for name in SIGNALS:
-                number = getattr(signal, name, None)
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # ignored with nohup, or with &
-                    self._previous[number] = signal.signal(number, self._note)
+    def __enter__(self) -> "Run":
+        self._open_parts.enter_context(lock_folder(self.out_dir, self.group))
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
+    def begin(
+        self,
+        state: TrainState,
+        model: GPT | Bigram,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        description: dict[str, Any],
+        config: dict[str, Any],
+        resumed: bool,
+        sequences_per_iter: int,
+        peak_flops: float | None,
+    ) -> None:
+        """Open the log and get ready to save.
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            if time.monotonic() - self._received_at > SAME:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
+        `description` is the dataset's, for checkpoints. `config` holds the keys of train.py, which are written to config.json
+        and checkpoints; the run reads its intervals from it. `peak_flops` is the peak of one device in FLOP/s, if known.
+        """
+        self.state, self._model, self._config = state, model, config
+        self._sequences_per_iter = sequences_per_iter
+        self._peak_flops = None if peak_flops is None else peak_flops * self.group.size
+        tokens_per_iter = sequences_per_iter * model.config.block_size
+
+        # rank 0 writes the folder
+        if self.group.is_main:
+            wandb_run = None
+            if config["wandb_log"]:
+                wandb_run = start_wandb(config["wandb_project"], config["wandb_run_name"], config, state.wandb_id)
+                state.wandb_id = wandb_run.id
+            if not resumed:
+                set_aside(self.out_dir)
+            write_config(self.out_dir / CONFIG, config)
+            log = Metrics(self.out_dir, config["max_iters"], tokens_per_iter, state.iter_num, state.last_eval, wandb_run)
+        else:
+            log = SilentMetrics()
+        saved = (state.iter_num, state.last_eval) if resumed else (-1, -1)
+        self._saver = Saver(self.out_dir, model, optimizer, scaler, description, config, saved, self.group.is_main)
+        self._log = self._open_parts.enter_context(log)
+        self._open_parts.enter_context(self.signals)
+        self._curves = self._open_parts.enter_context(Curves(self.out_dir, self.group.is_main))
+
+        # start the clock
+        self._mfu, self._first_unlogged, self._t0 = -1.0, state.iter_num, time.perf_counter()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        try:
+            # lost token files: the state is whole and worth saving; a sharded one cannot be gathered, as only this rank knows
+            if isinstance(error, FileLost) and self._saver is not None and not is_sharded(self._model):
+                self.save()
+        finally:
+            self._open_parts.__exit__(kind, error, traceback)
+
+    # signals
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether all ranks have agreed to stop, because one of them received a signal; once True, it stays so."""
+        if self.group.size == 1 and self.signals.received:  # alone, a rank need not wait for `agree`
+            self._stop_agreed = True
+        return self._stop_agreed
+
+    def stop(self) -> None:
+        """Request a stop; all ranks must call this."""
+        self._stop_agreed = True
+
+    def agree(self, loss: float) -> float:
+        """Return the sum of the ranks' losses, and decide for all of them whether to save and whether to stop."""
+        interval, minutes = self._config["checkpoint_interval"], self._config["checkpoint_minutes"]
+        due = self._saver.is_due(self.state.iter_num, interval, minutes)
+        loss, due, signalled = self.group.sum(loss, due, self.signals.received)
+        self._stop_agreed = signalled > 0
+        self.save_due = due > 0 and not self._stop_agreed  # a run that stops is saved after its update
+        return loss
+
+    # clock and log
+
+    @contextlib.contextmanager
+    def paused(self, reason: str) -> Iterator[None]:
+        """Do not count the time of this block as training; `reason` is shown on the progress bar."""
+        synchronize(self.group.device)
+        paused_at = time.perf_counter()
+        self._log.pause(reason)
+        yield
+        self._t0 += time.perf_counter() - paused_at
+
+    def say(self, text: str) -> None:
+        """Print text on rank 0, above the progress bar."""
+        self._log.say(text)
+
+    def log_eval(self, losses: dict[str, float], learning_rate: float) -> None:
+        """Log an evaluation, which the state has recorded already."""
+        self._log.evaluation(self.state.iter_num, losses, learning_rate, self._mfu, self.state.best_val_loss)
+
+    def log_step(self, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Count an iteration, and log it if its turn has come."""
+        iteration = self.state.iter_num
+        self._log.advance(clipped=0 < self._config["grad_clip"] < grad_norm)
+        if not every(self._config["log_interval"], iteration):
             return
-        self.received, self._received_at = number, time.monotonic()
-        if os.environ.get("RANK", "0") == "0":
-            line = f"\n{signal.Signals(number).name}: finishing this iteration and saving; a second one ends the run at once\n"
-            with contextlib.suppress(OSError):
-                os.write(2, line.encode())  # print may be at work on stderr this very moment, and refuses to be entered twice
+        now = time.perf_counter()
+        seconds = (now - self._t0) / (iteration + 1 - self._first_unlogged)
+        self._t0, self._first_unlogged = now, iteration + 1
+        if self._peak_flops is not None:
+            mfu = self._model.estimate_mfu(self._sequences_per_iter, seconds, self._peak_flops)
+            self._mfu = mfu if self._mfu < 0 else 0.9 * self._mfu + 0.1 * mfu
+        tokens_per_second = self._sequences_per_iter * self._model.config.block_size / seconds
+        memory = peak_memory(self.group.device)
+        self._log.step(iteration, loss, learning_rate, grad_norm, seconds, tokens_per_second, self._mfu, memory)
+
+    def require_finite(self, numbers: dict[str, float]) -> None:
+        """Raise UserError if one of `numbers`, losses and the like by name, is infinite or NaN."""
+        bad = [f"the {name} is {number}" for name, number in numbers.items() if not math.isfinite(number)]
+        if bad:
+            last = self.out_dir / LAST
+            kept = f"{last} has the last good state" if last.exists() else "no checkpoint was written yet"
+            where = f"iteration {self.state.iter_num}: {bad[0]}"
+            raise UserError(f"{where}; the run stops; {kept}; try a lower --learning_rate or --grad_clip")
+
+    # checkpoints and curves
+
+    def save(self, best: bool = False) -> None:
+        """Save the state, with `best` as ckpt.pt, too. At iteration 0 only a stop is saved: there is nothing else to lose."""
+        state = self.state
+        if state.iter_num == 0 and not self._stop_agreed:
+            return
+        extra = {"evaluated": state.last_eval, "stale": state.evals_since_best}
+        if state.wandb_id is not None:
+            extra["wandb"] = state.wandb_id
+        self._log.sync()
+        self._saver.save(state.iter_num, state.best_val_loss, extra, best)
+
+    def update_curves(self) -> None:
+        """Draw the curves anew, if that costs little."""
+        self._curves.update()
+
+    def ending(self, next_command: str) -> SystemExit | UserError | None:
+        """Print how the run ended and how to go on; return what the process is to raise, if anything."""
+        state, config = self.state, self._config
+        if self._saver.failure:
+            return UserError(f"the newest state is not saved ({self._saver.failure}); free some space and resume the run")
+        number = self.signals.received or signal.SIGTERM
+        if self.group.is_main:
+            if (self.out_dir / CURVES).exists():
+                print(f"curves in {self.out_dir / CURVES}")
+            if (self.out_dir / BEST).exists():
+                print(f"best val loss {state.best_val_loss:.4f}; checkpoint in {self.out_dir / BEST}")
+                print(f"next: {next_command}")
+            if state.out_of_patience(config["patience"]):
+                print(f"stopped early: {state.evals_since_best} evaluations without a better validation loss;", end=" ")
+                print("a larger --patience continues the run")
+            if self._stop_agreed:
+                ranks = self.group.size
+                launcher = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
+                done = f"{state.iter_num:,} of {config['max_iters']:,} iterations"
+                print(f"{signal.Signals(number).name}: stopped and saved after {done}; to continue:")
+                print(f"  {launcher} train.py --init_from=resume --out_dir={shlex.quote(config['out_dir'])}")
+        return SystemExit(128 + number) if self._stop_agreed else None
+
+
+# the run's folder
 
 
 @contextlib.contextmanager
-def only_run(out_dir: Path, group: Group) -> Iterator[None]:
-    """Make `out_dir`, and hold it for this run alone; UserError in all processes where another run lives in it.
+def lock_folder(out_dir: Path, group: Group) -> Iterator[None]:
+    """Create `out_dir` and hold it for this run alone; an empty folder that was created here is removed again.
 
-    UserError too where the folder cannot be written. One that is made here and stays empty goes away again.
+    Raises UserError, on all ranks, if another run holds it or if it cannot be written.
     """
     refusal = None
     with contextlib.ExitStack() as held:
         if group.is_main:
             try:
-                held.enter_context(_held(out_dir))
+                held.enter_context(_hold(out_dir))
             except UserError as error:
                 refusal = error
         (refused,) = group.sum(float(refusal is not None))
         if refused:
-            raise refusal or UserError(f"--out_dir={out_dir}: the main process cannot use it")
+            raise refusal or UserError(f"--out_dir={out_dir}: rank 0 cannot use it")
         yield
 
 
 @contextlib.contextmanager
-def _held(out_dir: Path) -> Iterator[None]:
+def _hold(out_dir: Path) -> Iterator[None]:
     is_new = not out_dir.exists()
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -95,11 +289,11 @@ def _held(out_dir: Path) -> Iterator[None]:
     try:
         with file:
             try:
-                _lock(file.fileno())
+                lock(file.fileno())
             except (BlockingIOError, PermissionError) as error:
-                raise UserError(f"another run lives in {out_dir}: stop it first, or give this one another --out_dir") from error
-            except OSError as error:  # as on some network disks
-                errors.warn(f"{out_dir} cannot be locked ({error.strerror}): start no second run in it")
+                raise UserError(f"another run uses {out_dir}: stop it first, or choose another --out_dir") from error
+            except OSError as error:  # some network disks have no locks
+                warn(f"{out_dir} cannot be locked ({error.strerror}): do not start a second run in it")
             yield
     finally:
         if is_new and os.listdir(out_dir) == [LOCK]:
@@ -107,20 +301,61 @@ def _held(out_dir: Path) -> Iterator[None]:
             out_dir.rmdir()
 
 
-def _lock(descriptor: int) -> None:
-    """Lock a file until it is closed or the process ends, however that ends; OSError where it is locked already."""
-    if fcntl is not None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+def set_aside(out_dir: Path) -> None:
+    """Move an earlier run's files into `out_dir`/previous, replacing the files there."""
+    if not any((out_dir / name).exists() for name in (BEST, LAST)):
+        return
+    previous = out_dir / PREVIOUS
+    previous.mkdir(exist_ok=True)
+    for name in RUN_FILES:
+        (previous / name).unlink(missing_ok=True)
+    for name in RUN_FILES:
+        if (out_dir / name).exists():
+            os.replace(out_dir / name, previous / name)
+    warn(f"{out_dir} held an earlier run; its files are in {previous} now")
 
 
-@contextlib.contextmanager
-def memory(advice: str) -> Iterator[None]:
-    """Turn what PyTorch and Python raise where memory runs out into a UserError that ends with `advice`."""
+def write_config(path: Path, config: dict[str, Any]) -> None:
+    """Write the config as JSON, for people to read; a full disk is only a warning."""
     try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # PyTorch has a class of its own for CUDA alone, a RuntimeError
-        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
-            raise
-        raise UserError(f"out of memory: {advice}") from error
+        with atomic_write(path, durable=False) as file:
+            file.write((json.dumps(config, indent=1) + "\n").encode())
+    except OSError as error:
+        warn(f"{path} is not written ({error.strerror})")
+
+
+class Signals:
+    """Notes SIGNALS instead of dying of them, so that the loop can stop when its state is whole.
+
+    Works inside its `with` block and in the main thread. A second signal ends the process at once, unless it comes within
+    SIGNAL_DEBOUNCE_SECONDS.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0  # the signal's number; 0 for none
+        self._received_at = 0.0
+        self._previous = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            for name in SIGNALS:
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup, or with &
+                    self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            if time.monotonic() - self._received_at > SIGNAL_DEBOUNCE_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self.received, self._received_at = number, time.monotonic()
+        if os.environ.get("RANK", "0") == "0":
+            line = f"\n{signal.Signals(number).name}: finishing this iteration and saving; a second one ends the run at once\n"
+            with contextlib.suppress(OSError):
+                os.write(2, line.encode())  # not print: it may be at work on stderr right now, and must not be re-entered

@@ -18,8 +18,9 @@ import export
 import plot
 import sample
 import train
-from nanogpt import corpus, device, errors
-from nanogpt import run as guard
+from nanogpt import corpus, errors
+from nanogpt.distributed import Group
+from nanogpt.run import lock_folder
 from nanogpt.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +74,7 @@ TABLE = [
     ("train", f"{RUN} --dataset=TMP/other_pickle", "meta.pkl"),
     ("train", f"{RUN} --n_embd=4194304 --n_head=1 --block_size=1", "out of memory: lower --batch_size (now 2)"),
     ("train", f"{RUN} --device=tpu", "cuda:<number>"),
-    ("train", f"{RUN} --device=cuda:99", "CUDA devices here"),
+    ("train", f"{RUN} --device=cuda:99", "CUDA devices; try --device=auto"),
     ("train", f"{RUN} --init_from=gpt2", "gpt2: not all of it is in"),
     ("train", f"{RUN} --init_from=someone/something", "HF_HUB_OFFLINE is set"),
     ("train", f"{RUN} --init_from=TMP/other_model", "model_type = 'llama'"),
@@ -83,19 +84,19 @@ TABLE = [
     ("train", f"{RUN} --init_from=TMP/random.pt", "TMP/random.pt: refused: not a checkpoint"),
     ("train", f"{RUN} --init_from=TMP/hostile_zip.pt", "TMP/hostile_zip.pt: refused: it names"),
     ("train", f"{RUN} --init_from=TMP/weights.pt", "TMP/weights.pt: not a checkpoint: it has no 'model'"),
-    ("train", f"{RUN} --init_from=TMP/shape.pt", "is (3, 3) where its shape needs"),
+    ("train", f"{RUN} --init_from=TMP/shape.pt", "is (3, 3), but its model_args need"),
     ("train", f"{RUN} --init_from=TMP/run --dataset=TMP/three", "another tokenizer"),
-    ("train", "--init_from=resume --out_dir=TMP/none", "no checkpoint in TMP/none"),
+    ("train", "--init_from=resume --out_dir=TMP/none", "no such folder"),
     ("train", "--init_from=resume --out_dir=TMP/run --dataset=TMP/three", "another tokenizer"),
     ("train", "--init_from=resume --out_dir=TMP/run --dataset=gone", "dataset 'gone'"),
     ("train", "--init_from=resume --out_dir=TMP/typed_run", "max_iters = 'many': not a whole number"),
-    ("train", "--init_from=resume --out_dir=TMP/moments_run", "the state of its optimizer does not fit"),
+    ("train", "--init_from=resume --out_dir=TMP/moments_run", "its optimizer state does not fit"),
     ("train", "--init_from=resume --out_dir=TMP/stale_run", "'stale' is 'two'"),
     ("train", "--init_from=resume --out_dir=TMP/wandb_run", "its wandb is 7"),
     ("train", "--sample_interval=-1", "at least 0"),
     ("train", "--init_from=resume --out_dir=TMP/folder_run", "no checkpoint in TMP/folder_run"),
-    ("train", "--init_from=resume --out_dir=TMP/cut_run", "without that file, the run goes on from TMP/cut_run/ckpt.pt"),
-    ("train", "--init_from=resume --out_dir=TMP/lived_in --max_iters=9", "another run lives in TMP/lived_in"),
+    ("train", "--init_from=resume --out_dir=TMP/cut_run", "remove that file to resume from TMP/cut_run/ckpt.pt"),
+    ("train", "--init_from=resume --out_dir=TMP/lived_in --max_iters=9", "another run uses TMP/lived_in"),
     ("train", f"{RUN} --out_dir=TMP/syntax.py", "TMP/syntax.py: cannot write there"),
     ("train", f"{RUN} --out_dir=TMP/syntax.py/out", "TMP/syntax.py/out: cannot write there"),
     ("train", "--patience=-1", "at least 0"),
@@ -138,8 +139,8 @@ TABLE = [
     ("sample", "--init_from=TMP/random.pt", "TMP/random.pt: refused: not a checkpoint"),
     ("sample", "--init_from=TMP/hostile_zip.pt", "TMP/hostile_zip.pt: refused: it names"),
     ("sample", "--init_from=TMP/weights.pt", "it has no 'model'"),
-    ("sample", "--init_from=TMP/shape.pt", "is (3, 3) where its shape needs"),
-    ("sample", "--init_from=TMP/layers.pt", "n_layer=4096"),
+    ("sample", "--init_from=TMP/shape.pt", "is (3, 3), but its model_args need"),
+    ("sample", "--init_from=TMP/layers.pt", "n_layer=4,096"),
     ("sample", "--init_from=TMP/tokenizer.pt", "TMP/tokenizer.pt: damaged"),
     ("sample", "--init_from=TMP/nanogpt.pt", "TMP/nanogpt.pt: its tokenizer"),
     ("sample", "--init_from=TMP/run/metrics.csv", "metrics.csv: refused: not a checkpoint"),
@@ -147,7 +148,7 @@ TABLE = [
     ("sample", "--out_dir=TMP/run --start=FILE:", "Is a directory"),
     ("sample", "--out_dir=TMP/run --num_samples=0", "at least 1"),
     ("sample", "--out_dir=TMP/run --top_k=-1", "at least 0"),
-    ("sample", "--out_dir=TMP/run --device=cuda:99", "CUDA devices here"),
+    ("sample", "--out_dir=TMP/run --device=cuda:99", "CUDA devices; try --device=auto"),
     ("data/text/prepare", "", "--input="),
     ("data/text/prepare", "--input=TMP/nothing", "no such file"),
     ("data/text/prepare", "--input=TMP/binary.py", "not UTF-8"),
@@ -269,7 +270,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (tmp / "cut_run" / "last.pt").write_bytes(whole[:-100])
     (tmp / "cut_run" / "ckpt.pt").write_bytes(whole)
     shutil.copytree(tmp / "run", tmp / "lived_in")
-    with guard.only_run(tmp / "lived_in", device.Group()):
+    with lock_folder(tmp / "lived_in", Group()):
         yield tmp
 
 

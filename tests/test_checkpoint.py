@@ -80,7 +80,7 @@ def test_a_state_comes_back_as_it_was_saved(tmp_path: Path):
     extra = {"tokenizer": TABLE.to_dict(), "scaler": {}, "evaluated": 3}
     checkpoint.save(tmp_path / "ckpt.pt", checkpoint.pack(model, optimizer, 3, 2.5, {"dataset": "gone"}, extra))
     loaded = checkpoint.load(tmp_path / "ckpt.pt")
-    assert (loaded.iter_num, loaded.best_val_loss, loaded.kind, loaded.config) == (3, 2.5, "gpt", {"dataset": "gone"})
+    assert (loaded.iter_num, loaded.best_val_loss, loaded.model_type, loaded.config) == (3, 2.5, "gpt", {"dataset": "gone"})
     assert {name: loaded.extra[name] for name in extra} == extra
     again = checkpoint.build_model(loaded)
     assert same(again.state_dict(), model.state_dict())
@@ -153,7 +153,7 @@ def test_resuming_nanogpts_run_makes_its_next_update(tmp_path: Path, prefix: str
     update(model, optimizer, seed=4)
 
     start = checkpoint.load(checkpoint.newest(tmp_path))
-    assert (start.iter_num, start.best_val_loss, start.kind) == (3, 2.25, "gpt")
+    assert (start.iter_num, start.best_val_loss, start.model_type) == (3, 2.25, "gpt")
     assert type(start.best_val_loss) is float
     resumed = checkpoint.build_model(start)
     restored = adamw(resumed)
@@ -239,9 +239,9 @@ def test_share_keeps_its_state_when_the_first_file_moves_on(tmp_path: Path, monk
     last, best = tmp_path / checkpoint.LAST, tmp_path / checkpoint.BEST
     (tmp_path / "ckpt.pt.tmp").write_bytes(b"left by a killed process")
     checkpoint.save(last, our_state())
-    checkpoint.share(last, best)
+    checkpoint.link(last, best)
     assert best.samefile(last) == links
-    checkpoint.share(last, best)  # once more is as good
+    checkpoint.link(last, best)  # once more is as good
     checkpoint.save(last, our_state(seed=2, iter_num=7))
     assert (checkpoint.load(last).iter_num, checkpoint.load(best).iter_num) == (7, 3)
     assert same(checkpoint.load(best).weights, our_state()["model"])
@@ -474,7 +474,7 @@ def test_many_layers_are_refused_before_they_are_built(tmp_path: Path):
     state = our_state()
     state["model_args"]["n_layer"] = 1_000_000
     torch.save(state, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match=r"ckpt\.pt: .*n_layer=1000000"):
+    with pytest.raises(UserError, match=r"ckpt\.pt: .*n_layer=1,000,000"):
         checkpoint.load(tmp_path / "ckpt.pt")
 
 

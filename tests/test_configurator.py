@@ -1,5 +1,6 @@
 """The command line: what flags and config files mean, and how a person's mistakes are told."""
 
+import inspect
 import io
 import os
 import re
@@ -326,7 +327,7 @@ def test_nanogpt_defaults() -> None:
 def test_help_lists_every_key_with_its_comment(script: Any) -> None:
     """A key without help, or help that lost its key in the layout, is caught."""
     page = " ".join(configurator.help_text(script.Config, f"{script.__name__}.py").split())
-    source = Path(script.__file__).read_text(encoding="utf-8")
+    source = inspect.getsource(script.Config)
     for field in fields(script.Config):
         (comment,) = re.findall(rf"^    {field.name}: .*?  # (.+)$", source, re.MULTILINE)
         assert re.search(rf"--{field.name}=<[^>]+>  ?\[[^]]*\] {re.escape(comment)}( |$)", page), field.name

@@ -11,7 +11,7 @@ import torch
 
 from configurator import ROOT
 from model import GPT, GPTConfig
-from nanogpt import device
+from nanogpt import device, distributed, kernels
 from nanogpt.errors import UserError
 
 
@@ -42,7 +42,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 def test_a_device_that_is_there(machine, name, gpus, apple, expected):
     """A wish that is overruled, or a GPU that "auto" leaves idle."""
     machine(gpus, apple)
-    assert device.resolve_device(name) == expected
+    assert device.pick_device(name) == expected
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_device_that_is_not_there(machine, name, gpus):
     """PyTorch's traceback, a silent fall back to the CPU, or a name that PyTorch refuses later."""
     machine(gpus)
     with pytest.raises(UserError) as caught:
-        device.resolve_device(name)
+        device.pick_device(name)
     assert f"--device={name}" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -86,7 +86,7 @@ def test_dtype(monkeypatch, name, where, bfloat16, expected):
     """A CPU that works out bfloat16 by detours, a wish that is passed over, or float16 on a GPU that has bfloat16."""
     monkeypatch.setattr(device, "has_bfloat16_instructions", lambda: bfloat16)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16)
-    assert device.resolve_dtype(name, where) is expected
+    assert device.pick_dtype(name, where) is expected
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_dtype(monkeypatch, name, where, bfloat16, expected):
 def test_compile(monkeypatch, choice, where, compilers, expected):
     """Compilation that fails for want of a C compiler, or a choice that is overruled."""
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name in compilers else None)
-    assert device.resolve_compile(choice, where) is expected
+    assert device.pick_compile(choice, where) is expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -147,7 +147,7 @@ def test_a_cpu_has_no_known_peak(where):
     assert device.peak_flops(where, torch.float32) is None
 
 
-@pytest.mark.skipif(not device.STATUS.exists(), reason="only Linux tells a process's own memory")
+@pytest.mark.skipif(not device.LINUX_STATUS.exists(), reason="only Linux tells a process's own memory")
 def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
     """The memory of a notebook that holds a large array, given as that of the training that it starts."""
     own = """
@@ -199,7 +199,7 @@ def test_to_device_and_synchronize_work_without_an_accelerator():
 def test_a_process_of_its_own_is_a_group_of_one(monkeypatch):
     """A script that waits for torchrun's variables, or sums up over processes that are not there."""
     monkeypatch.delenv("RANK", raising=False)
-    with device.process_group("cpu", "auto") as group:
+    with distributed.process_group("cpu", "auto") as group:
         assert (group.rank, group.local_rank, group.size, group.device, group.is_main) == (0, 0, 1, "cpu", True)
         assert group.sum(1.5, 2) == [1.5, 2]
         assert not torch.distributed.is_initialized()
@@ -209,14 +209,17 @@ def test_one_gpu_for_all_processes_is_refused(monkeypatch):
     """Processes that all compute on the same GPU, which NCCL finds out with a traceback."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
-    with pytest.raises(UserError, match=r"^--device=cuda:1: .*; give --device=cuda$"), device.process_group("cuda:1", "auto"):
+    with (
+        pytest.raises(UserError, match=r"^--device=cuda:1: .*; give --device=cuda$"),
+        distributed.process_group("cuda:1", "auto"),
+    ):
         pass
 
 
 PROCESS = """
 import torch
-from nanogpt import device
-with device.process_group("cpu", "auto") as group:
+from nanogpt import distributed
+with distributed.process_group("cpu", "auto") as group:
     total = group.sum(float(group.rank), 2.0**30 + group.rank, 1.0)
     print(group.rank, group.size, group.is_main, torch.distributed.get_backend(), *total)
 print(torch.distributed.is_initialized())
@@ -261,12 +264,12 @@ def test_a_model_that_is_ready_to_generate_writes_the_same_text(rows, bias, monk
     idx = torch.randint(50, (rows, 5))
     expected = model.generate(idx, 60, temperature=0)
     for small in (0, 1 << 30):
-        monkeypatch.setattr(device.PackedLinear, "SMALL", small)
+        monkeypatch.setattr(kernels, "PACK_MIN_WEIGHTS", small)
         ready = GPT(shape(bias=bias))
         ready.load_state_dict(model.state_dict())
-        device.ready_to_generate(ready, "cpu", torch.float32)
+        device.prepare_for_generation(ready, "cpu", torch.float32)
         assert not ready.training
-        assert any(isinstance(module, device.PackedLinear) for module in ready.modules()) == device.can_pack(torch.float32)
+        assert any(isinstance(module, kernels.PackedLinear) for module in ready.modules()) == kernels.can_pack(torch.float32)
         assert torch.equal(ready.generate(idx, 60, temperature=0), expected)
 
 
@@ -274,7 +277,7 @@ def test_where_weights_cannot_be_packed_the_model_is_left_as_it_is(monkeypatch):
     """An error on a machine whose PyTorch has no oneDNN, where all is well without it."""
     monkeypatch.setattr(device, "can_pack", lambda dtype: False)
     model = GPT(shape())
-    device.ready_to_generate(model, "cpu", torch.float32)
+    device.prepare_for_generation(model, "cpu", torch.float32)
     assert isinstance(model.lm_head, torch.nn.Linear)
 
 
@@ -284,7 +287,7 @@ def test_generation_in_16_bits_stays_near_float32():
     model = GPT(shape())
     idx = torch.randint(50, (2, 32))
     exact, _ = model.eval()(idx)
-    device.ready_to_generate(model, "cpu", torch.bfloat16)
+    device.prepare_for_generation(model, "cpu", torch.bfloat16)
     cache = model.new_cache(2, 32)
     with torch.inference_mode():
         for part in (idx[:, :20], idx[:, 20:25], idx[:, 25:26], idx[:, 26:]):
@@ -334,7 +337,7 @@ def test_a_failed_compilation_is_one_warning_and_the_model_works(command, tmp_pa
     code = """
 import torch
 from nanogpt import device
-network = device.compiled(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()))
+network = device.compile_model(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()))
 x = torch.ones(2, 4)
 for _ in range(3):
     network(x).sum().backward()

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from configurator import ROOT
-from nanogpt import checkpoint, corpus, device
-from nanogpt import run as guard
+from nanogpt import checkpoint, corpus
+from nanogpt.distributed import Group
+from nanogpt.run import lock_folder
 from nanogpt.tokenizer import CharTokenizer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -47,7 +48,7 @@ def records(out_dir: Path) -> list[list[float]]:
 LAUNCHER = """
 import gc, json, os, pathlib, sys
 import configurator, train, torch, torch._dynamo, torch.distributed.fsdp
-from nanogpt import device
+from nanogpt import distributed, optim
 gc.freeze()  # no fork has to look through all that again
 
 def train_in_fork(rank):
@@ -88,21 +89,21 @@ class Counting(torch.nn.parallel.DistributedDataParallel):
         super().__init__(module)
         self.register_comm_hook(None, lambda state, bucket: sums.append(1) or allreduce_hook(state, bucket))
 
-sums, train.DistributedDataParallel = [], Counting
+sums, distributed.DistributedDataParallel = [], Counting
 atexit.register(lambda: os.write(1, b"sums of gradients: %d\\n" % len(sums)))  # at once, as another process may print too
 """
 SIGNALLED = """
 import signal
 
-def evaluate(*arguments, uninterrupted=train.evaluate):
+def estimate_loss(*arguments, uninterrupted=train.estimate_loss):
     evaluations.append(1)
     if len(evaluations) == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return uninterrupted(*arguments)
 
-evaluations, train.evaluate = [], evaluate
+evaluations, train.estimate_loss = [], estimate_loss
 """
-IN_FLOAT32 = "device.has_bfloat16_instructions = lambda: False"  # Muon would round in 16 bits, and differences would show
+IN_FLOAT32 = "optim.has_bfloat16_instructions = lambda: False"  # Muon would round in 16 bits, and differences would show
 
 
 @pytest.fixture(scope="module")
@@ -286,12 +287,12 @@ def test_a_signal_stops_all_processes_after_one_update(project: Path, dataset: P
 
 def test_a_folder_in_which_a_run_lives_is_refused_by_all_processes(project: Path, dataset: Path, tmp_path: Path) -> None:
     """Catches processes that wait for the refused main one, or tell of it with a traceback."""
-    with guard.only_run(tmp_path / "out", device.Group()):
+    with lock_folder(tmp_path / "out", Group()):
         finished = torchrun(
             2, project / "train.py", *FLAGS, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", root=project
         )
     assert finished.returncode != 0
     lines = [line for line in finished.stderr.splitlines() if line.startswith("train.py")]
-    assert any("another run lives in" in line for line in lines)
+    assert any("another run uses" in line for line in lines)
     assert 'train.py", line' not in finished.stderr
     assert not (tmp_path / "out").exists()  # nothing was written into it, and so it went with the one that held it

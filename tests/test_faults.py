@@ -16,9 +16,8 @@ import torch
 
 import configurator
 import train
-from nanogpt import checkpoint, device, metrics
-from nanogpt import distributed as parallel
-from nanogpt import run as guard
+from nanogpt import checkpoint, distributed, metrics
+from nanogpt import run as runs
 from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
 
@@ -130,7 +129,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[..., None]) ->
             act(name, *arguments)
 
     files = [(os, "replace"), (os, "link"), (os, "fsync"), (torch, "save"), (metrics.Metrics, "_flush")]
-    before_each(monkeypatch, [*files, (parallel, "clip_gradient")], note)
+    before_each(monkeypatch, [*files, (train, "clip_gradient")], note)
     return seen
 
 
@@ -159,7 +158,7 @@ def test_a_run_killed_at_any_step_is_not_lost(
 
     Rows are written one by one, or wait for the next evaluation or save.
     """
-    monkeypatch.setattr(metrics, "TOGETHER", together)
+    monkeypatch.setattr(metrics, "FLUSH_SECONDS", together)
     with monkeypatch.context() as patch:
         names = steps(patch, 0, kill)
         run(*flags, f"--out_dir={tmp_path / 'counted'}")
@@ -207,7 +206,7 @@ def stop(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int, number
             signal.raise_signal(number)
 
     before_each(monkeypatch, [(owner, name)], signalled)
-    noted = [(train.Metrics, "step"), (checkpoint, "save"), (Dataset, "windows")]
+    noted = [(metrics.Metrics, "step"), (checkpoint, "save"), (Dataset, "windows")]
     before_each(monkeypatch, noted, lambda each, *arguments: len(calls) < at or after.append(each))
     return after
 
@@ -221,7 +220,7 @@ def test_a_signal_ends_the_run_after_its_iteration(
     out_dir = tmp_path / "a run"
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        after = stop(patch, parallel, "clip_gradient", at, number)
+        after = stop(patch, train, "clip_gradient", at, number)
         with pytest.raises(SystemExit) as end:
             run(*flags, f"--out_dir={out_dir}")
     assert end.value.code == 128 + number
@@ -260,12 +259,12 @@ def test_a_signal_to_another_process_stops_this_one(
     """Catches processes that part, one in a training step or an evaluation in which it waits for the others for good."""
     calls = []
 
-    def sum_up(group: device.Group, *given: float) -> list[float]:
+    def sum_up(group: distributed.Group, *given: float) -> list[float]:
         calls.append(len(given))
         return [*given[:-1], given[-1] + signal.SIGTERM * (len(given) > 1 and calls.count(3) == at)]
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(device.Group, "sum", sum_up)
+        patch.setattr(distributed.Group, "sum", sum_up)
         run(*flags, f"--out_dir={tmp_path / 'out'}")
     assert end.value.code == 128 + signal.SIGTERM
     assert checkpoint.load(tmp_path / "out" / checkpoint.LAST).iter_num == saved
@@ -281,14 +280,14 @@ def test_a_second_signal_ends_the_run_at_once_and_leaves_files_whole(
     """Catches an impatient person's second Ctrl-C that is ignored, or that destroys what the first began to save."""
 
     def twice() -> None:
-        monkeypatch.setattr(guard, "SAME", -1.0)
-        stop(monkeypatch, parallel, "clip_gradient", 8, number)
+        monkeypatch.setattr(runs, "SIGNAL_DEBOUNCE_SECONDS", -1.0)
+        stop(monkeypatch, train, "clip_gradient", 8, number)
         steps(monkeypatch, 1 + len(names), lambda *call: signal.raise_signal(number))
         run(*flags, f"--out_dir={tmp_path / 'out'}")
 
     with monkeypatch.context() as patch:
         names = steps(patch, 0, kill)
-        stop(patch, parallel, "clip_gradient", 8)
+        stop(patch, train, "clip_gradient", 8)
         with pytest.raises(SystemExit):
             run(*flags, f"--out_dir={tmp_path / 'counted'}")
     names = names[: len(names) - 1 - names[::-1].index("save")]  # up to the last save, which the second signal interrupts
@@ -382,7 +381,7 @@ def test_a_failed_save_at_a_signal_is_no_clean_stop(
     def fail(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    stop(monkeypatch, parallel, "clip_gradient", 5)
+    stop(monkeypatch, train, "clip_gradient", 5)
     before_each(monkeypatch, [(torch, "save")], fail)
     with pytest.raises(UserError, match="No space left on device"):
         run(*flags, f"--out_dir={tmp_path / 'out'}")
@@ -414,7 +413,7 @@ def test_a_dataset_that_vanishes_costs_no_update(
     with monkeypatch.context() as patch:
         before_each(patch, [(Dataset, "windows")], vanish)
         reached = []
-        before_each(patch, [(parallel, "clip_gradient")], lambda *arguments: reached.append(1))
+        before_each(patch, [(train, "clip_gradient")], lambda *arguments: reached.append(1))
         with pytest.raises(UserError, match=rf"{name}: cannot be read any more"):
             run(*flags, f"--out_dir={tmp_path / 'out'}")
     (dataset / name).write_bytes(before)
@@ -454,7 +453,7 @@ def test_early_stopping_counts_evaluations_without_a_better_one(
     for at in range(1, 10):
         out_dir = tmp_path / f"stopped{at}"
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            stop(patch, parallel, "clip_gradient", at)
+            stop(patch, train, "clip_gradient", at)
             run(*patient, f"--out_dir={out_dir}")
         go_on(out_dir)
         assert same(outcome(out_dir), whole), f"stopped in iteration {at}"
@@ -475,7 +474,7 @@ def test_a_new_run_sets_an_earlier_one_aside(
     """Catches an earlier run that is lost to a forgotten --init_from, and one whose best weights pass for the new run's."""
     out_dir = tmp_path / "undisturbed"
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        stop(patch, parallel, "clip_gradient", 1)
+        stop(patch, train, "clip_gradient", 1)
         run(*flags, f"--out_dir={out_dir}")
     assert str(out_dir / "previous") in capsys.readouterr().err
     assert same(outcome(out_dir / "previous"), undisturbed)
@@ -500,7 +499,7 @@ def test_the_clock_saves_too(flag: str, saved: int, flags: list[str], tmp_path: 
         raise Killed
 
     at = []
-    before_each(monkeypatch, [(parallel, "clip_gradient")], lambda *arguments: at.append(1) or len(at) < 10 or die())
+    before_each(monkeypatch, [(train, "clip_gradient")], lambda *arguments: at.append(1) or len(at) < 10 or die())
     with pytest.raises(Killed):
         run(*quiet, f"--out_dir={tmp_path / 'out'}", "--max_iters=90", "--eval_interval=6")
     assert checkpoint.load(checkpoint.newest(tmp_path / "out")).iter_num == saved

@@ -19,7 +19,7 @@ import configurator
 import train
 from nanogpt import metrics
 from nanogpt.errors import UserError
-from nanogpt.metrics import Metrics
+from nanogpt.metrics import Metrics, SilentMetrics
 
 try:
     import resource
@@ -199,7 +199,7 @@ def test_seconds_go_on_where_a_run_is_resumed(tmp_path, clock):
         records.step(iteration, 2.5, 1e-3, 1.0, 0.03, 1000.0, -1.0)
     records.close()
     clock[0] += 5000
-    records = Metrics(tmp_path, 100, 64, start=2)
+    records = Metrics(tmp_path, 100, 64, first_iter=2)
     clock[0] += 7
     records.step(2, 2.5, 1e-3, 1.0, 0.03, 1000.0, -1.0)
     records.close()
@@ -223,7 +223,7 @@ def test_whole_rows_are_read_and_a_broken_one_is_not(tmp_path):
 @pytest.mark.parametrize("room", [0, 10, 75, 130, 200])
 def test_rows_wait_for_a_disk_that_is_full(tmp_path, capsys, clock, room, monkeypatch):
     """A run that ends for want of room for a row; rows that are lost or broken when there is room again."""
-    monkeypatch.setattr(metrics, "TOGETHER", 0.0)
+    monkeypatch.setattr(metrics, "FLUSH_SECONDS", 0.0)
     run(tmp_path, 0, 4)
     before, (soft, hard) = (tmp_path / "metrics.csv").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
@@ -264,7 +264,7 @@ def test_a_bar_tells_where_the_run_is(tmp_path, monkeypatch):
     out, err = Terminal(), Terminal()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    records = Metrics(tmp_path, 100, 64, start=20)
+    records = Metrics(tmp_path, 100, 64, first_iter=20)
     records.pause("evaluating")
     assert " 20%|" in err.getvalue() and err.getvalue().rstrip().endswith("left, evaluating")
     records.advance()
@@ -284,12 +284,14 @@ def test_a_bar_stays_out_of_files(tmp_path, capsys):
 
 def test_a_process_that_is_not_the_main_one_does_nothing(tmp_path, capsys):
     """Eight processes that write one file and print each line eight times."""
-    records = Metrics(tmp_path, 100, 64, is_main=False)
+    records = SilentMetrics()
     records.say("hello")
     records.evaluation(0, {"train": 2.5, "val": 2.5}, 1e-3, -1.0, 2.5)
     records.step(0, 2.5, 1e-3, 1.0, 0.03, 1000.0, -1.0)
     records.advance()
-    records.close()
+    with records:
+        records.pause("evaluating")
+        records.sync()
     output = capsys.readouterr()
     assert output.out == output.err == ""
     assert list(tmp_path.iterdir()) == []
@@ -365,7 +367,7 @@ def test_a_failure_of_wandb_ends_no_run(tmp_path, fake_wandb, capsys):
         for iteration in range(3):
             records.step(iteration, 2.5, 1e-3, 1.0, 0.03, 1000.0, -1.0)
     assert len(rows(tmp_path)) == 3
-    assert capsys.readouterr().err.count("gets no more of this run: the service is gone") == 1
+    assert capsys.readouterr().err.count("failed and stops here: the service is gone") == 1
 
 
 def test_wandb_hears_that_a_run_has_failed(tmp_path, fake_wandb):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, SHORT, Bigram, GPTConfig, explicit_attention, sample_next
+from model import GPT, Bigram, GPTConfig, sample_next
+from nanogpt.kernels import FLASH_MIN_TOKENS, explicit_attention
 
 LAYER = [
     "ln_1.weight",
@@ -542,13 +543,13 @@ def test_explicit_attention_drops_weights():
     assert y.std() > 0.05
 
 
-@pytest.mark.parametrize("T", [SHORT, SHORT + 1])
+@pytest.mark.parametrize("T", [FLASH_MIN_TOKENS, FLASH_MIN_TOKENS + 1])
 def test_bfloat16_on_a_cpu_takes_the_attention_that_is_quick_there(T, monkeypatch):
     """Scores of a long context in memory all at once, or flash attention in 16 bits, six times as slow."""
     seen = []
     attention = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **b: seen.append(q.dtype) or attention(q, *a, **b))
-    model = tiny(block_size=SHORT + 1, n_layer=1)
+    model = tiny(block_size=FLASH_MIN_TOKENS + 1, n_layer=1)
     with torch.autocast("cpu", torch.bfloat16):
         model(ids(1, T), ids(1, T))
-    assert seen == ([torch.float32] if T > SHORT else [])
+    assert seen == ([torch.float32] if T > FLASH_MIN_TOKENS else [])

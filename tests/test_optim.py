@@ -7,17 +7,17 @@ import torch
 
 import train
 from configurator import parse
-from model import GPT, Bigram, GPTConfig
+from model import GPT, GPTConfig
 from nanogpt import checkpoint
 from nanogpt.errors import UserError
-from nanogpt.optim import Muon, MuonWithAdamW
+from nanogpt.optim import Muon, MuonWithAdamW, build_optimizer
 
 SETTINGS = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, bias=True)
 
 
-def optimizer_of(model: GPT | Bigram) -> MuonWithAdamW | torch.optim.AdamW:
-    return model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu", muon=True)
+def optimizer_of(model: GPT) -> MuonWithAdamW:
+    return build_optimizer(model, "muon", 0.1, 1e-2, (0.9, 0.95), "cpu")
 
 
 def update(model: GPT, optimizer: MuonWithAdamW, steps: int, seed: int = 3) -> None:
@@ -48,7 +48,7 @@ def test_muon_matches_a_reference_in_its_own_format(monkeypatch: pytest.MonkeyPa
 
     In bfloat16 the reference is PyTorch's Muon, in float32 a loop in float64, so that no CPU's rounding decides.
     """
-    monkeypatch.setattr("nanogpt.device.has_bfloat16_instructions", lambda: format == "bfloat16")
+    monkeypatch.setattr("nanogpt.optim.has_bfloat16_instructions", lambda: format == "bfloat16")
     torch.manual_seed(1)
     shapes = [(8, 24), (24, 8), (8, 8), (8, 24), (5, 8), (8, 8), (24, 8)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -75,7 +75,7 @@ def test_muon_matches_a_reference_in_its_own_format(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("has_instructions", [True, False])
 def test_updates_have_singular_values_near_one(monkeypatch: pytest.MonkeyPatch, has_instructions: bool) -> None:
     """Catches an iteration that does not converge, in either number format."""
-    monkeypatch.setattr("nanogpt.device.has_bfloat16_instructions", lambda: has_instructions)
+    monkeypatch.setattr("nanogpt.optim.has_bfloat16_instructions", lambda: has_instructions)
     p = torch.nn.Parameter(torch.zeros(16, 64))
     muon = Muon([p], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
@@ -98,9 +98,8 @@ def test_each_parameter_has_one_optimizer() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
 
 
-def test_a_model_without_layers_has_adamw_alone() -> None:
-    """Catches an empty Muon, which PyTorch refuses."""
-    assert isinstance(optimizer_of(Bigram(SHAPE)), torch.optim.AdamW)
+def test_a_model_without_blocks_refuses_muon() -> None:
+    """Catches an empty Muon, which PyTorch refuses with a traceback."""
     with pytest.raises(UserError, match="bigram"):
         parse(train.Config, ["--optimizer=muon", "--model=bigram"])
 
@@ -126,7 +125,7 @@ def test_its_state_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
 def test_the_other_optimizers_state_is_refused_by_name(tmp_path: Path, saved_with_muon: bool) -> None:
     """Catches a traceback, or a run that goes on without its momenta."""
     model = GPT(SHAPE)
-    kinds = [model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu", muon=muon) for muon in (False, True)]
+    kinds = [build_optimizer(model, name, 0.1, 1e-2, (0.9, 0.95), "cpu") for name in ("adamw", "muon")]
     update(model, kinds[saved_with_muon], 1)
     checkpoint.save(tmp_path / "ckpt.pt", checkpoint.pack(model, kinds[saved_with_muon], 1, 2.5, {}, {}))
     with pytest.raises(UserError, match=r"Muon.s.*--init_from="):

@@ -5,7 +5,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from model import GPT, Block, GPTConfig
-from nanogpt import distributed as parallel
+from nanogpt import distributed
 
 
 def model_and_batch() -> tuple[GPT, torch.Tensor]:
@@ -35,7 +35,7 @@ def passed(model: GPT, batch: torch.Tensor) -> tuple[int, list[torch.Tensor]]:
 def test_activations_that_are_computed_anew_are_not_kept_and_give_the_same_gradient() -> None:
     """Catches a block that is left out, or that draws other dropout the second time."""
     (model, batch), (other, _) = model_and_batch(), model_and_batch()
-    parallel.recompute_activations(other)
+    distributed.checkpoint_activations(other)
     (kept, gradients), (still_kept, same) = passed(model, batch), passed(other, batch)
     assert still_kept < kept / 4
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
@@ -48,7 +48,7 @@ def test_nothing_is_computed_twice_without_a_backward_pass(monkeypatch: pytest.M
     calls = []
     forward = Block.forward
     monkeypatch.setattr(Block, "forward", lambda self, *arguments: calls.append(self) or forward(self, *arguments))
-    parallel.recompute_activations(model)
+    distributed.checkpoint_activations(model)
     with torch.no_grad():
         model(*batch)
     assert len(calls) == 3
@@ -63,6 +63,6 @@ def test_gradients_are_clipped_as_pytorch_does(limit: float) -> None:
     for each in (model, other):
         each.eval()(*batch)[1].backward()
     expected = clip_grad_norm_(other.parameters(), limit or torch.inf).item()
-    assert parallel.clip_gradient(model, limit) == pytest.approx(expected)
+    assert distributed.clip_gradient(model, limit) == pytest.approx(expected)
     for parameter, like in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, like.grad)

@@ -15,7 +15,6 @@ import configurator
 import plot
 import train
 from nanogpt import curves
-from nanogpt import distributed as parallel
 from nanogpt.errors import UserError
 
 TINY = "--n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=2 --gradient_accumulation_steps=1 --device=cpu".split()
@@ -406,8 +405,8 @@ def test_a_run_leaves_its_curves(ending: str, dataset: Path, tmp_path: Path, mon
         run("--max_iters=1")
         run("--init_from=resume", "--max_iters=3")
     elif ending == "stopped":
-        clip = parallel.clip_gradient
-        monkeypatch.setattr(parallel, "clip_gradient", lambda *a: signal.raise_signal(signal.SIGTERM) or clip(*a))
+        clip = train.clip_gradient
+        monkeypatch.setattr(train, "clip_gradient", lambda *a: signal.raise_signal(signal.SIGTERM) or clip(*a))
         with pytest.raises(SystemExit):
             run()
     else:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ import configurator
 import train
 from model import Bigram, GPTConfig
 from nanogpt import checkpoint, corpus, device
-from nanogpt import run as guard
 from nanogpt.dataset import Dataset
+from nanogpt.distributed import Group, share_batch
 from nanogpt.errors import UserError
+from nanogpt.run import Signals
 from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2"]
@@ -110,7 +112,7 @@ def test_first_update_is_that_of_a_plain_loop(flags: list[str], dataset: Path, o
     config = run(*flags, "--max_iters=1", "--grad_clip=0.5", "--learning_rate=1e-2")
     torch.manual_seed(config.seed)
     data = Dataset(str(dataset))
-    model, _ = train.build_model(config, data)
+    model, _ = train.load_or_init(config, data, None)
     x, y = data.windows("train", data.draw("train", "train", config.seed, 0, 8, 16), 16, 100)
     _, loss = model(x, y)
     loss.backward()
@@ -183,11 +185,11 @@ def test_resuming_takes_every_key_that_was_not_given_from_the_checkpoint(
 ) -> None:
     """Catches a resumed run on the default dataset, or with the default learning rate."""
     run(*flags, "--learning_rate=0.0123", "--max_iters=5", "--seed=7")
-    config = run("--init_from=resume", f"--out_dir={out_dir}", "--n_embd=64", "--beta2=0.9", "--max_iters=6")
-    assert (config.learning_rate, config.seed, config.beta2, config.max_iters) == (0.0123, 7, 0.9, 6)
-    assert (config.n_embd, config.block_size) == (16, 16)
+    run("--init_from=resume", f"--out_dir={out_dir}", "--n_embd=64", "--beta2=0.9", "--max_iters=6")
     assert "n_embd=16, used instead of n_embd=64" in capsys.readouterr().err
-    assert json.loads((out_dir / "config.json").read_text())["learning_rate"] == 0.0123
+    settled = json.loads((out_dir / "config.json").read_text())
+    keys = ("learning_rate", "seed", "beta2", "max_iters", "n_embd", "block_size")
+    assert [settled[key] for key in keys] == [0.0123, 7, 0.9, 6, 16, 16]
     groups = torch.load(out_dir / "last.pt", weights_only=True)["optimizer"]["param_groups"]
     assert [group["betas"][1] for group in groups] == [0.9, 0.9]
 
@@ -307,13 +309,13 @@ def test_samples_are_not_counted_as_training(
         now[0] += 0.001
         return now[0]
 
-    monkeypatch.setattr(train.time, "perf_counter", clock)
+    monkeypatch.setattr(time, "perf_counter", clock)
 
     def sample(*arguments: object) -> str:
         now[0] += 60
         return "text"
 
-    monkeypatch.setattr(train, "sample", sample)
+    monkeypatch.setattr(train, "sample_text", sample)
     run(*flags, "--sample_interval=2", "--max_iters=6")
     out = capsys.readouterr().out
     assert len(samples(out)) == 3
@@ -323,10 +325,10 @@ def test_samples_are_not_counted_as_training(
 def test_a_sample_ends_at_a_signal(flags: list[str], dataset: Path) -> None:
     """Catches a stop that waits for a slow model's text."""
     config = configurator.parse(train.Config, flags)
-    data, signals = Dataset(str(dataset)), guard.Signals()
-    model, _ = train.build_model(config, data)
+    data, signals = Dataset(str(dataset)), Signals()
+    model, _ = train.load_or_init(config, data, None)
     signals.received = 15
-    assert len(train.sample(model, data, 1, 1, "cpu", signals)) <= 1
+    assert len(train.sample_text(model, data, 1, 1, "cpu", signals)) <= 1
     assert model.training
 
 
@@ -344,7 +346,7 @@ def test_a_model_of_conversations_replies(project: Path, command, capsys: pytest
 
     prompts: list[str] = []
     model = Parrot(GPTConfig(block_size=256, vocab_size=data.tokenizer.vocab_size))
-    text = train.sample(model, data, 1, 1, "cpu", guard.Signals())
+    text = train.sample_text(model, data, 1, 1, "cpu", Signals())
     assert re.fullmatch(r"<human>[^<>]+<endOfText><bot>", prompts[0])
     assert text == f"{prompts[0]}Moo."
 
@@ -394,10 +396,10 @@ def test_another_tokenizer_is_refused(flags: list[str], out_dir: Path, tmp_path:
 
 def test_loss_rows_follow_the_size_of_the_logits() -> None:
     """Catches logits of GPT-2's vocabulary that set the peak of memory, and small models that are cut for nothing."""
-    assert train.resolve_loss_rows("auto", "cpu", 4 * 256, 50304) == 256
-    assert train.resolve_loss_rows("auto", "cuda", 4 * 256, 50304) == 0
-    assert train.resolve_loss_rows("auto", "cpu", 4 * 256, 65) == 0
-    assert train.resolve_loss_rows(7, "cuda", 4 * 256, 65) == 7
+    assert device.pick_loss_rows("auto", "cpu", 4 * 256, 50304) == 256
+    assert device.pick_loss_rows("auto", "cuda", 4 * 256, 50304) == 0
+    assert device.pick_loss_rows("auto", "cpu", 4 * 256, 65) == 0
+    assert device.pick_loss_rows(7, "cuda", 4 * 256, 65) == 7
 
 
 def test_a_run_with_the_loss_in_chunks_has_the_same_losses(flags: list[str], out_dir: Path) -> None:
@@ -416,43 +418,42 @@ def test_a_run_with_the_loss_in_chunks_has_the_same_losses(flags: list[str], out
 )
 def test_tokens_of_an_iteration_set_its_micro_batches(batch_tokens: int, processes: int, expected: int) -> None:
     """Catches tokens that are counted for one process, or without their windows."""
-    config = configurator.parse(train.Config, [f"--batch_tokens={batch_tokens}", "--batch_size=4"])
-    assert train.micro_batches(config, 8, processes) == expected
+    assert share_batch(40, batch_tokens, 4, 8, processes) == expected
 
 
 @pytest.mark.parametrize(
     ("batch_tokens", "processes", "advice"),
     [
-        (100, 1, "= 32: give 96 or 128, or another --batch_size"),
-        (96, 2, "x 2 processes = 64: give 64 or 128"),
-        (31, 1, "x 1 process = 32: give 32, or"),
+        (100, 1, " = 32, got 100; try --batch_tokens=96 or 128, or another --batch_size"),
+        (96, 2, "x 2 processes = 64, got 96; try --batch_tokens=64 or 128"),
+        (31, 1, "x 1 process = 32, got 31; try --batch_tokens=32, or"),
     ],
 )
 def test_tokens_that_cannot_be_shared_out_are_refused(batch_tokens: int, processes: int, advice: str) -> None:
     """Catches a batch that is silently larger or smaller than was asked for, and advice that does not help."""
-    config = configurator.parse(train.Config, [f"--batch_tokens={batch_tokens}", "--batch_size=4"])
     with pytest.raises(UserError, match=re.escape(advice)) as caught:
-        train.micro_batches(config, 8, processes)
-    assert f"batch_tokens={batch_tokens} is no multiple of batch_size=4 x 8 tokens" in str(caught.value)
+        share_batch(40, batch_tokens, 4, 8, processes)
+    assert "batch_tokens must be a multiple of batch_size=4 x 8 tokens x " in str(caught.value)
 
 
 def test_tokens_of_an_iteration_stay_when_a_run_goes_on(flags: list[str], out_dir: Path) -> None:
     """Catches a resumed run with other batches, and a wish for other ones that its own tokens overrule."""
-    config = run(*flags, "--batch_tokens=192", "--max_iters=1")
-    assert config.gradient_accumulation_steps == 3
-    assert [int(row["tokens"]) for row in rows(out_dir)][-1] == 192
+    run(*flags, "--batch_tokens=192", "--max_iters=1")
+    assert int(rows(out_dir)[-1]["tokens"]) == 192
     on = [f"--out_dir={out_dir}", "--init_from=resume"]
-    config = run(*on, "--batch_size=2", "--max_iters=2")
-    assert config.gradient_accumulation_steps == 6
-    config = run(*on, "--gradient_accumulation_steps=2", "--max_iters=3")
-    assert (config.gradient_accumulation_steps, config.batch_tokens) == (2, 0)
+    run(*on, "--batch_size=2", "--max_iters=2")
+    assert int(rows(out_dir)[-1]["tokens"]) == 2 * 192
+    run(*on, "--gradient_accumulation_steps=2", "--max_iters=3")
+    assert int(rows(out_dir)[-1]["tokens"]) == 3 * 2 * 2 * 16
+    settled = json.loads((out_dir / "config.json").read_text())
+    assert (settled["gradient_accumulation_steps"], settled["batch_tokens"]) == (2, 0)
 
 
-def test_sharded_float16_is_refused() -> None:
+def test_sharded_float16_is_refused(dataset: Path) -> None:
     """Catches gradients that overflow where no one looks."""
     config = configurator.parse(train.Config, ["--parallel=fsdp", "--dtype=float16"])
     with pytest.raises(UserError, match=r"--parallel=fsdp .* --dtype=bfloat16 or --dtype=float32"):
-        train.train(config, device.Group(launched=True))
+        train.resolve_machine(config, Group(launched=True), None, Dataset(str(dataset)))
 
 
 def test_activations_that_are_computed_anew_change_nothing(flags: list[str], out_dir: Path, tmp_path: Path) -> None:

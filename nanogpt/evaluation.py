@@ -1,0 +1,107 @@
+"""Evaluation during training: the loss of both splits, and a short sample of the model's text."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import GPT, Bigram
+from nanogpt import conversation
+from nanogpt.dataset import Dataset, Split
+from nanogpt.device import text_generators, to_device
+from nanogpt.distributed import Group, is_sharded
+from nanogpt.run import Signals
+from nanogpt.tokenizer import END_OF_TEXT, StreamDecoder
+
+SAMPLE_TOKENS = 200  # length of a sample
+
+
+@torch.no_grad()
+def estimate_loss(
+    model: torch.nn.Module,
+    data: Dataset,
+    group: Group,
+    autocast: AbstractContextManager,
+    seed: int,
+    eval_iters: int,
+    batch_size: int,
+    block_size: int,
+    loss_rows: int,
+    signals: Signals,
+) -> dict[Split, float] | None:
+    """Return the mean loss of each split in nats per token: over `eval_iters` batches, always the same ones, or, with 0, over
+    the whole split.
+
+    The ranks of `group` share the work, and all get the result; None if a signal reached one of them meanwhile.
+    """
+    model.eval()
+    losses = {}
+    sharded = is_sharded(model)  # then all ranks must run the same number of passes
+    for split in data.tokens:
+        total = count = interrupted = 0.0
+        for batches in _rounds(_batches(data, split, seed, eval_iters, batch_size, block_size), group.size):
+            (interrupted,) = group.sum(signals.received) if sharded else (signals.received,)
+            is_mine = group.rank < len(batches)
+            if interrupted or not (is_mine or sharded):
+                break
+            positions, length = batches[group.rank if is_mine else -1]  # one too many is run, but not counted
+            x, y = to_device(data.windows(split, positions, length, model.config.vocab_size), group.device)
+            with autocast:
+                _, loss = model(x, y, loss_rows=loss_rows)
+            learned = (y != -1).sum().item() if is_mine else 0
+            total += loss.item() * learned if learned else 0.0
+            count += learned
+        total, count, interrupted = group.sum(total, count, signals.received)
+        if interrupted:
+            break
+        losses[split] = total / count if count else math.nan
+    model.train()
+    return None if interrupted else losses
+
+
+def _batches(
+    data: Dataset, split: Split, seed: int, eval_iters: int, batch_size: int, block_size: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (positions, length) of each batch of windows in an evaluation of `split`."""
+    if eval_iters == 0:
+        yield from data.consecutive(split, block_size, batch_size)
+    stream = "eval_train" if split == "train" else "eval_val"
+    for index in range(eval_iters):
+        yield data.draw(split, stream, seed, index, batch_size, block_size), block_size
+
+
+def _rounds(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of `size` batches; the last may be shorter."""
+    while taken := list(itertools.islice(batches, size)):
+        yield taken
+
+
+def sample_text(model: GPT | Bigram, data: Dataset, seed: int, iteration: int, device: str, signals: Signals) -> str:
+    """Return a short text by the model: from an empty prompt, or its reply to the first message of the validation split.
+
+    Leaves the random numbers of training alone.
+    """
+    # prompt
+    tokenizer, stop, text = data.tokenizer, [END_OF_TEXT], ""
+    prompt = conversation.separator(tokenizer) or [0]
+    if data.chat_format is not None:
+        inputs, targets = data.windows("val", np.zeros(1, np.int64), model.config.block_size, model.config.vocab_size)
+        not_learned = int((targets[0] == -1).long().cumprod(0).sum())  # the targets before the reply
+        prompt = inputs[0, : not_learned + 1].tolist()
+        stop, text = [data.chat_format.stop, END_OF_TEXT], tokenizer.decode(prompt)
+
+    # generate
+    decoder = StreamDecoder(tokenizer, stop)
+    model.eval()
+    generators = text_generators(seed, [iteration], device)
+    options = {"temperature": 0.8, "top_k": 200, "vocab_size": tokenizer.vocab_size, "generators": generators}
+    for token in model.stream(torch.tensor([prompt], device=device), SAMPLE_TOKENS, **options):
+        text += decoder.feed(token.item())
+        if decoder.stopped or signals.received:
+            break
+    model.train()
+    return (text + decoder.finish()).strip()

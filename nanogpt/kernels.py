@@ -1,0 +1,131 @@
+"""Fast paths of the model: attention on CPUs, chunked cross-entropy, packed linear layers.
+
+Each computes what a line of plain PyTorch does, faster or in less memory. To understand a GPT, skip this file.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+FLASH_MIN_TOKENS = 512  # explicit attention is faster up to here on a CPU in bfloat16; its memory grows with T^2
+PACK_MIN_WEIGHTS = 1 << 17  # smaller matrices stay in the CPU's cache: for a single row, packing makes them slower
+
+
+def cpu_attention(
+    qkv: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    causal: bool,
+) -> torch.Tensor:
+    """Return `scaled_dot_product_attention(q, k, v)` for 16-bit tensors on a CPU, where PyTorch's own kernel is slow.
+
+    Shapes: q (B, nh, Tq, hs), k and v (B, nh, Tk, hs). `qkv`, (3, B, nh, T, hs), is the stack from which they came. Short
+    causal sequences in bfloat16 use plain matrix products, everything else flash attention in float32.
+    """
+    if causal and q.dtype == torch.bfloat16 and q.size(2) <= FLASH_MIN_TOKENS:
+        return explicit_attention(qkv, dropout)
+    with torch.autocast("cpu", enabled=False):
+        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    return y.to(q.dtype)
+
+
+def explicit_attention(qkv: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Causal attention with the whole (T, T) score matrix in memory: qkv (3, B, nh, T, hs) -> (B, nh, T, hs)."""
+    _, B, nh, T, hs = qkv.shape
+    with torch.autocast("cpu", enabled=False):  # autocast would run the softmax in float32
+        q, k, v = qkv.reshape(3, B * nh, T, hs)  # one copy of all three
+        causal_mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+        scores = torch.baddbmm(causal_mask, q, k.mT, alpha=1 / math.sqrt(hs))  # (B * nh, T, T)
+        weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+        return torch.bmm(weights, v).view(B, nh, T, hs)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of a linear layer's outputs, with the logits of only some rows in memory at a time.
+
+    The forward pass also computes the gradients, while the logits are there, so that nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
+        """Return the sum for x (N, C), weight (V, C) and targets (N,), `rows` rows at a time; targets of -1 are ignored."""
+        total = torch.zeros((), device=x.device)
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        if needs_grad:
+            dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        for i in range(0, len(x), rows):
+            x_chunk, target = x[i : i + rows], targets[i : i + rows]
+            logits = x_chunk @ weight.T  # (rows, V)
+            dtype = logits.dtype  # autocast's, if it is on
+            log_probs = F.log_softmax(logits.float(), dim=-1)
+            del logits
+            total += F.nll_loss(log_probs, target, ignore_index=-1, reduction="sum")
+            if needs_grad:
+                dlogits = log_probs.exp_()  # probabilities, minus 1 at the target
+                dlogits.scatter_add_(1, target.clamp(min=0)[:, None], torch.full_like(dlogits[:, :1], -1.0))
+                dlogits *= (target != -1)[:, None]
+                dlogits = dlogits.to(dtype)
+                dx[i : i + rows] = dlogits @ weight
+                dweight += dlogits.T @ x_chunk
+                del dlogits
+            del log_probs  # before the next chunk allocates as much
+        if needs_grad:
+            ctx.save_for_backward(dx, dweight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        dx, dweight = ctx.saved_tensors
+        return dx.mul_(grad), dweight.mul_(grad), None, None
+
+
+def chunked_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return the mean cross-entropy of logits `x @ weight.T` for x (N, C), weight (V, C), targets (N,), in chunks of `rows`."""
+    total = ChunkedCrossEntropy.apply(x, weight, targets, rows)
+    return total / (targets != -1).sum().clamp(min=1)
+
+
+class PackedLinear(nn.Module):
+    """Linear layer for inference on a CPU, its weight stored in oneDNN's blocked layout.
+
+    For one row it is twice as fast as `nn.Linear`, and in float32 faster for many rows, too.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.bias = linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+        self.small = weight if weight.numel() <= PACK_MIN_WEIGHTS else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.small is not None and x.numel() == x.size(-1):
+            return F.linear(x, self.small, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch and this CPU have the operators of `PackedLinear`, which PyTorch does not document."""
+    return (
+        dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def pack_linear_layers(model: nn.Module) -> None:
+    """Replace every Linear layer of a model by a `PackedLinear`; it cannot be trained or saved after that."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, PackedLinear(child))
