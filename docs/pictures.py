@@ -78,9 +78,10 @@ def draw_table(model: Bigram, tokenizer: CharTokenizer, path: Path) -> None:
 
 
 def draw_heads(model: GPT, tokenizer: CharTokenizer, data: Dataset, text: str, path: Path) -> None:
-    """Draw the attention of two heads on `text`: the one most on the latest space or line break, and the one most on line breaks.
+    """Draw the attention weights of two heads on `text`.
 
-    Which heads these are is measured on windows of the validation split.
+    They are the head that attends most to the latest space or line break, and the head that attends most to line breaks, as
+    measured on windows of the validation split.
     """
     from matplotlib import pyplot as plt
 

@@ -69,7 +69,9 @@ def run_in_child(command: list[str], stdin: BinaryIO, output: BinaryIO) -> None:
     else:
         sys.path[0] = str(Path(command[0]).resolve().parent)
         runpy.run_path(command[0], run_name="__main__")
-    sys.exit()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # without the quarter of a second in which Python tears down PyTorch's modules
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""docs/from_bigram_to_gpt.md keeps its word: its blocks run and print what it shows, and its commands draw its pictures."""
+"""docs/from_bigram_to_gpt.md: its code blocks run and print what the page shows, and its commands draw the pictures."""
 
 import contextlib
 import io
@@ -20,18 +20,18 @@ BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL
 
 
 def run_blocks(text: str) -> dict[str, object]:
-    """Run the blocks of a page, one after the other in one namespace, which is returned; what they print has to stand below."""
+    """Run the code blocks of a page in one namespace, check each output against the text block below it; return the namespace."""
     names: dict[str, object] = {"__name__": "walk"}
     for block in BLOCK.finditer(text):
         line = text.count("\n", 0, block.start(1))
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile("\n" * line + block[1], str(WALK), "exec"), names)  # so that errors name the page's line
+            exec(compile("\n" * line + block[1], str(WALK), "exec"), names)  # pads so that errors name the line of the page
         assert printed.getvalue() == (block[2] or ""), f"the block at line {line + 1}"
     return names
 
 
-def test_blocks_run_and_print_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a block that no longer runs, an equation that no longer holds, and an output that is not that of its block."""
+def test_blocks_print_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a block that fails, an equation that no longer holds, and an output that differs from the one on the page."""
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
         run_blocks(TEXT)
@@ -39,8 +39,8 @@ def test_blocks_run_and_print_what_is_shown(tmp_path: Path, monkeypatch: pytest.
     assert sum(1 for block in BLOCK.finditer(TEXT) if block[2]) == TEXT.count("```text")
 
 
-def test_what_is_said_of_tiny_shakespeare_and_of_gpt2(shakespeare: str, gpt2_vocabulary: None) -> None:
-    """Catches a false statement about the text, or about what GPT-2's encoding makes of words."""
+def test_statements_about_tiny_shakespeare_and_gpt2(shakespeare: str, gpt2_vocabulary: None) -> None:
+    """Catches a false statement about Tiny Shakespeare, or about how GPT-2's encoding splits words."""
     names: dict[str, str] = {}
     exec(BLOCK.search(TEXT)[1], names)
     assert names["characters"] == "".join(sorted(set(shakespeare)))
@@ -71,7 +71,7 @@ def test_commands_draw_the_pictures(project: Path, text: str) -> None:
         assert (DOCS / name).stat().st_size < 60_000
 
 
-def test_drawn_attention_is_that_of_the_model() -> None:
+def test_drawn_attention_is_the_models() -> None:
     """Catches a picture of other weights than those with which attention sums the values."""
     attention_weights = runpy.run_path(str(DOCS / "pictures.py"))["attention_weights"]
     torch.manual_seed(0)
@@ -81,6 +81,6 @@ def test_drawn_attention_is_that_of_the_model() -> None:
     x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(7))
     for block, layer in zip(model.transformer.h, weights, strict=True):
         v = block.attn.c_attn(block.ln_1(x))[:, :, 12:].view(3, 7, 2, 3).transpose(1, 2)  # (B, nh, T, hs)
-        gathered = block.attn.c_proj((layer @ v).transpose(1, 2).reshape(3, 7, 6))
-        assert torch.allclose(block.attn(block.ln_1(x)), gathered, atol=1e-6)
+        output = block.attn.c_proj((layer @ v).transpose(1, 2).reshape(3, 7, 6))
+        assert torch.allclose(block.attn(block.ln_1(x)), output, atol=1e-6)
         x = block(x)
