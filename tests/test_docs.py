@@ -20,7 +20,7 @@ BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL
 
 
 def run_blocks(text: str) -> dict[str, object]:
-    """Run the code blocks of a page in one namespace, check each output against the text block below it; return the namespace."""
+    """Run the code blocks of a page in one namespace, check their outputs against the page, and return the namespace."""
     names: dict[str, object] = {"__name__": "walk"}
     for block in BLOCK.finditer(text):
         line = text.count("\n", 0, block.start(1))
