@@ -1,8 +1,8 @@
 """Run commands one after the other as forks of one process, which imports PyTorch and the library once for all of them.
 
-    finished = run_commands([["train.py", "--max_iters=1"], ["sample.py"]], project)
+    run_commands([["train.py", "--max_iters=1"], ["sample.py"], ["torchrun", "--nproc_per_node=2", "train.py"]], project)
 
-A command that starts with "torchrun" runs torchrun. Systems without fork get a process for each command.
+Systems without fork get a process for each command.
 """
 
 import gc
