@@ -1,10 +1,10 @@
-# make         the quick start: install, prepare a dataset, train a small GPT on the CPU, print samples
-# make test    the tests
-# make soak    a run that is killed 50 times, against one that is not; some minutes
-# make corpus  how fast a gigabyte of text is tokenized, and that a kill changes nothing; some minutes
-# make lint    the style
-# make format  the style, applied
-# make clean   remove the environment (datasets and runs stay)
+# make         quick start: install, prepare a dataset, train a small GPT on the CPU, print samples
+# make test    run the tests
+# make soak    kill a run 50 times and compare it with an undisturbed one; takes some minutes
+# make corpus  measure tokenization of 1 GB of text, and check that a kill changes nothing; takes some minutes
+# make lint    check the style
+# make format  apply the style
+# make clean   delete the environment; datasets and runs stay
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,22 +19,22 @@ quickstart: $(VENV)/installed
 	@if [ ! -f data/shakespeare_char/train.bin ]; then \
 		echo "== preparing Tiny Shakespeare"; \
 		$(RUN) data/shakespeare_char/prepare.py || { \
-			echo "== going on without it, with Python's own source: python_char"; \
+			echo "== no download; using the source of Python's standard library instead: python_char"; \
 			[ -f data/python_char/train.bin ] || $(RUN) data/python_char/prepare.py || exit 1; \
 		}; \
 	fi
 	@dataset=shakespeare_char; [ -f data/shakespeare_char/train.bin ] || dataset=python_char; \
-	echo "== training a small GPT on $$dataset: about a minute on two cores" && \
+	echo "== training a small GPT on $$dataset, about a minute on two cores" && \
 	$(RUN) train.py config/train_shakespeare_char_cpu.py --dataset=$$dataset --out_dir=$(OUT) --log_interval=100 && \
-	echo && echo "== what it writes" && \
+	echo && echo "== samples from the model" && \
 	$(RUN) sample.py --out_dir=$(OUT) --num_samples=3 --max_new_tokens=300 --device=cpu
 	@echo
-	@echo "That was a GPT of 0.8 million parameters, after 2,000 updates. Next:"
+	@echo "That was a GPT with 0.8 million parameters, trained for 2,000 iterations. Next:"
 	@echo "  source $(VENV)/bin/activate"
-	@echo "  python sample.py --out_dir=$(OUT) --start=\"The \"                  # give it a beginning"
-	@echo "  python train.py --init_from=resume --out_dir=$(OUT) --max_iters=4000 --lr_decay_iters=4000   # train on"
-	@echo "  python data/text/prepare.py --input=FILE --name=mine             # your own text"
-	@echo "  python train.py --help                                           # every key; README.md has the walk"
+	@echo "  python sample.py --out_dir=$(OUT) --start=\"The \"                  # sample from a prompt"
+	@echo "  python train.py --init_from=resume --out_dir=$(OUT) --max_iters=4000 --lr_decay_iters=4000   # train longer"
+	@echo "  python data/text/prepare.py --input=FILE --name=mine             # use your own text"
+	@echo "  python train.py --help                                           # list all keys; see also README.md"
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -n 2
@@ -58,9 +58,9 @@ clean:
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12" >&2; exit 1; }
+		{ echo "Python must be 3.10 or newer; choose one with: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
-		{ echo "$(PYTHON) cannot create environments; on Debian and Ubuntu: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+		{ echo "$(PYTHON) cannot create environments; on Debian and Ubuntu, run: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 
 $(VENV)/installed: requirements.txt | $(VENV)/bin/python
 	@echo "== installing requirements.txt into $(VENV)"

@@ -1,4 +1,4 @@
-"""Draw the pictures of from_bigram_to_gpt.md, from a run of the bigram model and one of a GPT.
+"""Draw the pictures of from_bigram_to_gpt.md, from a run of the bigram model and a run of a GPT.
 
 python train.py config/train_bigram_char.py
 python train.py config/train_shakespeare_char_cpu.py
@@ -27,14 +27,15 @@ from nanogpt.errors import UserError
 from nanogpt.metrics import read_rows
 from nanogpt.tokenizer import CharTokenizer
 
-WINDOWS = 200  # of the validation text: those on which the heads are measured
+VAL_WINDOWS = 200  # windows of the validation split on which attention is measured
+GREY, BLUE, ORANGE = "#777777", "#1f5fa8", "#c2560a"
 
 
 @dataclass
 class Config(configurator.Config):
     bigram: str = "out-bigram-char"  # folder of a run of the bigram model
     gpt: str = "out-shakespeare-char-cpu"  # folder of a run of a GPT on the same dataset
-    text: str = "GREMIO:\nGood morrow, neighbour Baptista."  # what the heads are shown on; it is from the validation text
+    text: str = "GREMIO:\nGood morrow, neighbour Baptista."  # text to draw attention on; this one is from the validation split
     out_dir: str = "docs"  # folder for the pictures
 
 
@@ -43,15 +44,21 @@ def main(config: Config) -> None:
 
     matplotlib.use("Agg")
     bigram, tokenizer, _ = checkpoint.load_model(config.bigram, "")
-    gpt, gpt_tokenizer, start = checkpoint.load_model(config.gpt, "")
+    gpt, gpt_tokenizer, ckpt = checkpoint.load_model(config.gpt, "")
     if not (isinstance(bigram, Bigram) and isinstance(gpt, GPT) and isinstance(tokenizer, CharTokenizer)):
-        raise UserError(f"--bigram={config.bigram} --gpt={config.gpt}: give a bigram model of characters, and a GPT")
+        raise UserError(
+            f"--bigram must be a run of a character-level bigram model and --gpt one of a GPT, got {config.bigram} and "
+            f"{config.gpt}; train them with config/train_bigram_char.py and config/train_shakespeare_char_cpu.py"
+        )
     if tokenizer.to_dict() != gpt_tokenizer.to_dict():
-        raise UserError(f"--bigram={config.bigram} --gpt={config.gpt}: these were trained on different characters")
+        raise UserError(
+            f"--bigram and --gpt must have the same characters, but {config.bigram} and {config.gpt} do not; train both on "
+            "one dataset"
+        )
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     draw_table(bigram, tokenizer, out_dir / "bigram_table.png")
-    draw_heads(gpt, tokenizer, Dataset(start.config["dataset"]), config.text, out_dir / "attention.png")
+    draw_heads(gpt, tokenizer, Dataset(ckpt.config["dataset"]), config.text, out_dir / "attention.png")
     draw_losses(Path(config.bigram), Path(config.gpt), tokenizer.vocab_size, out_dir / "losses.png")
 
 
@@ -63,7 +70,7 @@ def draw_table(model: Bigram, tokenizer: CharTokenizer, path: Path) -> None:
     probs = F.softmax(model.token_embedding_table.weight.detach(), dim=-1)  # (V, V)
     figure, axes = plt.subplots(figsize=(9.4, 8.6), layout="constrained")
     image = axes.imshow(probs, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
-    name_cells(axes, tokenizer.characters)
+    label_cells(axes, tokenizer.characters)
     axes.set(xlabel="next character", ylabel="character  (↵ line break, · space)")
     axes.set_title("What the bigram model has learned: the softmax of its table")
     figure.colorbar(image, label="probability", shrink=0.6, ticks=[0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1])
@@ -71,84 +78,90 @@ def draw_table(model: Bigram, tokenizer: CharTokenizer, path: Path) -> None:
 
 
 def draw_heads(model: GPT, tokenizer: CharTokenizer, data: Dataset, text: str, path: Path) -> None:
-    """Draw on `text` the head that looks most at the latest space or line break, and the one that looks most at line breaks.
+    """Draw the attention weights of two heads on `text`.
 
-    How much that is, is measured on windows of the validation split.
+    They are the head that attends most to the latest space or line break, and the head that attends most to line breaks, as
+    measured on windows of the validation split.
     """
     from matplotlib import pyplot as plt
 
+    # attention weights on the validation split
     T = model.config.block_size
-    starts = np.arange(0, data.tokens["val"] - T, T)[:WINDOWS]
-    idx, _ = data.windows("val", starts, T, tokenizer.vocab_size)  # (B, T)
-    shares = attention_shares(model, idx).transpose(1, 2)  # (n_layer, nh, B, T, T)
-    is_line = torch.tensor([c == "\n" for c in tokenizer.characters])[idx]  # (B, T)
+    positions = np.arange(0, data.tokens["val"] - T, T)[:VAL_WINDOWS]
+    idx, _ = data.windows("val", positions, T, tokenizer.vocab_size)  # (B, T)
+    weights = attention_weights(model, idx).transpose(1, 2)  # (n_layer, nh, B, T, T)
+
+    # (B, T, T) masks of the keys in question, for each query
+    is_newline = torch.tensor([c == "\n" for c in tokenizer.characters])[idx]  # (B, T)
     is_break = torch.tensor([c in "\n " for c in tokenizer.characters])[idx]
-    latest = torch.where(is_break, torch.arange(T), -1).cummax(dim=1).values  # (B, T): where, as seen from each position
+    latest = torch.where(is_break, torch.arange(T), -1).cummax(dim=1).values  # (B, T): latest break, seen from each position
     past = torch.ones(T, T, dtype=torch.bool).tril()
-    looked_at = {  # (B, T, T): the keys in question, for each query
+    masks = {
         "the latest space or line break": latest[:, :, None] == torch.arange(T),
-        "line breaks": is_line[:, None, :] & past,
+        "line breaks": is_newline[:, None, :] & past,
     }
-    shown = attention_shares(model, torch.tensor([tokenizer.encode(text)[:T]]))[:, 0]  # (n_layer, nh, t, t)
+
+    # for each mask, the head with the most attention on it, drawn on `text`
+    shown = attention_weights(model, torch.tensor([tokenizer.encode(text)[:T]]))[:, 0]  # (n_layer, nh, t, t)
+    t = shown.size(-1)
     figure, panels = plt.subplots(1, 2, figsize=(11, 5.9), layout="constrained")
-    for axes, (what, keys) in zip(panels, looked_at.items(), strict=True):
-        able = keys.any(dim=-1)  # (B, T): the queries that have such a key
-        means = (shares * keys).sum(dim=-1)[:, :, able].mean(dim=-1)  # (n_layer, nh)
-        evenly = (keys / past.sum(dim=-1, keepdim=True)).sum(dim=-1)[able].mean()
+    for axes, (name, mask) in zip(panels, masks.items(), strict=True):
+        has_key = mask.any(dim=-1)  # (B, T): queries with at least one such key
+        means = (weights * mask).sum(dim=-1)[:, :, has_key].mean(dim=-1)  # (n_layer, nh)
+        uniform = (mask / past.sum(dim=-1, keepdim=True)).sum(dim=-1)[has_key].mean()
         layer, head = divmod(int(means.argmax()), model.config.n_head)
-        t = shown.size(-1)
         image = axes.imshow(shown[layer, head].masked_fill(~past[:t, :t], math.nan), cmap="Blues", vmin=0, vmax=1)
         axes.set_facecolor("#e8e8e8")
-        axes.text(0.97, 0.93, "what comes later", transform=axes.transAxes, ha="right", color="#777777")
-        name_cells(axes, text[:t])
-        axes.set(xlabel="looks at", ylabel="this character")
-        measured = f"{means.max():.0%} of its attention (an even share is {evenly:.0%})"
-        axes.set_title(f"Layer {layer + 1}, head {head + 1} looks at {what}:\n{measured}", fontsize=11)
-    figure.colorbar(image, ax=panels, label="share of the attention", shrink=0.6)
+        axes.text(0.97, 0.93, "masked: the future", transform=axes.transAxes, ha="right", color=GREY)
+        label_cells(axes, text[:t])
+        axes.set(xlabel="attends to", ylabel="this character")
+        measured = f"{means.max():.0%} of its attention (uniform attention: {uniform:.0%})"
+        axes.set_title(f"Layer {layer + 1}, head {head + 1} attends to {name}:\n{measured}", fontsize=11)
+    figure.colorbar(image, ax=panels, label="attention weight", shrink=0.6)
     save(figure, path)
 
 
 @torch.no_grad()
-def attention_shares(model: GPT, idx: torch.Tensor) -> torch.Tensor:
-    """Return how each position of `idx`, (B, T), shares out its attention: (n_layer, B, nh, T, T), with rows that sum to 1."""
+def attention_weights(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """Return the attention weights of all heads on `idx` (B, T): (n_layer, B, nh, T, T), whose rows sum to 1."""
     model.eval()
     B, T = idx.shape
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    x, shares = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(T)), []
+    x, weights = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(T)), []
     for block in model.transformer.h:
         heads = block.attn.c_attn(block.ln_1(x)).view(B, T, 3, model.config.n_head, -1)
         q, k, _ = heads.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         scores = q @ k.mT / math.sqrt(q.size(-1))
-        shares.append(F.softmax(scores.masked_fill(future, -math.inf), dim=-1))
+        weights.append(F.softmax(scores.masked_fill(future, -math.inf), dim=-1))
         x = block(x)
-    return torch.stack(shares)
+    return torch.stack(weights)
 
 
 def draw_losses(bigram: Path, gpt: Path, vocab_size: int, path: Path) -> None:
-    """Draw the losses of two runs against the tokens that they were trained on: lines in training, points in validation."""
+    """Draw the losses of two runs against the tokens trained on: training as lines, validation as points."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
-    axes.axhline(math.log(vocab_size), color="#777777", linestyle=":", linewidth=1)
-    nothing = {"color": "#777777", "ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform()}
-    axes.text(1, math.log(vocab_size), f"ln {vocab_size}: to know nothing", **nothing)
-    for folder, name, colour in ((bigram, "bigram model", "#1f5fa8"), (gpt, "GPT", "#c2560a")):
+    axes.axhline(math.log(vocab_size), color=GREY, linestyle=":", linewidth=1)
+    label = {"color": GREY, "ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform()}
+    axes.text(1, math.log(vocab_size), f"ln {vocab_size}: uniform guess", **label)
+    for folder, name, color in ((bigram, "bigram model", BLUE), (gpt, "GPT", ORANGE)):
         rows = [{key: float(value) for key, value in row.items() if value} for row in read_rows(folder / "metrics.csv")]
         steps, evaluations = ([row for row in rows if key in row] for key in ("loss", "val_loss"))
         if not steps or not evaluations:
-            raise UserError(f"{folder / 'metrics.csv'} holds no losses; train that model again")
+            raise UserError(f"{folder / 'metrics.csv'} has no losses; train that model again")
         millions, losses = [row["tokens"] / 1e6 for row in steps], [row["loss"] for row in steps]
-        axes.plot(millions, losses, color=colour, linewidth=1, alpha=0.45)
+        axes.plot(millions, losses, color=color, linewidth=1, alpha=0.45)
         millions, losses = [row["tokens"] / 1e6 for row in evaluations], [row["val_loss"] for row in evaluations]
-        axes.plot(millions, losses, "o", color=colour, markersize=5)
-        axes.text(millions[-1], losses[-1], f"   {name}: {losses[-1]:.2f}", color=colour, va="center")
-    axes.set(xlabel="million tokens trained on", ylabel="loss, in nats a character")
-    axes.set_title("Bigram model and GPT: loss in training (lines) and validation (points)")
+        axes.plot(millions, losses, "o", color=color, markersize=5)
+        axes.text(millions[-1], losses[-1], f"   {name}: {losses[-1]:.2f}", color=color, va="center")
+    axes.set(xlabel="training tokens, in millions", ylabel="loss (nats per character)")
+    axes.set_title("Bigram model and GPT: training loss (lines) and validation loss (points)")
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
 
-def name_cells(axes: Any, characters: Sequence[str]) -> None:
+def label_cells(axes: Any, characters: Sequence[str]) -> None:
     """Label the rows and columns of an image with `characters`."""
     names = [{"\n": "↵", " ": "·"}.get(character, character) for character in characters]
     axes.set_xticks(range(len(names)), names, fontsize=8, family="monospace")
@@ -157,7 +170,7 @@ def name_cells(axes: Any, characters: Sequence[str]) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write `figure` as a PNG of 256 colours, half the size of one of all."""
+    """Write `figure` as a PNG with a palette of 256 colors, half the size of one in true color."""
     from matplotlib import pyplot as plt
     from PIL import Image
 
