@@ -250,7 +250,7 @@ def test_micro_batches_that_cannot_be_shared_out_are_refused(project: Path, data
     flags = [*FLAGS, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--gradient_accumulation_steps=3"]
     finished = torchrun(2, project / "train.py", *flags, root=project)
     assert finished.returncode != 0
-    assert "gradient_accumulation_steps=3 micro-batches cannot be shared out evenly between 2 processes" in finished.stderr
+    assert "gradient_accumulation_steps must be a multiple of the 2 processes, got 3" in finished.stderr
     assert not (tmp_path / "out").exists()
 
 
