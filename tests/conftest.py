@@ -1,15 +1,20 @@
-"""What the tests share: small datasets, the real text where it is at hand, and whole commands run in a copy of the repo."""
+"""What the tests share: small datasets, real text if NANOGPT_TEST_DATA names it, and commands run in a copy of the repo."""
 
+import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import launcher
 import pytest
 import torch
 
+import configurator
+import train
 from nanogpt import corpus, curves
 from nanogpt.tokenizer import CharTokenizer
 
@@ -17,28 +22,50 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ["*.py", "*.md", "Makefile", "requirements*.txt", "config/*.py", "nanogpt/*.py", "data/*/prepare.py", "docs/*.*"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test goes to the Hub, whose library reads this when it is first imported
-torch.set_num_threads(1)  # quickest for tiny models, and the same sums on every machine
+torch.set_num_threads(1)  # fastest for tiny models, and the same sums on every machine
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background jobs, where the tests of Ctrl-C would fail
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run_train(*flags: str | Path) -> None:
+    """Run train.py in this process."""
+    train.main(configurator.parse(train.Config, [str(flag) for flag in flags]))
+
+
+def read_rows(out_dir: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's metrics.csv."""
+    with open(out_dir / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_dataset(folder: Path, text: str) -> None:
+    """Write a character dataset, with the last tenth of `text` to validate."""
+    train_texts, val_texts = corpus.split_documents([text], val_fraction=0.1)
+    corpus.write_dataset(folder, train_texts, val_texts, CharTokenizer.from_text(text), "counting")
+
+
+def counting(lines: int) -> str:
+    """Return a text that a tiny model learns a little of at once: 20 characters a line."""
+    return "".join(f"{i} plus {i} is {2 * i}.\n" for i in range(lines))
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the runs of the tests their pictures, a tenth of a second each; test_plot.py draws them."""
+    """Draw no loss.png, which takes a tenth of a second for each run; test_plot.py draws them."""
     monkeypatch.setattr(curves, "draw", lambda *arguments: None)
 
 
 @pytest.fixture
 def text() -> str:
-    """Some 20,000 characters of counting, which a tiny model learns a little of at once."""
-    return "".join(f"{i} plus {i} is {2 * i}.\n" for i in range(1000))
+    """Some 20,000 characters of counting."""
+    return counting(1000)
 
 
 @pytest.fixture
 def dataset(tmp_path: Path, text: str) -> Path:
     """The folder of a small character dataset, for --dataset."""
-    folder = tmp_path / "dataset"
-    train, val = corpus.split_documents([text], val_fraction=0.1)
-    corpus.write_dataset(folder, train, val, CharTokenizer.from_text(text), "counting")
-    return folder
+    write_dataset(tmp_path / "dataset", text)
+    return tmp_path / "dataset"
 
 
 @pytest.fixture
@@ -68,11 +95,17 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def command(project: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """A function that runs `python ARGUMENTS...` in the copy of the repo, or in `cwd`, and returns the finished process."""
+    """A function that runs `python ARGUMENTS...` in the copy of the repo, or in `cwd`, and returns the finished process.
 
-    def run(*arguments: str | Path, cwd: Path = project, **environment: str) -> subprocess.CompletedProcess:
+    The repo's own scripts are forked from a process that has imported PyTorch (launcher.py). Code of a test gets a fresh
+    Python, as does a script with environment variables, some of which Python reads when it starts.
+    """
+
+    def run(script: str | Path, *arguments: str | Path, cwd: Path = project, **environment: str) -> subprocess.CompletedProcess:
+        if not environment and (ROOT / os.path.relpath(project / script, project)).is_file():
+            return launcher.run(script, *arguments, cwd=cwd)
         return subprocess.run(
-            [sys.executable, *map(str, arguments)],
+            [sys.executable, script, *map(str, arguments)],
             cwd=cwd,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
             capture_output=True,
