@@ -198,7 +198,6 @@ def work(pipe: Connection, config: Config, way: str) -> None:
     while count := pipe.recv():
         pipe.send(steps(count))
     memory = device.peak_memory(where) or 0
-    pipe.send((round(memory / 1e6), device.peak_flops(where, dtype) or measured_peak(where, dtype)))
     if config.profile and way == "fast":
         activities = [torch.profiler.ProfilerActivity.CPU]
         activities += [torch.profiler.ProfilerActivity.CUDA] * where.startswith("cuda")
@@ -206,7 +205,8 @@ def work(pipe: Connection, config: Config, way: str) -> None:
             steps(3)
         profile.export_chrome_trace(TRACE)
         print(profile.key_averages().table(sort_by=f"self_{device_type}_time_total", row_limit=15, max_name_column_width=45))
-        print(f"wrote {TRACE}, to be opened in ui.perfetto.dev or chrome://tracing")
+        print(f"wrote {TRACE}, to be opened in ui.perfetto.dev or chrome://tracing", flush=True)
+    pipe.send((round(memory / 1e6), device.peak_flops(where, dtype) or measured_peak(where, dtype)))  # last: it ends the bench
 
 
 def batch_shape(config: Config) -> tuple[int, int]:

@@ -1,164 +1,158 @@
-"""Several processes on the CPU, each with the model or with a share of it: the same run as one process, and a clean end."""
+"""distributed.py: a run on several processes is the run on one; activation checkpointing, clipping, and a clean end.
 
-import csv
-import json
+Several processes are forks of one that has imported PyTorch (launcher.py). One test goes through the real torchrun.
+"""
+
+import functools
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import launcher
 import pytest
 import torch
+from conftest import counting, read_rows, write_dataset
+from torch.nn.utils import clip_grad_norm_
 
 from configurator import ROOT
-from nanogpt import checkpoint, corpus
+from model import GPT, Block, GPTConfig
+from nanogpt import checkpoint, distributed
 from nanogpt.distributed import Group
 from nanogpt.run import lock_folder
-from nanogpt.tokenizer import CharTokenizer
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 FLAGS = (
     "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --gradient_accumulation_steps=4 --dropout=0.2 "
-    "--max_iters=6 --eval_interval=3 --warmup_iters=2 --lr_decay_iters=6 --learning_rate=1e-2 --device=cpu --dtype=float32"
-).split()
+    "--max_iters=20 --eval_interval=5 --eval_iters=0 --warmup_iters=2 --lr_decay_iters=20 --learning_rate=1e-3 "
+    "--device=cpu --dtype=float32"
+)
+COLUMNS = ("iteration", "tokens", "train_loss", "val_loss", "loss", "learning_rate", "grad_norm")
 
+# what the processes of a run do first, as Python code
+NO_PICTURES = """
+from nanogpt import curves
+curves.draw = lambda *arguments: None
+"""
+NO_THREADS = """
+import atexit, os, pathlib
 
-def torchrun(processes: int, script: Path, *flags: str | Path, root: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*TORCHRUN, f"--nproc_per_node={processes}", script, *flags],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def fail_if_threads_are_left():  # one of them may abort the process at exit
+    tasks = pathlib.Path("/proc/self/task")
+    if tasks.exists() and any("gloo" in (task / "comm").read_text() for task in tasks.iterdir()):
+        os.write(2, b"the group left threads behind")
+        os._exit(70)
 
-
-def records(out_dir: Path) -> list[list[float]]:
-    with open(out_dir / "metrics.csv", newline="") as file:
-        names = ("iteration", "tokens", "train_loss", "val_loss", "loss", "learning_rate", "grad_norm")
-        return [[float(row[name] or -1) for name in names] for row in csv.DictReader(file)]
-
-
-# Runs train.py once for each (name, port, processes, flags, Python to run before, exit status), as torchrun with that many
-# processes does, or alone where there are none. All are forks of one process, so that PyTorch is imported once.
-LAUNCHER = """
-import gc, json, os, pathlib, sys
-import configurator, train, torch, torch._dynamo, torch.distributed.fsdp
-from nanogpt import distributed, optim
-gc.freeze()  # no fork has to look through all that again
-
-def train_in_fork(rank):
-    if port:
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in places.items()})
-    sys.argv = ["train.py", *flags]
-    exec(before, globals())
-    try:
-        configurator.run(train.main, train.Config)
-    finally:  # a group that is not gone keeps its threads, and one of those may abort the process at exit
-        tasks = pathlib.Path("/proc/self/task")
-        if tasks.exists() and any("gloo" in (task / "comm").read_text() for task in tasks.iterdir()):
-            sys.exit("the group has left threads behind")
-    sys.exit()
-
-for name, port, processes, flags, before, expected in json.loads(sys.argv[1]):
-    children = []
-    for rank in range(max(processes, 1)):
-        child = os.fork()
-        if not child:
-            train_in_fork(rank)
-        children.append(child)
-    while children:
-        child, status = os.wait()
-        children.remove(child)
-        if os.waitstatus_to_exitcode(status) != expected:
-            for other in children:
-                os.kill(other, 9)
-            sys.exit(f"{name}: a process ended with {os.waitstatus_to_exitcode(status)}")
+atexit.register(fail_if_threads_are_left)
 """
 COUNTED = """
-import atexit
+import os
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from nanogpt import distributed
 
-class Counting(torch.nn.parallel.DistributedDataParallel):
+def count(state, bucket):
+    os.write(1, f"rank {os.environ['RANK']} reduces\\n".encode())  # in one piece, as the other rank writes, too
+    return allreduce_hook(state, bucket)
+
+class Counting(distributed.DistributedDataParallel):
     def __init__(self, module):
         super().__init__(module)
-        self.register_comm_hook(None, lambda state, bucket: sums.append(1) or allreduce_hook(state, bucket))
+        self.register_comm_hook(None, count)
 
-sums, distributed.DistributedDataParallel = [], Counting
-atexit.register(lambda: os.write(1, b"sums of gradients: %d\\n" % len(sums)))  # at once, as another process may print too
+distributed.DistributedDataParallel = Counting
 """
 SIGNALLED = """
-import signal
+import os, signal
+from nanogpt import evaluation
 
-def estimate_loss(*arguments, uninterrupted=train.estimate_loss):
+def estimate_loss(*arguments, uninterrupted=evaluation.estimate_loss):
     evaluations.append(1)
     if len(evaluations) == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return uninterrupted(*arguments)
 
-evaluations, train.estimate_loss = [], estimate_loss
+evaluations, evaluation.estimate_loss = [], estimate_loss
 """
-IN_FLOAT32 = "optim.has_bfloat16_instructions = lambda: False"  # Muon would round in 16 bits, and differences would show
+IN_FLOAT32 = """
+from nanogpt import optim
+optim.has_bfloat16_instructions = lambda: False  # else Muon rounds to 16 bits, and differences are larger than the tolerance
+"""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process, or a number of ranks, that run train.py."""
+
+    ranks: int  # 0: without torchrun
+    flags: str
+    setup: str = ""
+    status: int = 0  # exit status
+
+
+SIX, MUON = "--gradient_accumulation_steps=6", "--gradient_accumulation_steps=6 --optimizer=muon"
+BIGRAM = "--model=bigram --learning_rate=0.1"
+SAMPLED = "--eval_iters=3 --max_iters=10"
+RUNS = {  # by name: launches that one after the other train 20 iterations, if no other number is given
+    "one": [Launch(0, "")],
+    "ddp2": [Launch(2, "--sample_interval=6", COUNTED)],
+    "ddp4": [Launch(4, "--activation_checkpointing=True")],
+    "fsdp2": [Launch(2, "--parallel=fsdp --checkpoint_interval=3")],
+    "fsdp4": [Launch(4, "--parallel=fsdp --activation_checkpointing=True")],
+    "sampled": [Launch(0, SAMPLED)],
+    "sampled2": [Launch(2, SAMPLED)],
+    "six": [Launch(0, SIX)],
+    "chain": [  # changes the number and kind of processes; the first signal comes to one rank in the midst of an evaluation
+        Launch(2, f"{SIX} --parallel=fsdp", SIGNALLED, 128 + signal.SIGTERM),
+        Launch(0, "--init_from=resume --max_iters=10"),
+        Launch(3, "--init_from=resume --max_iters=15 --parallel=ddp"),
+        Launch(2, "--init_from=resume --max_iters=20 --parallel=fsdp"),
+    ],
+    "muon": [Launch(0, MUON, IN_FLOAT32)],
+    "muon_chain": [
+        Launch(3, f"{MUON} --max_iters=5 --parallel=fsdp", IN_FLOAT32),
+        Launch(2, "--init_from=resume --max_iters=10", IN_FLOAT32),
+        Launch(0, "--init_from=resume --max_iters=20", IN_FLOAT32),
+    ],
+    "bigram": [Launch(0, BIGRAM)],
+    "bigram2": [Launch(2, f"{BIGRAM} --parallel=fsdp")],
+}
+Runs = Callable[[str], tuple[Path, str]]
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+def train(ranks: int, *flags: str | Path, setup: str = "") -> subprocess.CompletedProcess:
+    """Run train.py on `ranks` processes, as torchrun does, or alone if that is 0."""
+    torchrun = ["torchrun", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return launcher.run(*torchrun, "train.py", *flags, cwd=ROOT, setup=NO_PICTURES + setup)
+
+
+def numbers(out_dir: Path) -> list[list[float]]:
+    """The rows of metrics.csv without what depends on the machine's speed."""
+    return [[float(row[name] or -1) for name in COLUMNS] for row in read_rows(out_dir)]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of finished runs of 20 iterations, on 0 (no torchrun) to 4 processes, and what they printed."""
-    if not hasattr(os, "fork"):
-        pytest.skip("this system has no fork")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A function that returns the folder of one of RUNS, and what it printed; each is run once, when it is first needed."""
     folder = tmp_path_factory.mktemp("runs")
-    text = "".join(f"{i} plus {i} is {2 * i}.\n" for i in range(40))
-    train, val = corpus.split_documents([text], val_fraction=0.1)
-    corpus.write_dataset(folder / "dataset", train, val, CharTokenizer.from_text(text), "counting")
-    flags = [*FLAGS, f"--dataset={folder / 'dataset'}", "--learning_rate=1e-3", "--max_iters=20", "--lr_decay_iters=20"]
-    flags += ["--eval_interval=5", "--eval_iters=0"]
-    six, fsdp, resumed = [*flags, "--gradient_accumulation_steps=6"], "--parallel=fsdp", ["--init_from=resume"]
-    muon, bigram = [*six, "--optimizer=muon"], [*flags, "--model=bigram", "--learning_rate=0.1"]
-    launches = [
-        ("one", 0, flags, "", 0),
-        ("ddp2", 2, flags, COUNTED, 0),
-        ("ddp4", 4, [*flags, "--activation_checkpointing=True"], "", 0),
-        ("fsdp2", 2, [*flags, fsdp, "--checkpoint_interval=3"], "", 0),
-        ("fsdp4", 4, [*flags, fsdp, "--activation_checkpointing=True"], "", 0),
-        ("six", 0, six, "", 0),
-        ("chain", 2, [*six, fsdp], SIGNALLED, 128 + signal.SIGTERM),
-        ("chain", 0, [*resumed, "--max_iters=10"], "", 0),
-        ("chain", 3, [*resumed, "--max_iters=15", "--parallel=ddp"], "", 0),
-        ("chain", 2, [*resumed, "--max_iters=20", "--parallel=fsdp"], "", 0),
-        ("muon", 0, muon, IN_FLOAT32, 0),
-        ("muon_chain", 3, [*muon, "--max_iters=5", fsdp], IN_FLOAT32, 0),
-        ("muon_chain", 2, [*resumed, "--max_iters=10"], IN_FLOAT32, 0),
-        ("muon_chain", 0, [*resumed, "--max_iters=20"], IN_FLOAT32, 0),
-        ("bigram", 0, bigram, "", 0),
-        ("bigram2", 2, [*bigram, fsdp], "", 0),
-    ]
-    plan = []
-    for name, processes, flags, before, status in launches:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1] if processes else 0
-        plan.append((name, port, processes, [*flags, f"--out_dir={folder / name}"], before, status))
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, json.dumps(plan)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = launcher.communicate(timeout=200)
-    except subprocess.TimeoutExpired:
-        os.killpg(launcher.pid, signal.SIGKILL)
-        raise
-    assert launcher.returncode == 0, err
-    return folder, out
+    write_dataset(folder / "dataset", counting(40))
+
+    @functools.cache
+    def run(name: str) -> tuple[Path, str]:
+        printed, out_dir = "", f"--out_dir={folder / name}"
+        for launch in RUNS[name]:
+            flags = launch.flags.split()
+            if "--init_from=resume" not in flags:
+                flags = [*FLAGS.split(), f"--dataset={folder / 'dataset'}", *flags]
+            finished = train(launch.ranks, *flags, out_dir, setup=NO_THREADS + launch.setup)
+            assert finished.returncode == launch.status, finished.stderr
+            printed += finished.stdout
+        return folder / name, printed
+
+    return run
 
 
 def parts(optimizer: dict) -> list[dict]:
@@ -166,100 +160,92 @@ def parts(optimizer: dict) -> list[dict]:
     return [optimizer] if "state" in optimizer else list(optimizer.values())
 
 
+@needs_fork
 @pytest.mark.parametrize(
     "name, reference",
     [(name, "one") for name in ("ddp2", "ddp4", "fsdp2", "fsdp4")]
-    + [("chain", "six"), ("muon_chain", "muon"), ("bigram2", "bigram")],
+    + [("sampled2", "sampled"), ("chain", "six"), ("muon_chain", "muon"), ("bigram2", "bigram")],
 )
-def test_runs_are_the_same_on_any_processes(runs: tuple[Path, str], name: str, reference: str) -> None:
-    """Catches shares of the weights, the gradient, its norm, the optimizer or the evaluation that are wrong, lost or doubled.
+def test_any_number_of_processes_gives_the_same_run(runs: Runs, name: str, reference: str) -> None:
+    """Catches shards, gradients, norms, dropout, optimizer states and evaluations that are wrong, lost, doubled or not shared.
 
-    The chains are runs that stop on one number and kind of processes and go on with others, one of them after a signal that
-    comes to one process in the midst of an evaluation.
+    Also catches a group that keeps threads, since every launch checks for them when it ends.
     """
-    for row, row_of_one in zip(records(runs[0] / name), records(runs[0] / reference), strict=True):
-        assert row == pytest.approx(row_of_one, abs=1e-4)
-    state, of_one = (checkpoint.load(runs[0] / each / "last.pt") for each in (name, reference))
-    assert list(state.weights) == list(of_one.weights)
-    torch.testing.assert_close(state.weights, of_one.weights, rtol=0, atol=1e-4)
-    for ours, theirs in zip(parts(state.optimizer), parts(of_one.optimizer), strict=True):
-        torch.testing.assert_close(ours["state"], theirs["state"], rtol=0, atol=1e-4)
-    first, *_, last = records(runs[0] / reference)
-    assert last[0] == 20 and last[3] < first[3] - 0.01  # 20 iterations in which something was learned
+    (ours, _), (expected, _) = runs(name), runs(reference)
+    for row, expected_row in zip(numbers(ours), numbers(expected), strict=True):
+        assert row == pytest.approx(expected_row, abs=1e-4)
+    state, expected_state = (checkpoint.load(folder / "last.pt") for folder in (ours, expected))
+    assert list(state.weights) == list(expected_state.weights)
+    torch.testing.assert_close(state.weights, expected_state.weights, rtol=0, atol=1e-4)
+    for part, expected_part in zip(parts(state.optimizer), parts(expected_state.optimizer), strict=True):
+        torch.testing.assert_close(part["state"], expected_part["state"], rtol=0, atol=1e-4)
+    first, *_, last = numbers(expected)
+    assert last[0] == (10 if reference == "sampled" else 20) and last[3] < first[3] - 0.01  # something was learned
 
 
-def test_evaluation_on_two_processes_is_that_on_one(runs: tuple[Path, str]) -> None:
-    """Catches batches that are scored twice or not at all where the processes do not have as many of them."""
+@needs_fork
+def test_evaluation_covers_each_batch_once(runs: Runs) -> None:
+    """Catches batches that are scored twice or never if the ranks do not have the same number of them."""
     for name in ("ddp2", "fsdp2", "fsdp4"):
-        assert records(runs[0] / name)[0] == pytest.approx(records(runs[0] / "one")[0], abs=1e-6)
+        assert numbers(runs(name)[0])[0] == pytest.approx(numbers(runs("one")[0])[0], abs=1e-6)
 
 
-def test_gradients_are_summed_up_once_an_iteration(runs: tuple[Path, str]) -> None:
-    """Catches a sum after each micro-batch, which gives the same run at twice the traffic."""
-    assert re.findall(r"sums of gradients: (\d+)", runs[1]) == ["20", "20"]
+@needs_fork
+def test_ranks_print_and_sample_once(runs: Runs) -> None:
+    """Catches ranks that each print or sample, or that wait for each other while rank 0 samples."""
+    printed = runs("ddp2")[1]
+    assert printed.count("--- sample after") == 3
+    assert len(re.findall(r"^step 20: ", printed, re.MULTILINE)) == 1
 
 
-def test_a_sharded_run_leaves_the_checkpoint_of_one_process(runs: tuple[Path, str]) -> None:
-    """Catches tied weights that are stored twice, and shares or names that other programs do not know."""
-    state, of_one = (torch.load(runs[0] / name / "last.pt", weights_only=True) for name in ("fsdp2", "one"))
-    assert state.keys() == of_one.keys()
+@needs_fork
+def test_gradients_are_reduced_once_an_iteration(runs: Runs) -> None:
+    """Catches an all-reduce after each micro-batch, which gives the same run at twice the traffic."""
+    printed = runs("ddp2")[1]
+    assert [printed.count(f"rank {rank} reduces\n") for rank in (0, 1)] == [20, 20]
+
+
+@needs_fork
+def test_sharded_run_writes_an_ordinary_checkpoint(runs: Runs) -> None:
+    """Catches tied weights that are stored twice, and shards or names that other programs do not know."""
+    state, expected = (torch.load(runs(name)[0] / "last.pt", weights_only=True) for name in ("fsdp2", "one"))
+    assert state.keys() == expected.keys()
     assert state["model"]["lm_head.weight"].data_ptr() == state["model"]["transformer.wte.weight"].data_ptr()
-    assert state["optimizer"]["param_groups"] == of_one["optimizer"]["param_groups"]
+    assert state["optimizer"]["param_groups"] == expected["optimizer"]["param_groups"]
     for tensors in (state["model"], *state["optimizer"]["state"].values()):
         assert {type(tensor) for tensor in tensors.values()} == {torch.Tensor}
 
 
-@pytest.mark.parametrize("eval_iters", [0, 3])
-def test_two_processes_give_the_run_of_one(eval_iters: int, command, project: Path, dataset: Path, tmp_path: Path) -> None:
-    """Catches processes that see the same tokens, average wrongly, drop out differently or evaluate only their part.
-
-    Also those that wait for each other while one of them writes a sample, or write one each.
-    """
-    flags = [*FLAGS, f"--dataset={dataset}", f"--eval_iters={eval_iters}"]
-    one = command("train.py", *flags, f"--out_dir={tmp_path / 'one'}")
-    two = torchrun(2, project / "train.py", *flags, f"--out_dir={tmp_path / 'two'}", "--sample_interval=2", root=project)
-    assert two.stdout.count("--- sample after") == 3
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    assert sum(line.startswith("step 6: ") for line in two.stdout.splitlines()) == 1
-    for row_of_two, row_of_one in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):
-        assert row_of_two == pytest.approx(row_of_one, abs=1e-4)
-    weights = [checkpoint.load(tmp_path / name / "last.pt").weights for name in ("one", "two")]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-4)
-
-
-def test_group_leaves_no_thread_behind(project: Path, dataset: Path, tmp_path: Path) -> None:
-    """Catches a reference that keeps the group alive: one of its threads may then abort the process at exit."""
-    if not Path("/proc/self/task").exists():
-        pytest.skip("this system has no /proc to count threads in")
-    script = tmp_path / "threads.py"
-    script.write_text(
-        "import pathlib, sys, configurator, train\n"
-        "train.main(configurator.parse(train.Config, sys.argv[1:]))\n"
-        "names = [(task / 'comm').read_text() for task in pathlib.Path('/proc/self/task').iterdir()]\n"
-        "sys.exit(any('gloo' in name for name in names))\n"
-    )
-    finished = torchrun(
-        2, script, *FLAGS, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--eval_iters=1", root=project
-    )
-    assert finished.returncode == 0, finished.stderr
-
-
-def test_micro_batches_that_cannot_be_shared_out_are_refused(project: Path, dataset: Path, tmp_path: Path) -> None:
+@needs_fork
+def test_indivisible_micro_batches_are_refused(dataset: Path, tmp_path: Path) -> None:
     """Catches a global batch that silently changes with the number of processes."""
-    flags = [*FLAGS, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--gradient_accumulation_steps=3"]
-    finished = torchrun(2, project / "train.py", *flags, root=project)
-    assert finished.returncode != 0
+    flags = [*FLAGS.split(), f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--gradient_accumulation_steps=3"]
+    finished = train(2, *flags)
+    assert finished.returncode == 1
     assert "gradient_accumulation_steps must be a multiple of the 2 processes, got 3" in finished.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_signal_stops_all_processes_after_one_update(project: Path, dataset: Path, tmp_path: Path) -> None:
-    """Catches processes that part at different iterations, wait for each other for good, or lose what they had done."""
-    flags = [*FLAGS, f"--dataset={dataset}", "--eval_iters=1", "--eval_interval=1000000", "--lr_decay_iters=1000"]
+@needs_fork
+def test_folder_in_use_is_refused_by_all_ranks(dataset: Path, tmp_path: Path) -> None:
+    """Catches ranks that wait for rank 0 although it was refused, or that end with a traceback."""
+    with lock_folder(tmp_path / "out", Group()):
+        finished = train(2, *FLAGS.split(), f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}")
+    assert finished.returncode == 1
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("train.py")]
+    assert any("another run uses" in line for line in lines)
+    assert 'train.py", line' not in finished.stderr
+    assert not (tmp_path / "out").exists()  # the refused run wrote nothing into it, so it went with the lock
+
+
+@needs_fork
+def test_signal_to_torchrun_stops_all_ranks_after_one_update(dataset: Path, tmp_path: Path) -> None:
+    """Catches ranks that stop at different iterations, wait for each other forever, or lose finished updates."""
+    flags = [*FLAGS.split(), f"--dataset={dataset}", "--eval_iters=1", "--eval_interval=1000000", "--lr_decay_iters=1000"]
     running = subprocess.Popen(
-        [*TORCHRUN, "--nproc_per_node=2", "train.py", *flags, f"--out_dir={tmp_path / 'out'}", "--max_iters=1000000"],
-        cwd=project,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+        + [*flags, f"--out_dir={tmp_path / 'out'}", "--max_iters=1000000"],
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -272,27 +258,77 @@ def test_a_signal_stops_all_processes_after_one_update(project: Path, dataset: P
     assert running.returncode != 0
     *_, stopped, command = out.splitlines()
     done = int(re.search(r"SIGTERM: stopped and saved after ([\d,]+) of ", stopped)[1].replace(",", ""))
-    assert checkpoint.load(tmp_path / "out" / "last.pt").iter_num == done == len(records(tmp_path / "out")) - 1
-    assert "SIGTERM: finishing" in err and 'train.py", line' not in err  # torchrun has a traceback of its own
+    assert checkpoint.load(tmp_path / "out" / "last.pt").iter_num == done == len(numbers(tmp_path / "out")) - 1
+    assert "SIGTERM: finishing" in err and 'train.py", line' not in err  # torchrun prints a traceback of its own
     assert f"torchrun --standalone --nproc_per_node=2 train.py --init_from=resume --out_dir={tmp_path / 'out'}" in command
-    on = ["--init_from=resume", f"--out_dir={tmp_path / 'out'}"]
-    whole = [*flags, f"--out_dir={tmp_path / 'whole'}"]
-    for arguments in (on, whole):
-        finished = torchrun(2, project / "train.py", *arguments, f"--max_iters={done + 3}", root=project)
-        assert finished.returncode == 0, finished.stderr
+
+    resumed = train(2, "--init_from=resume", f"--out_dir={tmp_path / 'out'}", f"--max_iters={done + 3}")
+    whole = train(2, *flags, f"--out_dir={tmp_path / 'whole'}", f"--max_iters={done + 3}")
+    assert (resumed.returncode, whole.returncode) == (0, 0), resumed.stderr + whole.stderr
     weights = [checkpoint.load(tmp_path / name / "last.pt").weights for name in ("out", "whole")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-    assert records(tmp_path / "out") == records(tmp_path / "whole")
+    assert numbers(tmp_path / "out") == numbers(tmp_path / "whole")
 
 
-def test_a_folder_in_which_a_run_lives_is_refused_by_all_processes(project: Path, dataset: Path, tmp_path: Path) -> None:
-    """Catches processes that wait for the refused main one, or tell of it with a traceback."""
-    with lock_folder(tmp_path / "out", Group()):
-        finished = torchrun(
-            2, project / "train.py", *FLAGS, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", root=project
-        )
-    assert finished.returncode != 0
-    lines = [line for line in finished.stderr.splitlines() if line.startswith("train.py")]
-    assert any("another run uses" in line for line in lines)
-    assert 'train.py", line' not in finished.stderr
-    assert not (tmp_path / "out").exists()  # nothing was written into it, and so it went with the one that held it
+# in one process
+
+
+def model_and_batch() -> tuple[GPT, torch.Tensor]:
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=3, n_head=2, n_embd=16, dropout=0.3))
+    return model, torch.randint(11, (2, 4, 8))
+
+
+def run_forward_and_backward(model: GPT, batch: torch.Tensor) -> tuple[int, list[torch.Tensor]]:
+    """Return the bytes that the forward pass keeps for the backward pass, without the weights, and the gradients."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    torch.manual_seed(2)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _, loss = model(*batch)
+    loss.backward()
+    return sum(kept.values()), [parameter.grad for parameter in model.parameters()]
+
+
+def test_activation_checkpointing_keeps_less_and_gives_the_same_gradient() -> None:
+    """Catches a block that is left out, or that draws other dropout when it is recomputed."""
+    (model, batch), (checkpointed, _) = model_and_batch(), model_and_batch()
+    distributed.checkpoint_activations(checkpointed)
+    bytes_kept, gradients = run_forward_and_backward(model, batch)
+    fewer_bytes, same_gradients = run_forward_and_backward(checkpointed, batch)
+    assert fewer_bytes < bytes_kept / 4
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same_gradients, strict=True))
+    assert list(checkpointed.state_dict()) == list(model.state_dict())
+
+
+def test_nothing_is_recomputed_without_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches evaluation and generation that pay for a gradient they do not need."""
+    model, batch = model_and_batch()
+    calls = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *arguments: calls.append(self) or forward(self, *arguments))
+    distributed.checkpoint_activations(model)
+    with torch.no_grad():
+        model(*batch)
+    assert len(calls) == 3
+    model(*batch)[1].backward()
+    assert len(calls) == 9
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.1, 100.0])
+def test_clipping_is_pytorchs(max_norm: float) -> None:
+    """Catches the norm after clipping in place of the one before, a gradient that is scaled up, and 0 that clips."""
+    (model, batch), (expected, _) = model_and_batch(), model_and_batch()
+    for each in (model, expected):
+        each.eval()(*batch)[1].backward()
+    norm = clip_grad_norm_(expected.parameters(), max_norm or torch.inf).item()
+    assert distributed.clip_gradient(model, max_norm) == pytest.approx(norm)
+    for parameter, expected_parameter in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected_parameter.grad)
