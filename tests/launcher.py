@@ -26,9 +26,7 @@ PRELOADED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distribu
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 
 
-def run(
-    *arguments: str | Path, cwd: Path, typed: str = "", setup: str = "", **environment: str
-) -> subprocess.CompletedProcess:
+def run(*arguments: str | Path, cwd: Path, typed: str = "", setup: str = "", **environment: str) -> subprocess.CompletedProcess:
     """Run a script of the repo, by itself or under torchrun, and return the finished process.
 
     `typed` is its stdin. `setup` is Python code to run first in each process, for instance to patch a module of the library.
