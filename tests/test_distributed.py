@@ -247,9 +247,9 @@ def test_signal_to_torchrun_stops_all_ranks_after_one_update(dataset: Path, tmp_
     flags = [*FLAGS.split(), f"--dataset={dataset}", "--eval_iters=1", "--eval_interval=1000000", "--lr_decay_iters=1000"]
     script = tmp_path / "train.py"  # which looks for threads at exit in a Python that has not imported PyTorch beforehand
     script.write_text(f"{NO_THREADS}\nimport runpy\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     running = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-        + [*flags, f"--out_dir={tmp_path / 'out'}", "--max_iters=1000000"],
+        [*torchrun, script, *flags, f"--out_dir={tmp_path / 'out'}", "--max_iters=1000000"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

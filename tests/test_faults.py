@@ -1,10 +1,10 @@
-"""Runs that are killed, stopped by a signal or left without room on the disk go on as the runs that they would have been."""
+"""Runs that are killed, stopped by a signal or find the disk full: a resume gives the run that nothing happened to."""
 
-import csv
 import errno
 import math
 import os
 import shlex
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import counting, read_rows, run_train, write_dataset
 
-import configurator
 import train
 from nanogpt import checkpoint, distributed, metrics
-from nanogpt import run as runs
 from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
 
@@ -26,13 +25,13 @@ try:
 except ImportError:  # Windows
     resource = None
 
-# dropout, accumulation and bf16 on; saves after 2, 3, 4, 6, 8 and 9 updates; the best evaluation is the one after 3
+# with dropout, gradient accumulation and bf16; saves after 2, 3, 4, 6, 8 and 9 updates; the best evaluation is the one after 3
 FLAGS = (
     "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2 --dropout=0.2 "
     "--dtype=bfloat16 --eval_iters=2 --eval_interval=3 --max_iters=9 --warmup_iters=8 --lr_decay_iters=100 --seed=12 "
     "--learning_rate=0.3 --always_save_checkpoint=False --checkpoint_interval=2 --checkpoint_minutes=0 --device=cpu"
 ).split()
-CLOCKS = ("seconds", "tokens_per_second", "mfu", "peak_memory_mb")
+MEASURED = ("seconds", "tokens_per_second", "mfu", "peak_memory_mb")  # columns that differ from run to run
 
 needs_fork = pytest.mark.skipif(
     not hasattr(os, "fork") or torch.cuda.is_available(),
@@ -40,20 +39,16 @@ needs_fork = pytest.mark.skipif(
 )
 
 
-def run(*flags: str | Path) -> None:
-    train.main(configurator.parse(train.Config, [str(flag) for flag in flags]))
-
-
 def go_on(out_dir: Path, *flags: str) -> None:
-    """Resume the run in `out_dir`, or start it again where it has no checkpoint yet."""
+    """Resume the run in `out_dir`, or start it again if it has no checkpoint yet."""
     if any((out_dir / name).exists() for name in (checkpoint.LAST, checkpoint.BEST)):
-        run("--init_from=resume", f"--out_dir={out_dir}")
+        run_train("--init_from=resume", f"--out_dir={out_dir}")
     else:
-        run(*flags, f"--out_dir={out_dir}")
+        run_train(*flags, f"--out_dir={out_dir}")
 
 
 def in_child(action: Callable[[], object]) -> int:
-    """Do `action` in a copy of this process, and return how that ended: its exit status, or minus a signal's number."""
+    """Do `action` in a fork of this process and return its exit status, or minus the number of the signal that ended it."""
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -81,32 +76,46 @@ def same(one: Any, other: Any) -> bool:
 
 
 def outcome(out_dir: Path) -> dict[str, Any]:
-    """All that a run has come to, but for its clocks and the name of its folder."""
+    """Return a run's checkpoints and rows without what is measured and the name of its folder."""
     found: dict[str, Any] = {}
     for name in sorted(path.name for path in out_dir.glob("*.pt")):
         found[name] = torch.load(out_dir / name, weights_only=True)
         found[name]["config"] = {k: v for k, v in found[name]["config"].items() if k not in ("out_dir", "init_from")}
-    with open(out_dir / "metrics.csv", newline="") as file:
-        found["rows"] = [{k: v for k, v in row.items() if k not in CLOCKS} for row in csv.DictReader(file)]
+    found["rows"] = [{k: v for k, v in row.items() if k not in MEASURED} for row in read_rows(out_dir)]
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of all runs here."""
+    folder = tmp_path_factory.mktemp("dataset")
+    write_dataset(folder, counting(1000))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def flags(dataset: Path) -> list[str]:
     return [*FLAGS, f"--dataset={dataset}"]
 
 
-@pytest.fixture
-def undisturbed(flags: list[str], tmp_path: Path) -> dict[str, Any]:
-    """What the run comes to where nothing happens to it."""
-    run(*flags, f"--out_dir={tmp_path / 'undisturbed'}")
-    found = outcome(tmp_path / "undisturbed")
+@pytest.fixture(scope="module")
+def undisturbed_folder(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run that nothing happened to; not to be written into."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_train(*flags, f"--out_dir={folder}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_folder: Path) -> dict[str, Any]:
+    """The outcome of the run that nothing happened to."""
+    found = outcome(undisturbed_folder)
     assert (found[checkpoint.BEST]["iter_num"], found[checkpoint.LAST]["iter_num"], len(found["rows"])) == (3, 9, 13)
     return found
 
 
 def before_each(monkeypatch: pytest.MonkeyPatch, functions: list[tuple[Any, str]], act: Callable[..., object]) -> None:
-    """Have `act(name, *arguments)` done before each call of some functions, given as (owner, name)."""
+    """Call `act(name, *arguments)` before each call of `functions`, given as (owner, name)."""
 
     def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
@@ -119,13 +128,16 @@ def before_each(monkeypatch: pytest.MonkeyPatch, functions: list[tuple[Any, str]
         monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
 
 
-def steps(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[..., None]) -> list[str]:
-    """Have `act(name, *arguments)` done before the `at`-th step of a run that leaves a trace; the list names them all."""
+def before_step(monkeypatch: pytest.MonkeyPatch, at: int | None, act: Callable[..., None]) -> list[str]:
+    """Call `act(name, *arguments)` before the `at`-th step of a run, or before each if that is None.
+
+    A step is a call that changes files or weights. Returns a list to which the steps' names are added.
+    """
     seen: list[str] = []
 
     def note(name: str, *arguments: Any) -> None:
         seen.append(name)
-        if len(seen) == at:
+        if at in (None, len(seen)):
             act(name, *arguments)
 
     files = [(os, "replace"), (os, "link"), (os, "fsync"), (torch, "save"), (metrics.Metrics, "_flush")]
@@ -133,35 +145,69 @@ def steps(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[..., None]) ->
     return seen
 
 
+def steps_of_a_run(flags: list[str], out_dir: Path) -> list[str]:
+    """Return the names of the steps of the run that nothing happens to."""
+    with pytest.MonkeyPatch.context() as patch:
+        names = before_step(patch, 0, lambda *call: None)
+        run_train(*flags, f"--out_dir={out_dir}")
+    return names
+
+
 # killed
 
 
-def kill(name: str, *arguments: Any) -> None:
-    if name == "save":  # in the middle of it
-        state, file = arguments
-        file.write(bytes(1000))
-        file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
+def copy_folder(folder: Path, copy: Path, link: Callable[..., None] = os.link) -> None:
+    """Copy a flat folder; files that are hard links to each other stay so."""
+    copy.mkdir()
+    copied: dict[int, Path] = {}
+    for path in folder.iterdir():
+        inode = path.stat().st_ino
+        if inode in copied:
+            link(copied[inode], copy / path.name)
+        else:
+            copied[inode] = shutil.copy(path, copy / path.name)
 
 
-@needs_fork
-@pytest.mark.parametrize("together, flushes", [(0.0, 1 + 13), (math.inf, 1 + 4 + 7)])
-def test_a_run_killed_at_any_step_is_not_lost(
-    together: float,
+@pytest.mark.parametrize("flush_seconds, flushes", [(0.0, 1 + 13), (math.inf, 1 + 4 + 7)])
+def test_kill_at_any_step_loses_nothing_saved(
+    flush_seconds: float,
     flushes: int,
     flags: list[str],
     undisturbed: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches a moment in which a kill leaves half a file, an older state than was saved, or no best one; rows that double.
+    """Catches a moment in which a kill leaves half a file, an older state than was saved, no best one, or doubled rows.
 
-    Rows are written one by one, or wait for the next evaluation or save.
+    What SIGKILL leaves is what is in the folder at that moment, so one run gives the folders of all kills: copies made before
+    each of its steps. Rows are written one by one, or wait for the next evaluation or save.
     """
-    monkeypatch.setattr(metrics, "FLUSH_SECONDS", together)
+    monkeypatch.setattr(metrics, "FLUSH_SECONDS", flush_seconds)
+    out_dir, saved, saved_before = tmp_path / "out", [0], []
+    save = checkpoint.Saver.save
+
+    def note_save(saver: checkpoint.Saver, iteration: int, *rest: Any, **keywords: Any) -> None:
+        save(saver, iteration, *rest, **keywords)
+        saved.append(iteration)
+
+    def copy_out_dir(name: str, *arguments: Any) -> None:
+        saved_before.append(saved[-1])
+        copy = tmp_path / f"killed{len(saved_before)}"
+        if name == "save":  # in the middle of it
+            _, file = arguments
+            file.write(bytes(1000))
+            file.flush()
+            copy_folder(out_dir, copy)
+            file.seek(0)
+            file.truncate()
+        else:
+            copy_folder(out_dir, copy)
+
     with monkeypatch.context() as patch:
-        names = steps(patch, 0, kill)
-        run(*flags, f"--out_dir={tmp_path / 'counted'}")
+        patch.setattr(checkpoint.Saver, "save", note_save)
+        names = before_step(patch, None, copy_out_dir)
+        run_train(*flags, f"--out_dir={out_dir}")
+    assert same(outcome(out_dir), undisturbed)
     assert {name: names.count(name) for name in set(names)} == {
         "replace": 2 + 6 + 1,  # config.json and metrics.csv, each save, the link
         "link": 1,
@@ -170,34 +216,46 @@ def test_a_run_killed_at_any_step_is_not_lost(
         "_flush": flushes,
         "clip_gradient": 9,
     }
-    for at in range(1, len(names) + 1):
-        out_dir, saved = tmp_path / f"killed{at}", tmp_path / f"saved{at}"
 
-        def killed(at: int = at, out_dir: Path = out_dir, saved: Path = saved) -> None:
-            steps(monkeypatch, at, kill)
-            save = checkpoint.Saver.save
+    for at, (name, iteration) in enumerate(zip(names, saved_before, strict=True), 1):
+        killed, moment = tmp_path / f"killed{at}", f"killed at step {at}, {name}"
+        if iteration:
+            assert checkpoint.load(checkpoint.newest(killed)).iter_num >= iteration, moment
+        go_on(killed, *flags)
+        assert same(outcome(killed), undisturbed), moment
+        assert not list(killed.glob("*.tmp")), moment
 
-            def recorded(saver: checkpoint.Saver, iteration: int, *rest: Any, **keywords: Any) -> None:
-                save(saver, iteration, *rest, **keywords)
-                saved.write_text(str(iteration))
 
-            monkeypatch.setattr(checkpoint.Saver, "save", recorded)
-            run(*flags, f"--out_dir={out_dir}")
+@needs_fork
+@pytest.mark.parametrize("name", ["replace", "link", "fsync", "save", "_flush", "clip_gradient"])
+def test_killed_process_resumes(
+    name: str, flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches what a copy of the folder does not show: a lock that outlives its process, or rows that it never wrote."""
 
-        where = f"killed at step {at}, {names[at - 1]}"
-        assert in_child(killed) == -signal.SIGKILL, where
-        if saved.exists():
-            assert checkpoint.load(checkpoint.newest(out_dir)).iter_num >= int(saved.read_text()), where
-        go_on(out_dir, *flags)
-        assert same(outcome(out_dir), undisturbed), where
-        assert not list(out_dir.glob("*.tmp")), where
+    def kill(name: str, *arguments: Any) -> None:
+        if name == "save":  # in the middle of it
+            _, file = arguments
+            file.write(bytes(1000))
+            file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed() -> None:
+        before_step(monkeypatch, at, kill)
+        run_train(*flags, f"--out_dir={tmp_path / 'out'}")
+
+    names = steps_of_a_run(flags, tmp_path / "counted")
+    at = [number for number, each in enumerate(names, 1) if each == name][names.count(name) // 2]
+    assert in_child(killed) == -signal.SIGKILL
+    go_on(tmp_path / "out", *flags)
+    assert same(outcome(tmp_path / "out"), undisturbed)
 
 
 # stopped by a signal
 
 
 def stop(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int, number: int = signal.SIGTERM) -> list[str]:
-    """Have this process get a signal within the `at`-th call of a function; the list names what runs after that."""
+    """Send this process a signal before the `at`-th call of a function; the returned list names what runs after that."""
     calls, after = [], []
 
     def signalled(each: str, *arguments: Any) -> None:
@@ -213,16 +271,16 @@ def stop(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int, number
 
 @pytest.mark.parametrize("at", range(1, 10))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_its_iteration(
+def test_signal_stops_after_the_iteration(
     number: int, at: int, flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Catches an iteration more, two saves, another exit status, a command that does not go on; state that is not saved."""
+    """Catches one more iteration, two saves, another exit status, unsaved state, and a printed command that does not resume."""
     out_dir = tmp_path / "a run"
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         after = stop(patch, train, "clip_gradient", at, number)
         with pytest.raises(SystemExit) as end:
-            run(*flags, f"--out_dir={out_dir}")
+            run_train(*flags, f"--out_dir={out_dir}")
     assert end.value.code == 128 + number
     assert (after.count("step"), after.count("save")) == (1, 1)
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
@@ -231,19 +289,19 @@ def test_a_signal_ends_the_run_after_its_iteration(
     assert f"{signal.Signals(number).name}: stopped and saved after {at} of 9 iterations" in stopped
     python, script, *arguments = shlex.split(command)
     assert (python, script) == ("python", "train.py")
-    run(*arguments)
+    run_train(*arguments)
     assert same(outcome(out_dir), undisturbed)
 
 
-@pytest.mark.parametrize("at", [1, 2, 4, 5, 6, 12, 13, 15, 16])  # in and after the evaluations at 0, 3 and 6: 4 windows each
-def test_a_signal_ends_an_evaluation_too(
+@pytest.mark.parametrize("at", [1, 2, 4, 5, 6, 12, 13, 15, 16])  # in and after the evaluations at 0 and 3, of 4 batches each
+def test_signal_interrupts_an_evaluation(
     at: int, flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a stop that waits for a long evaluation, one that is counted although it was not done, and one that is lost."""
+    """Catches a stop that waits for a long evaluation, and an interrupted evaluation that counts as done or is skipped."""
     with monkeypatch.context() as patch:
         after = stop(patch, Dataset, "windows", at)
         with pytest.raises(SystemExit) as end:
-            run(*flags, f"--out_dir={tmp_path / 'out'}")
+            run_train(*flags, f"--out_dir={tmp_path / 'out'}")
     assert end.value.code == 128 + signal.SIGTERM
     evaluating = at <= 4 or 11 <= at <= 14
     assert (after.count("windows"), after.count("step")) == (0, 0) if evaluating else (at % 2, 1)
@@ -252,11 +310,11 @@ def test_a_signal_ends_an_evaluation_too(
     assert same(outcome(tmp_path / "out"), undisturbed)
 
 
-@pytest.mark.parametrize(("at", "saved"), [(7, 3), (8, 4)])  # numbers are summed up twice in an evaluation, once in a step
-def test_a_signal_to_another_process_stops_this_one(
+@pytest.mark.parametrize(("at", "saved"), [(7, 3), (8, 4)])  # the 7th and 8th sum of three numbers
+def test_signal_to_another_rank_stops_this_one(
     at: int, saved: int, flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches processes that part, one in a training step or an evaluation in which it waits for the others for good."""
+    """Catches ranks that disagree about stopping, so that one waits forever in a training step or an evaluation."""
     calls = []
 
     def sum_up(group: distributed.Group, *given: float) -> list[float]:
@@ -265,7 +323,7 @@ def test_a_signal_to_another_process_stops_this_one(
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(distributed.Group, "sum", sum_up)
-        run(*flags, f"--out_dir={tmp_path / 'out'}")
+        run_train(*flags, f"--out_dir={tmp_path / 'out'}")
     assert end.value.code == 128 + signal.SIGTERM
     assert checkpoint.load(tmp_path / "out" / checkpoint.LAST).iter_num == saved
     go_on(tmp_path / "out")
@@ -274,22 +332,22 @@ def test_a_signal_to_another_process_stops_this_one(
 
 @needs_fork
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_the_run_at_once_and_leaves_files_whole(
+def test_second_signal_kills_but_leaves_files_whole(
     number: int, flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches an impatient person's second Ctrl-C that is ignored, or that destroys what the first began to save."""
+    """Catches a second Ctrl-C that is ignored, or that destroys what the first began to save."""
 
     def twice() -> None:
-        monkeypatch.setattr(runs, "SIGNAL_DEBOUNCE_SECONDS", -1.0)
+        monkeypatch.setattr("nanogpt.run.SIGNAL_DEBOUNCE_SECONDS", -1.0)
         stop(monkeypatch, train, "clip_gradient", 8, number)
-        steps(monkeypatch, 1 + len(names), lambda *call: signal.raise_signal(number))
-        run(*flags, f"--out_dir={tmp_path / 'out'}")
+        before_step(monkeypatch, 1 + len(names), lambda *call: signal.raise_signal(number))
+        run_train(*flags, f"--out_dir={tmp_path / 'out'}")
 
     with monkeypatch.context() as patch:
-        names = steps(patch, 0, kill)
+        names = before_step(patch, 0, lambda *call: None)
         stop(patch, train, "clip_gradient", 8)
         with pytest.raises(SystemExit):
-            run(*flags, f"--out_dir={tmp_path / 'counted'}")
+            run_train(*flags, f"--out_dir={tmp_path / 'counted'}")
     names = names[: len(names) - 1 - names[::-1].index("save")]  # up to the last save, which the second signal interrupts
     assert in_child(twice) == -number
     assert checkpoint.load(tmp_path / "out" / checkpoint.LAST).iter_num == 6
@@ -297,21 +355,21 @@ def test_a_second_signal_ends_the_run_at_once_and_leaves_files_whole(
     assert same(outcome(tmp_path / "out"), undisturbed)
 
 
-def test_a_run_in_another_thread_trains(flags: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
-    """Catches handlers that are set where Python lets the main thread alone set them."""
-    thread = threading.Thread(target=run, args=[*flags, f"--out_dir={tmp_path / 'out'}"])
+def test_train_outside_the_main_thread(flags: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    """Catches signal handlers that are set although Python allows that in the main thread only."""
+    thread = threading.Thread(target=run_train, args=[*flags, f"--out_dir={tmp_path / 'out'}"])
     thread.start()
     thread.join()
     assert same(outcome(tmp_path / "out"), undisturbed)
 
 
-# without room on the disk
+# full disk
 
 
-def test_a_disk_that_is_full_for_a_moment_costs_no_run(
+def test_disk_full_for_a_moment(
     flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Catches a run that dies of a failed save, is silent about it, leaves half a file, or claims a final state it has not."""
+    """Catches a run that dies of a failed save, hides it, leaves half a file, or claims a final state that is not there."""
 
     def fail(name: str, *arguments: Any) -> None:
         if name == "save":  # in the middle of it
@@ -319,40 +377,43 @@ def test_a_disk_that_is_full_for_a_moment_costs_no_run(
         if name in ("replace", "link", "fsync", "save"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        names = steps(patch, 0, fail)
-        run(*flags, f"--out_dir={tmp_path / 'counted'}")
+    names = steps_of_a_run(flags, tmp_path / "counted")
     failed = 0
     for at in range(1, len(names) + 1):
-        out_dir, where = tmp_path / f"full{at}", f"no room at step {at}, {names[at - 1]}"
+        out_dir, moment = tmp_path / f"full{at}", f"disk full at step {at}, {names[at - 1]}"
         capsys.readouterr()
         with monkeypatch.context() as patch:
-            steps(patch, at, fail)
+            before_step(patch, at, fail)
             try:
-                run(*flags, f"--out_dir={out_dir}")
+                run_train(*flags, f"--out_dir={out_dir}")
             except UserError as error:
                 failed += 1
-                assert "No space left on device" in str(error), where
-                assert checkpoint.load(checkpoint.newest(out_dir)).iter_num == 8, where
+                assert "No space left on device" in str(error), moment
+                assert checkpoint.load(checkpoint.newest(out_dir)).iter_num == 8, moment
         if names[at - 1] == "save":
-            assert "No space left on device" in capsys.readouterr().err, where
-        assert not list(out_dir.glob("*.pt.tmp")), where
+            assert "No space left on device" in capsys.readouterr().err, moment
+        assert not list(out_dir.glob("*.pt.tmp")), moment
         go_on(out_dir)
         found = outcome(out_dir)
-        found.setdefault(checkpoint.BEST, undisturbed[checkpoint.BEST])  # there was no room for it when it was the newest
-        assert same(found, undisturbed), where
+        found.setdefault(checkpoint.BEST, undisturbed[checkpoint.BEST])  # the disk was full when it was the newest
+        assert same(found, undisturbed), moment
     assert failed == 3  # the save, the flush and the renaming of the last state
 
 
 @needs_fork
 @pytest.mark.skipif(resource is None, reason="this system has no limits on files")
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.99])
-def test_a_disk_that_stays_full_leaves_the_last_checkpoint(
-    share: float, flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_disk_that_stays_full(
+    share: float,
+    flags: list[str],
+    undisturbed: dict[str, Any],
+    undisturbed_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches what the system does rather than what a test makes it do: torch.save raises errors of its own, rows break off."""
+    """Catches what only the system itself does: errors from within torch.save, rows that break off."""
     out_dir = tmp_path / "out"
-    size = int((tmp_path / "undisturbed" / checkpoint.LAST).stat().st_size * share)
+    size = int((undisturbed_folder / checkpoint.LAST).stat().st_size * share)
 
     def fill_up() -> None:
         save = checkpoint.save
@@ -362,21 +423,19 @@ def test_a_disk_that_stays_full_leaves_the_last_checkpoint(
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))  # no file may grow beyond that
 
         monkeypatch.setattr(checkpoint, "save", last_room)
-        run(*flags, f"--out_dir={out_dir}")
+        run_train(*flags, f"--out_dir={out_dir}")
 
     assert in_child(fill_up) == 1
     assert checkpoint.load(checkpoint.newest(out_dir)).iter_num == 2
     assert not list(out_dir.glob("*.tmp"))
-    whole = (tmp_path / "undisturbed" / "metrics.csv").stat().st_size
-    assert len(metrics.read_rows(out_dir / "metrics.csv")) == 13 or size < whole  # the run did go on to its end
+    whole = (undisturbed_folder / "metrics.csv").stat().st_size
+    assert len(metrics.read_rows(out_dir / "metrics.csv")) == 13 or size < whole  # the run went on to its end
     go_on(out_dir)
     assert same(outcome(out_dir), undisturbed)
 
 
-def test_a_failed_save_at_a_signal_is_no_clean_stop(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    """Catches a promise to go on from a state that is not there."""
+def test_failed_save_at_a_signal(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Catches a printed command that resumes from a state that is not there."""
 
     def fail(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -384,16 +443,16 @@ def test_a_failed_save_at_a_signal_is_no_clean_stop(
     stop(monkeypatch, train, "clip_gradient", 5)
     before_each(monkeypatch, [(torch, "save")], fail)
     with pytest.raises(UserError, match="No space left on device"):
-        run(*flags, f"--out_dir={tmp_path / 'out'}")
+        run_train(*flags, f"--out_dir={tmp_path / 'out'}")
     assert "init_from=resume" not in capsys.readouterr().out
 
 
-# without data, or memory
+# no data, no memory
 
 
 @pytest.mark.parametrize("at", [5, 6, 7, 8, 9, 14, 17])
 @pytest.mark.parametrize("name", ["train.bin", "val.bin"])
-def test_a_dataset_that_vanishes_costs_no_update(
+def test_dataset_that_vanishes(
     at: int,
     name: str,
     flags: list[str],
@@ -402,7 +461,7 @@ def test_a_dataset_that_vanishes_costs_no_update(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches a run that ends with a traceback, or without the state that it had come to."""
+    """Catches a run that ends with a traceback, or without a checkpoint of its last update."""
     before, calls = (dataset / name).read_bytes(), []
 
     def vanish(*arguments: Any) -> None:
@@ -410,13 +469,15 @@ def test_a_dataset_that_vanishes_costs_no_update(
         if len(calls) == at:
             (dataset / name).unlink()
 
-    with monkeypatch.context() as patch:
-        before_each(patch, [(Dataset, "windows")], vanish)
-        reached = []
-        before_each(patch, [(train, "clip_gradient")], lambda *arguments: reached.append(1))
-        with pytest.raises(UserError, match=rf"{name}: cannot be read any more"):
-            run(*flags, f"--out_dir={tmp_path / 'out'}")
-    (dataset / name).write_bytes(before)
+    try:
+        with monkeypatch.context() as patch:
+            before_each(patch, [(Dataset, "windows")], vanish)
+            reached = []
+            before_each(patch, [(train, "clip_gradient")], lambda *arguments: reached.append(1))
+            with pytest.raises(UserError, match=rf"{name}: cannot be read any more"):
+                run_train(*flags, f"--out_dir={tmp_path / 'out'}")
+    finally:
+        (dataset / name).write_bytes(before)
     if reached:
         assert checkpoint.load(checkpoint.newest(tmp_path / "out")).iter_num == len(reached)
     go_on(tmp_path / "out", *flags)
@@ -424,72 +485,76 @@ def test_a_dataset_that_vanishes_costs_no_update(
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()])
-def test_memory_that_runs_out_names_the_keys_to_lower(
+def test_out_of_memory_names_the_keys_to_lower(
     error: Exception, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a traceback where a person must know which keys to change; the checkpoint that was there, spoilt."""
+    """Catches a traceback that does not say which keys to change, and a damaged checkpoint."""
 
     def fail(*arguments: Any) -> None:
         raise error
 
-    steps(monkeypatch, 30, fail)
+    before_step(monkeypatch, 30, fail)
     with pytest.raises(UserError, match=r"^out of memory: lower --batch_size \(now 4\) and raise --gradient_accum.* \(now 2\)"):
-        run(*flags, f"--out_dir={tmp_path / 'out'}")
+        run_train(*flags, f"--out_dir={tmp_path / 'out'}")
     checkpoint.load(tmp_path / "out" / checkpoint.LAST)
 
 
 # early stopping
 
 
-def test_early_stopping_counts_evaluations_without_a_better_one(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    """Catches a count that is off by one, is reset by a resume, or makes a resumed run another one."""
+def test_early_stopping(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Catches a count that is off by one, or is reset by a resume."""
     patient = [*flags, "--patience=2", "--max_iters=90"]
-    run(*patient, f"--out_dir={tmp_path / 'whole'}")
+    run_train(*patient, f"--out_dir={tmp_path / 'whole'}")
     assert "stopped early: 2 evaluations" in capsys.readouterr().out
     whole = outcome(tmp_path / "whole")
-    assert [int(row["iteration"]) for row in whole["rows"] if row["val_loss"]] == [0, 3, 6, 9]  # the best being that after 3
+    assert [int(row["iteration"]) for row in whole["rows"] if row["val_loss"]] == [0, 3, 6, 9]  # the best is the one after 3
     for at in range(1, 10):
         out_dir = tmp_path / f"stopped{at}"
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             stop(patch, train, "clip_gradient", at)
-            run(*patient, f"--out_dir={out_dir}")
+            run_train(*patient, f"--out_dir={out_dir}")
         go_on(out_dir)
         assert same(outcome(out_dir), whole), f"stopped in iteration {at}"
     capsys.readouterr()
     go_on(tmp_path / "whole")
     assert "stopped early: 2 evaluations" in capsys.readouterr().out
     assert same(outcome(tmp_path / "whole"), whole)
-    run("--init_from=resume", f"--out_dir={tmp_path / 'whole'}", "--patience=3")
+    run_train("--init_from=resume", f"--out_dir={tmp_path / 'whole'}", "--patience=3")
     assert torch.load(tmp_path / "whole" / checkpoint.LAST, weights_only=True)["iter_num"] >= 12
 
 
 # new runs
 
 
-def test_a_new_run_sets_an_earlier_one_aside(
-    flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+def test_new_run_keeps_the_earlier_one(
+    flags: list[str],
+    undisturbed: dict[str, Any],
+    undisturbed_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Catches an earlier run that is lost to a forgotten --init_from, and one whose best weights pass for the new run's."""
-    out_dir = tmp_path / "undisturbed"
+    """Catches an earlier run that is lost to a forgotten --init_from, and its best weights in place of the new run's."""
+    out_dir = tmp_path / "out"
+    copy_folder(undisturbed_folder, out_dir)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop(patch, train, "clip_gradient", 1)
-        run(*flags, f"--out_dir={out_dir}")
+        run_train(*flags, f"--out_dir={out_dir}")
     assert str(out_dir / "previous") in capsys.readouterr().err
     assert same(outcome(out_dir / "previous"), undisturbed)
     assert [path.name for path in out_dir.glob("*.pt")] == [checkpoint.LAST]
-    run(*flags, f"--out_dir={out_dir}", "--max_iters=0")
+    run_train(*flags, f"--out_dir={out_dir}", "--max_iters=0")
     assert [path.name for path in (out_dir / "previous").glob("*.pt")] == [checkpoint.LAST]  # and not the first run's best
     assert torch.load(out_dir / "previous" / checkpoint.LAST, weights_only=True)["iter_num"] == 1
     assert not list(out_dir.glob("*.pt"))
-    run(*flags, f"--out_dir={out_dir}", "--max_iters=0")  # there was nothing worth to be set aside
+    run_train(*flags, f"--out_dir={out_dir}", "--max_iters=0")  # there was nothing to keep
     assert (out_dir / "previous" / checkpoint.LAST).exists()
 
 
 @pytest.mark.parametrize(("flag", "saved"), [("--checkpoint_minutes=0", 6), ("--checkpoint_minutes=1e-9", 8)])
-def test_the_clock_saves_too(flag: str, saved: int, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a run of slow iterations that has nothing to go on from for hours."""
+def test_saves_by_the_clock(flag: str, saved: int, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run with slow iterations that does not save for hours."""
     quiet = [*flags, "--checkpoint_interval=0", "--always_save_checkpoint=False", flag]
 
     class Killed(Exception):
@@ -501,5 +566,5 @@ def test_the_clock_saves_too(flag: str, saved: int, flags: list[str], tmp_path: 
     at = []
     before_each(monkeypatch, [(train, "clip_gradient")], lambda *arguments: at.append(1) or len(at) < 10 or die())
     with pytest.raises(Killed):
-        run(*quiet, f"--out_dir={tmp_path / 'out'}", "--max_iters=90", "--eval_interval=6")
+        run_train(*quiet, f"--out_dir={tmp_path / 'out'}", "--max_iters=90", "--eval_interval=6")
     assert checkpoint.load(checkpoint.newest(tmp_path / "out")).iter_num == saved
