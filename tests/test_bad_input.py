@@ -1,4 +1,4 @@
-"""What a person may do wrong: each gets one line on stderr that says what to do, status 1, and no traceback."""
+"""User mistakes: each gets one line on stderr that says what to do, exit status 1, and no traceback."""
 
 import importlib.util
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_train
 
 import chat
 import configurator
@@ -171,13 +172,13 @@ class Hostile:
 
 
 NOISE = random.Random(1).randbytes(3000)
-FILES = {  # one file of a dataset that is otherwise whole
+FILES = {  # datasets with one wrong file: its name, and its content or None for no file
     "empty": ("val.bin", b""),
     "half": ("val.bin", None),
     "cut": ("train.bin", b"\0" * 399),
     "mask": ("train.mask.bin", b"\1" * 399),
 }
-META = {  # its meta.json: keys that are changed, or the whole file
+META = {  # datasets with a wrong meta.json: the keys that are changed, or the whole file
     "wide": {"dtype": "int64"},
     "other_size": {"vocab_size": 3},
     "characters": {"tokenizer": {"kind": "char", "characters": ["B", 7]}},
@@ -187,13 +188,13 @@ META = {  # its meta.json: keys that are changed, or the whole file
     "empty_meta": b"",
     "deep_meta": b"[" * 100_000,
 }
-PICKLES = {  # nanoGPT's meta.pkl in its place
+PICKLES = {  # datasets with nanoGPT's meta.pkl in place of meta.json
     "cut_pickle": pickle.dumps({"itos": {0: "B", 1: "e"}})[:-5],
     "random_pickle": NOISE,
     "empty_pickle": b"",
     "other_pickle": pickle.dumps([1, 2, 3]),
 }
-STATES = {  # one value of a checkpoint that is otherwise whole, by the keys that lead to it
+STATES = {  # checkpoints with one wrong value: the keys that lead to it, and the value
     "shape": ("model", "transformer.h.0.mlp.c_fc.weight", torch.zeros(3, 3)),
     "layers": ("model_args", "n_layer", 4096),
     "tokenizer": ("extra", "tokenizer", {"kind": "char", "characters": ["B", "B"]}),
@@ -206,7 +207,7 @@ STATES = {  # one value of a checkpoint that is otherwise whole, by the keys tha
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of things that are wrong, with one dataset, in data/, and one run, in run/, that are right."""
+    """A folder of broken files, with one good dataset, in data/, and one good run, in run/."""
     tmp = tmp_path_factory.mktemp("bad")
     (tmp / "unknown_key.py").write_text("learning_rat = 1e-3\n")
     (tmp / "wrong_type.py").write_text("batch_size = 'twelve'\n")
@@ -243,26 +244,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (tmp / name / "meta.json").unlink()
         (tmp / name / "meta.pkl").write_bytes(content)
     corpus.write_dataset(tmp / "three", ["Bea" * 100], ["eBa" * 30], CharTokenizer(["B", "a", "e"]), "three letters")
-    train.main(
-        configurator.parse(
-            train.Config, f"{RUN} --out_dir=TMP/run".replace("DATA", "TMP/data").replace("TMP", str(tmp)).split()
-        )
-    )
+    run_train(*RUN.replace("DATA", str(tmp / "data")).split(), f"--out_dir={tmp / 'run'}")
     whole = (tmp / "run" / "last.pt").read_bytes()
     (tmp / "cut.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"model": {"a": Hostile()}}, tmp / "hostile_zip.pt")
     torch.save(torch.load(tmp / "run" / "last.pt")["model"], tmp / "weights.pt")
-    for name, (*where, key, value) in STATES.items():
+    for name, (*keys, key, value) in STATES.items():
         state = torch.load(tmp / "run" / "last.pt")
         part = state
-        for step in where:
-            part = part[step]
+        for outer in keys:
+            part = part[outer]
         part[key] = value
         path = tmp / name / "last.pt" if name.endswith("_run") else tmp / f"{name}.pt"
         path.parent.mkdir(exist_ok=True)
         torch.save(state, path)
     state = torch.load(tmp / "run" / "last.pt")
-    del state["extra"]  # as nanoGPT writes it: its tokenizer is that of a dataset
+    del state["extra"]  # as in nanoGPT's checkpoints, whose tokenizer is the dataset's
     state["config"]["dataset"] = "gone"
     torch.save(state, tmp / "nanogpt.pt")
     (tmp / "folder_run" / "last.pt").mkdir(parents=True)
@@ -275,10 +272,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("script", "arguments", "words"), TABLE)
-def test_a_mistake_gets_one_line(
+def test_mistake_is_one_line(
     script: str, arguments: str, words: str, folder: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """Catches a traceback, a message that does not say what is wrong, and a wrong input that is taken."""
+    """Catches a traceback, a message that does not say what is wrong, and wrong input that is accepted."""
     if "/" in script:
         spec = importlib.util.spec_from_file_location("prepare", ROOT / f"{script}.py")
         module = importlib.util.module_from_spec(spec)
@@ -296,12 +293,12 @@ def test_a_mistake_gets_one_line(
     assert caught.value.code == 1
     assert error.count("\n") == 1 and ": error: " in error, error
     assert words.replace("TMP", str(folder)) in error
-    assert list(tmp_path.iterdir()) == []  # no run began, and no code of a file ran
+    assert list(tmp_path.iterdir()) == []  # no run started, and no code in a file ran
 
 
 @pytest.mark.parametrize("script", [sample, chat])
-def test_memory_that_runs_out_is_one_line(script, monkeypatch) -> None:
-    """Catches a traceback for a model, or a number of texts, that is too large for the machine."""
+def test_out_of_memory_is_one_line(script, monkeypatch) -> None:
+    """Catches a traceback if the model or the number of samples is too large for the machine."""
 
     def load(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")

@@ -1,4 +1,4 @@
-"""A run's folder for itself, signals that wait for a good moment, and memory that runs out in one line."""
+"""run.py: the lock on a run's folder, and deferred signals; and out-of-memory errors as one line."""
 
 import errno
 import os
@@ -18,14 +18,14 @@ ALONE = Group()
 
 
 @pytest.mark.parametrize("made", [True, False])
-def test_a_folder_is_for_one_run_at_a_time(tmp_path: Path, made: bool):
-    """Two runs that write the same files, or a folder that stays locked when its run is over, also by a mistake."""
+def test_folder_is_locked(tmp_path: Path, made: bool) -> None:
+    """Catches two runs that write the same files, and a folder that stays locked after its run, even one that failed."""
     out_dir = tmp_path / "runs" / "out"
     if made:
         out_dir.mkdir(parents=True)
     with pytest.raises(KeyError), lock_folder(out_dir, ALONE):
         with pytest.raises(UserError, match=rf"another run uses {out_dir}"), lock_folder(out_dir, ALONE):
-            raise AssertionError("both runs live")
+            raise AssertionError("both runs hold the folder")
         (out_dir / "config.json").touch()
         raise KeyError
     with lock_folder(out_dir, ALONE):
@@ -33,8 +33,8 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path: Path, made: bool):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_killed_run_frees_its_folder(tmp_path: Path):
-    """A folder that a person must unlock by hand after a crash."""
+def test_killed_run_unlocks_its_folder(tmp_path: Path) -> None:
+    """Catches a folder that has to be unlocked by hand after a crash."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -51,8 +51,8 @@ def test_a_killed_run_frees_its_folder(tmp_path: Path):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_run_that_does_not_begin_leaves_no_folder(tmp_path: Path, there: bool):
-    """Empty folders all over the place for every mistyped key, and a person's own one that is taken away."""
+def test_run_that_does_not_start_leaves_no_folder(tmp_path: Path, there: bool) -> None:
+    """Catches an empty folder for every mistyped key, and a user's own folder that is removed."""
     out_dir = tmp_path / "out"
     if there:
         out_dir.mkdir()
@@ -62,8 +62,8 @@ def test_a_run_that_does_not_begin_leaves_no_folder(tmp_path: Path, there: bool)
 
 
 @pytest.mark.parametrize("refused, words", [(0.0, None), (1.0, "rank 0 cannot use it")])
-def test_of_several_processes_the_main_one_locks_for_all(tmp_path: Path, monkeypatch, refused: float, words: str | None):
-    """Processes that shut each other out, or go on without the main one."""
+def test_rank_0_locks_for_all(tmp_path: Path, monkeypatch, refused: float, words: str | None) -> None:
+    """Catches ranks that lock each other out, or that go on if rank 0 was refused."""
     monkeypatch.setattr(Group, "sum", lambda group, *numbers: [sum(numbers) + refused])
     with lock_folder(tmp_path, ALONE) if words is None else pytest.raises(UserError, match=words):
         with lock_folder(tmp_path, Group(rank=1, local_rank=1, size=2)):
@@ -71,8 +71,8 @@ def test_of_several_processes_the_main_one_locks_for_all(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EROFS, "Read-only disk")])
-def test_a_folder_that_cannot_be_written_is_found_at_once(tmp_path: Path, monkeypatch, error: OSError):
-    """Hours of training of which nothing can be saved."""
+def test_unwritable_folder_is_refused_at_once(tmp_path: Path, monkeypatch, error: OSError) -> None:
+    """Catches hours of training that cannot be saved."""
 
     def refuse(**arguments):
         raise error
@@ -83,8 +83,8 @@ def test_a_folder_that_cannot_be_written_is_found_at_once(tmp_path: Path, monkey
             pass
 
 
-def test_a_disk_without_locks_is_a_warning(tmp_path: Path, monkeypatch, capsys):
-    """A cluster's network disk on which nobody can train."""
+def test_disk_without_locks_is_a_warning(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Catches a cluster's network disk on which nobody can train."""
 
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -95,8 +95,8 @@ def test_a_disk_without_locks_is_a_warning(tmp_path: Path, monkeypatch, capsys):
     assert "cannot be locked (No locks available)" in capsys.readouterr().err
 
 
-def test_windows_locks_with_its_own_call(tmp_path: Path, monkeypatch):
-    """A missing module, or an error that is not understood, on Windows, where there is no flock."""
+def test_windows_lock(tmp_path: Path, monkeypatch) -> None:
+    """Catches a missing module or an unexpected error on Windows, which has no flock."""
     locked = []
 
     def locking(descriptor: int, mode: int, count: int) -> None:
@@ -116,8 +116,8 @@ def test_windows_locks_with_its_own_call(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-def test_a_signal_is_noted_and_the_handlers_come_back(name: str, capfd):
-    """A run that dies in the middle of an update; a handler that stays; a person who is not told that the run still works."""
+def test_signal_is_noted_and_handlers_are_restored(name: str, capfd) -> None:
+    """Catches a run that dies in the middle of an update or stops without a word, and a handler that stays."""
     number = getattr(signal, name)
     before = [signal.getsignal(getattr(signal, each)) for each in SIGNALS]
     with Signals() as signals:
@@ -128,8 +128,8 @@ def test_a_signal_is_noted_and_the_handlers_come_back(name: str, capfd):
     assert f"{name}: finishing this iteration and saving" in capfd.readouterr().err
 
 
-def test_a_signal_that_comes_in_two_ways_is_one(capfd):
-    """A run that is killed in its save, since both the cluster and torchrun have passed on the same signal."""
+def test_same_signal_twice_is_one(capfd) -> None:
+    """Catches a run that is killed while it saves because both the cluster and torchrun pass on one signal."""
     with Signals() as signals:
         for name in ("SIGTERM", "SIGTERM", "SIGINT"):
             signal.raise_signal(getattr(signal, name))
@@ -137,8 +137,8 @@ def test_a_signal_that_comes_in_two_ways_is_one(capfd):
     assert capfd.readouterr().err.count("finishing this iteration") == 1
 
 
-def test_an_ignored_signal_stays_ignored():
-    """A run under nohup, or in a script's background, that ends with its terminal after all."""
+def test_ignored_signal_stays_ignored() -> None:
+    """Catches a run under nohup, or in a script's background, that ends with its terminal."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with Signals() as signals:
@@ -164,13 +164,13 @@ def test_an_ignored_signal_stays_ignored():
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
     ],
 )
-def test_memory_that_runs_out_is_told_from_other_errors(error: Exception):
-    """A device's way to say it that is not known, and with it a traceback."""
+def test_out_of_memory_is_recognized(error: Exception) -> None:
+    """Catches a device whose out-of-memory error gets a traceback."""
     with pytest.raises(UserError, match=r"^out of memory: take less$"), explain_out_of_memory("take less"):
         raise error
 
 
-def test_other_errors_keep_their_traceback():
-    """A mistake in the program that is told as want of memory."""
+def test_other_errors_keep_their_traceback() -> None:
+    """Catches a bug that is reported as out of memory."""
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), explain_out_of_memory("take less"):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
