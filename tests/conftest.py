@@ -98,12 +98,13 @@ def command(project: Path) -> Callable[..., subprocess.CompletedProcess]:
     """A function that runs `python ARGUMENTS...` in the copy of the repo, or in `cwd`, and returns the finished process.
 
     The repo's own scripts are forked from a process that has imported PyTorch (launcher.py). Code of a test gets a fresh
-    Python, as does a script with environment variables, some of which Python reads when it starts.
+    Python, as does a script with PYTHONHASHSEED, which Python reads when it starts.
     """
 
     def run(script: str | Path, *arguments: str | Path, cwd: Path = project, **environment: str) -> subprocess.CompletedProcess:
-        if not environment and (ROOT / os.path.relpath(project / script, project)).is_file():
-            return launcher.run(script, *arguments, cwd=cwd)
+        is_ours = (ROOT / os.path.relpath(project / script, project)).is_file()
+        if is_ours and "PYTHONHASHSEED" not in environment:
+            return launcher.run(script, *arguments, cwd=cwd, **environment)
         return subprocess.run(
             [sys.executable, script, *map(str, arguments)],
             cwd=cwd,

@@ -217,8 +217,13 @@ def test_kill_at_any_step_loses_nothing_saved(
         "clip_gradient": 9,
     }
 
+    previous = None
     for at, (name, iteration) in enumerate(zip(names, saved_before, strict=True), 1):
         killed, moment = tmp_path / f"killed{at}", f"killed at step {at}, {name}"
+        files = {path.name: (path.stat().st_nlink, path.read_bytes()) for path in killed.iterdir()}
+        if (files, iteration) == previous:
+            continue  # the last step changed no file, so it would be the same test
+        previous = files, iteration
         if iteration:
             assert checkpoint.load(checkpoint.newest(killed)).iter_num >= iteration, moment
         go_on(killed, *flags)
@@ -374,13 +379,14 @@ def test_disk_full_for_a_moment(
     def fail(name: str, *arguments: Any) -> None:
         if name == "save":  # in the middle of it
             arguments[1].write(bytes(1000))
-        if name in ("replace", "link", "fsync", "save"):
-            raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     names = steps_of_a_run(flags, tmp_path / "counted")
     failed = 0
-    for at in range(1, len(names) + 1):
-        out_dir, moment = tmp_path / f"full{at}", f"disk full at step {at}, {names[at - 1]}"
+    for at, name in enumerate(names, 1):
+        if name in ("_flush", "clip_gradient"):
+            continue  # needs no room by itself
+        out_dir, moment = tmp_path / f"full{at}", f"disk full at step {at}, {name}"
         capsys.readouterr()
         with monkeypatch.context() as patch:
             before_step(patch, at, fail)
@@ -390,7 +396,7 @@ def test_disk_full_for_a_moment(
                 failed += 1
                 assert "No space left on device" in str(error), moment
                 assert checkpoint.load(checkpoint.newest(out_dir)).iter_num == 8, moment
-        if names[at - 1] == "save":
+        if name == "save":
             assert "No space left on device" in capsys.readouterr().err, moment
         assert not list(out_dir.glob("*.pt.tmp")), moment
         go_on(out_dir)
