@@ -298,7 +298,7 @@ def test_signal_stops_after_the_iteration(
     assert same(outcome(out_dir), undisturbed)
 
 
-@pytest.mark.parametrize("at", [1, 2, 4, 5, 6, 12, 13, 15, 16])  # in and after the evaluations at 0 and 3, of 4 batches each
+@pytest.mark.parametrize("at", [1, 2, 4, 5, 6, 7, 12, 13, 15, 16, 17])  # batches 2-5 and 12-15 are for evaluation
 def test_signal_interrupts_an_evaluation(
     at: int, flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,14 +308,15 @@ def test_signal_interrupts_an_evaluation(
         with pytest.raises(SystemExit) as end:
             run_train(*flags, f"--out_dir={tmp_path / 'out'}")
     assert end.value.code == 128 + signal.SIGTERM
-    evaluating = at <= 4 or 11 <= at <= 14
-    assert (after.count("windows"), after.count("step")) == (0, 0) if evaluating else (at % 2, 1)
+    evaluating = at <= 5 or 12 <= at <= 15
+    batches_left = 1 - at % 2  # of the iteration's two
+    assert (after.count("windows"), after.count("step")) == ((0, 0) if evaluating else (batches_left, 1))
     assert after.count("save") == 1
     go_on(tmp_path / "out")
     assert same(outcome(tmp_path / "out"), undisturbed)
 
 
-@pytest.mark.parametrize(("at", "saved"), [(7, 3), (8, 4)])  # the 7th and 8th sum of three numbers
+@pytest.mark.parametrize(("at", "saved"), [(7, 3), (8, 4)])  # an evaluation has two sums of three numbers, a step has one
 def test_signal_to_another_rank_stops_this_one(
     at: int, saved: int, flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,7 +386,7 @@ def test_disk_full_for_a_moment(
     failed = 0
     for at, name in enumerate(names, 1):
         if name in ("_flush", "clip_gradient"):
-            continue  # needs no room by itself
+            continue  # writes no file that must be whole
         out_dir, moment = tmp_path / f"full{at}", f"disk full at step {at}, {name}"
         capsys.readouterr()
         with monkeypatch.context() as patch:
