@@ -323,15 +323,16 @@ def _hint(name: str, known: list[str], form: str = "{}") -> str:
 
 
 def _comments(config_class: type) -> list[tuple[str | None, str]]:
-    """Return (key, trailing comment) of each field of the class and (None, text) of each comment line, in order."""
-    source = textwrap.dedent(inspect.getsource(config_class))
+    """Return (key, trailing comment) of each field and (None, text) of each comment line, in order, base classes first."""
     found: list[tuple[str | None, str]] = []
-    first_name_of_line: dict[int, str] = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.NAME and token.string == "def":
-            break
-        if token.type == tokenize.NAME:
-            first_name_of_line.setdefault(token.start[0], token.string)
-        elif token.type == tokenize.COMMENT:
-            found.append((first_name_of_line.get(token.start[0]), token.string.lstrip("# ")))
+    for base in filter(dataclasses.is_dataclass, reversed(config_class.__mro__)):
+        source = textwrap.dedent(inspect.getsource(base))
+        first_name_of_line: dict[int, str] = {}
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.NAME and token.string == "def":
+                break
+            if token.type == tokenize.NAME:
+                first_name_of_line.setdefault(token.start[0], token.string)
+            elif token.type == tokenize.COMMENT:
+                found.append((first_name_of_line.get(token.start[0]), token.string.lstrip("# ")))
     return found
