@@ -298,9 +298,9 @@ GOOD = line("Hi.", "Ho.")
 @pytest.mark.parametrize(
     ("content", "arguments", "told"),
     [
-        ("", "", ["talk.jsonl", "it has 0"]),
-        ("\n \n", "", ["talk.jsonl", "it has 0"]),
-        (GOOD, "", ["talk.jsonl", "it has 1", "at least 2"]),
+        ("", "", ["talk.jsonl", "at least 2 conversations, got 0"]),
+        ("\n \n", "", ["talk.jsonl", "at least 2 conversations, got 0"]),
+        (GOOD, "", ["talk.jsonl", "at least 2 conversations, got 1"]),
         (GOOD + "\n" + b"caf\xe9\n".decode("latin-1"), "", ["line 3", "not JSON"]),
         (GOOD.encode() + b'"caf\xe9"\n', "", ["line 2", "not UTF-8"]),
         (GOOD * 2 + "{", "", ["line 3", "not JSON"]),
@@ -310,7 +310,7 @@ GOOD = line("Hi.", "Ho.")
         (GOOD + line("Hi."), "", ["line 2", "no reply"]),
         (GOOD + line("Hi.", ""), "", ["line 2", "message 2", "empty"]),
         (GOOD + GOOD.replace("assistant", "gpt"), "", ["line 2", "message 2", "'gpt'"]),
-        (GOOD + GOOD.replace('"Ho."', "3"), "", ["line 2", "message 2", "content is 3"]),
+        (GOOD + GOOD.replace('"Ho."', "3"), "", ["line 2", "message 2", "got 3"]),
         (GOOD + line("Hi.", "Ho.<endOfText>"), "", ["line 2", "message 2", "<endOfText>"]),
         (GOOD + line("Hi.", "Hé."), "--tokenizer=OWN", ["line 2", "'é'"]),
         (GOOD * 2, "--chat_format=dialogpt", ["--chat_format=dialogpt", "--tokenizer=gpt2"]),
