@@ -216,7 +216,7 @@ def test_nanogpt_folder_without_description(tmp_path: Path) -> None:
 def test_split_too_short_for_the_context(tmp_path: Path, split: str, train: int, val: int) -> None:
     """A split without a single window that fails in mid-run, or advice that does not help, is caught."""
     data = counting(tmp_path, train, val)
-    with pytest.raises(UserError, match=rf"{split}\.bin has 8 tokens.*--block_size=7 "):
+    with pytest.raises(UserError, match=rf"{split}\.bin must have more tokens than block_size=8, got 8; .*--block_size=7 "):
         data.check(8, 100)
     data.check(7, 100)
 
@@ -237,11 +237,11 @@ def test_id_beyond_the_vocabulary_at_either_end(
 ) -> None:
     """An id that would read past the embedding table in mid-run is caught."""
     monkeypatch.setattr(dataset, "CHECKED_TOKENS", 20)
-    monkeypatch.setattr(dataset, "CHECKED_AT_ONCE", 8)
+    monkeypatch.setattr(dataset, "CHECK_CHUNK_TOKENS", 8)
     tokens = {"train": [1] * 50, "val": [1] * 50}
     tokens[split][place] = 65
     data = Dataset(str(write(tmp_path, **tokens)))
-    with pytest.raises(UserError, match=rf"{split}\.bin holds the token id 65, .* 65 tokens"):
+    with pytest.raises(UserError, match=rf"{split}\.bin: token ids must be below .* 65, got 65;"):
         data.check(8, 65)
     data.check(8, 66)
 
@@ -253,7 +253,7 @@ def test_id_beyond_the_vocabulary_far_inside(tmp_path: Path, monkeypatch: pytest
     data.check(8, 65)
     data.windows("train", np.array([16, 26]), 8, 65)
     for start in (17, 20, 25):
-        with pytest.raises(UserError, match=r"train\.bin holds the token id 65"):
+        with pytest.raises(UserError, match=r"train\.bin: token ids must be below .* 65, got 65;"):
             data.windows("train", np.array([0, start]), 8, 65)
 
 
@@ -328,7 +328,7 @@ def test_file_that_vanishes_during_the_run(tmp_path: Path, name: str) -> None:
     (tmp_path / "train.mask.bin").write_bytes(bytes(30))
     data = Dataset(str(tmp_path))
     (tmp_path / name).unlink()
-    with pytest.raises(dataset.FileLost, match=rf"{re.escape(name)}: cannot be read any more"):
+    with pytest.raises(dataset.FileLost, match=rf"{re.escape(name)} can no longer be read"):
         data.windows("train", np.array([0]), 8, 100)
 
 
@@ -354,7 +354,8 @@ def test_missing_dataset_says_what_to_run(tmp_path: Path, monkeypatch: pytest.Mo
         Dataset("empty")
     write(tmp_path / "ready", [1] * 30, [1] * 20)
     with pytest.raises(
-        UserError, match=r"'nowhere'.*prepared are: ready;.*python data/text/prepare\.py --input=FILE --name=NAME"
+        UserError,
+        match=r"'nowhere'.*not found; prepared datasets: ready;.*python data/text/prepare\.py --input=FILE --name=NAME",
     ):
         Dataset("nowhere")
     assert Dataset("ready").tokens == {"train": 30, "val": 20}
