@@ -68,7 +68,7 @@ def kinds(folder: Path, kind: str) -> str:
 @pytest.mark.parametrize("kind", ["jsonl", "odd jsonl", "gzip", "parquet", "text", "mixed"])
 def test_documents_from_every_position_on(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A document that is lost, read twice or changed, at the beginning or where reading goes on, is caught."""
-    monkeypatch.setattr(documents, "BATCH", 2)
+    monkeypatch.setattr(documents, "PARQUET_BATCH_ROWS", 2)
     source = documents.local(kinds(tmp_path / "in", kind))
     found = list(documents.read(source, documents.BEGINNING))
     assert [text for _, _, text in found] == TEXTS
@@ -128,9 +128,9 @@ def test_damaged_files_are_named(name: str, content: bytes, told: list[str], tmp
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
-        ({"content": ["a"], "id": [1]}, "a.parquet: no column 'text' among content, id"),
-        ({"text": ["a", "b", None, "d"]}, "a.parquet, row 3: the column 'text' holds None"),
-        ({"text": [1, 2]}, "a.parquet, row 1: the column 'text' holds 1"),
+        ({"content": ["a"], "id": [1]}, "a.parquet: no column 'text', only content, id;"),
+        ({"text": ["a", "b", None, "d"]}, "a.parquet, row 3: column 'text' must be a string, got None"),
+        ({"text": [1, 2]}, "a.parquet, row 1: column 'text' must be a string, got 1"),
     ],
 )
 def test_parquet_without_texts(columns: dict[str, list], told: str, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_files_behind_an_address(tmp_path: Path) -> None:
     with fsspec.open("memory://folder/a.parquet", "wb") as file:
         file.write(path.read_bytes())
     source = documents.Source("remote", ["memory://folder/a.parquet", "memory://folder/gone.parquet"], [9, 9], "")
-    with pytest.raises(UserError, match=r"gone\.parquet: cannot be read .*the same command goes on"):
+    with pytest.raises(UserError, match=r"gone\.parquet: cannot be read .*run the same command again to continue"):
         texts_of(source)
     source = documents.Source("remote", source.files[:1], [9], "")
     found = list(documents.read(source, documents.BEGINNING))
@@ -206,14 +206,14 @@ def test_files_behind_an_address(tmp_path: Path) -> None:
 def test_hub_that_cannot_be_reached() -> None:
     """A machine without a network that shows a traceback, or not what to do, is caught."""
     pytest.importorskip("datasets", reason="datasets is not installed")
-    with pytest.raises(UserError, match=r"cannot get nobody/nothing .*try again, or give local files: --input="):
+    with pytest.raises(UserError, match=r"cannot get nobody/nothing .*try again, or use local files: --input="):
         documents.hub("nobody/nothing", "plain_text", MISSING)
 
 
 def test_hub_without_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ImportError in place of what to install is caught."""
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"nobody/nothing .*pip install datasets; or give local files: --input="):
+    with pytest.raises(UserError, match=r"nobody/nothing .*pip install datasets; or use local files: --input="):
         documents.hub("nobody/nothing", "plain_text", MISSING)
 
 

@@ -68,9 +68,9 @@ def source(tmp_path: Path) -> documents.Source:
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large_corpus, "CHUNK", 400)
-    monkeypatch.setattr(large_corpus, "NOTE", 1000)
-    monkeypatch.setattr(large_corpus, "BLOCK", 500)
+    monkeypatch.setattr(large_corpus, "CHUNK_CHARACTERS", 400)
+    monkeypatch.setattr(large_corpus, "SAVE_INTERVAL_TOKENS", 1000)
+    monkeypatch.setattr(large_corpus, "BLOCK_TOKENS", 500)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no test cuts the power, and each takes its time
 
 
@@ -126,7 +126,7 @@ def test_large_vocabulary(tmp_path: Path, source: documents.Source, tokenizer: T
 @pytest.mark.parametrize(("tokens", "documents"), [(1, 100), (7, 100), (12, 100), (1 << 20, 3), (1 << 20, 1), (1 << 20, 81)])
 def test_arranging_is_indexing(tokens: int, documents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are put together wrongly: of one document, smaller than one, of all of them."""
-    monkeypatch.setattr(large_corpus, "BLOCK", tokens)
+    monkeypatch.setattr(large_corpus, "BLOCK_TOKENS", tokens)
     monkeypatch.setattr(large_corpus, "BLOCK_DOCUMENTS", documents)
     rng = np.random.default_rng(0)
     rows = [[*rng.integers(9, size=rng.integers(12)).tolist(), 9] for _ in range(80)] + [[1, 2]]
@@ -165,7 +165,7 @@ def test_sample_ends_the_reading(tmp_path: Path, tokenizer: TiktokenTokenizer) -
 
 @pytest.mark.parametrize(
     ("limit", "told"),
-    [(1, "at least 2 documents are needed, and there are 1"), (2, r"too short: it leaves 1 tokens for train")],
+    [(1, "at least 2 documents are needed, got 1"), (2, r"too short: train\.bin must have at least 2 tokens, got 1")],
 )
 def test_text_that_is_too_short(
     limit: int, told: str, tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer
@@ -252,7 +252,7 @@ def refuse(call: Callable[[], None], step: int) -> bool:
     try:
         call()
     except UserError as error:
-        assert "No space left on device; make room" in str(error)
+        assert "No space left on device; make room, then run the same command again to continue" in str(error)
         return False
     finally:
         patch.undo()
@@ -291,7 +291,7 @@ def test_interrupted_at_any_step_goes_on(
         ended = end(lambda folder=folder: large_corpus.prepare(folder, source, tokenizer, split, workers=2), step)
         found = {name: content(folder).get(name) for name in before}
         assert found in (before, whole) or found["train.bin"] is None
-        assert end is not refuse or not list(folder.glob("*.bin.tmp"))
+        assert end is not refuse or not list(folder.glob("*.bin.*"))
         with open(folder / large_corpus.TOKENS, "ab") as file:
             file.write(b"torn")  # what was written after the last note
         large_corpus.prepare(folder, source, tokenizer, split, workers=3)
@@ -338,13 +338,13 @@ def test_what_is_done_is_not_done_again(
     counting._encoding = tokenizer._encoding
     call = lambda: large_corpus.prepare(tmp_path / "out", source, counting, split, workers=1)  # noqa: E731
     for note, step in ((1000, 20), (10**9, 5)):  # Ctrl-C loses nothing that is done, noted before or not
-        monkeypatch.setattr(large_corpus, "NOTE", note)
+        monkeypatch.setattr(large_corpus, "SAVE_INTERVAL_TOKENS", note)
         assert not interrupt(call, step)
         done = json.loads((tmp_path / "out" / large_corpus.PROGRESS).read_text())["tokens"]
         assert done > 0
     encoded.clear()
     call()
-    assert f"going on after {done:,} tokens" in capsys.readouterr().out
+    assert f"continuing after {done:,} tokens" in capsys.readouterr().out
     assert encoded == TEXTS[-len(encoded) :]
     assert len(joined(TOKENS[-len(encoded) :])) == len(joined(TOKENS)) - done
 
@@ -370,7 +370,7 @@ def test_something_else_begins_anew(
     else:
         (folder / large_corpus.TOKENS).write_bytes(b"")
     large_corpus.prepare(folder, source, tokenizer, split, 1, limit)
-    assert "beginning anew" in capsys.readouterr().err
+    assert "starting over" in capsys.readouterr().err
     if limit:
         assert sum(map(len, ids(folder))) == limit
     else:
