@@ -1,4 +1,4 @@
-"""Each data/*/prepare.py as people run it: from several folders, again, offline, and on texts that do not fit."""
+"""Each data/*/prepare.py as people run it: from any folder, again, offline, and on bad input."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def put(path: Path, text: str | bytes) -> Path:
 
 
 def test_shakespeare_char_from_any_folder(command: Command, project: Path, shakespeare: str, tmp_path: Path) -> None:
-    """A script that finds its files from one folder alone, cannot run again, or gives other numbers, is caught."""
+    """Catches a script that works from one folder only, cannot run again, or gives other numbers."""
     folder = project / "data" / "shakespeare_char"
     put(folder / "input.txt", shakespeare)
     (tmp_path / "elsewhere").mkdir()
@@ -63,12 +63,12 @@ def test_shakespeare_char_from_any_folder(command: Command, project: Path, shake
 
 
 def test_shakespeare_sha256(shakespeare: str) -> None:
-    """A digest in the code that no download can ever have is caught."""
+    """Catches a digest that no download can have."""
     assert hashlib.sha256(shakespeare.encode()).hexdigest() == corpus.TINY_SHAKESPEARE_SHA256
 
 
 def test_shakespeare_in_gpt2_tokens(command: Command, project: Path, shakespeare: str, gpt2_vocabulary: None) -> None:
-    """Other token counts than nanoGPT's, or a download of the text that lies in the folder beside, are caught."""
+    """Catches other token counts than nanoGPT's, or a download of a text that is already in data/shakespeare_char."""
     folder = project / "data" / "shakespeare"
     put(project / "data" / "shakespeare_char" / "input.txt", shakespeare)
     process = command("data/shakespeare/prepare.py", "--url=http://127.0.0.1:9/none")
@@ -83,7 +83,7 @@ def test_shakespeare_in_gpt2_tokens(command: Command, project: Path, shakespeare
 def test_shakespeare_without_a_network(
     name: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """A machine without a network that shows a traceback, or success, or is left with half a file, is caught."""
+    """Catches a traceback, a false success, or a partial file on a machine without a network."""
     script = project / "data" / name / "prepare.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--url=http://127.0.0.1:9/none"])
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -102,7 +102,7 @@ def test_shakespeare_without_a_network(
 
 
 def test_text_of_a_file(command: Command, project: Path, tmp_path: Path) -> None:
-    """A path that is taken from the wrong folder, or text that changes on the way, is caught."""
+    """Catches a path resolved from the wrong folder, or text that changes on the way."""
     text = "Grüße 🙂 aus dem Norden.\r\n" * 200
     put(tmp_path / "mine" / "letter.txt", text)
     process = command(project / "data/text/prepare.py", "--input=letter.txt", "--name=my-letters", cwd=tmp_path / "mine")
@@ -115,7 +115,7 @@ def test_text_of_a_file(command: Command, project: Path, tmp_path: Path) -> None
 
 
 def test_text_of_a_folder(command: Command, project: Path, tmp_path: Path) -> None:
-    """Files in no fixed order, hidden ones, subfolders and byte-order marks that are taken wrongly, are caught."""
+    """Catches files out of order, hidden files, and subfolders or byte-order marks treated wrongly."""
     folder = tmp_path / "notes"
     put(folder / "b.txt", "second\n" * 50)
     put(folder / "a.txt", b"\xef\xbb\xbf" + b"first\n" * 50)
@@ -131,7 +131,7 @@ def test_text_of_a_folder(command: Command, project: Path, tmp_path: Path) -> No
 
 
 def test_text_in_gpt2_tokens(command: Command, project: Path, tmp_path: Path, gpt2_vocabulary: None) -> None:
-    """Documents without an end, which the model would run together, or a special token in a text, are caught."""
+    """Catches documents that run together, or a special token that a text can write."""
     put(tmp_path / "notes" / "a.txt", "Hello world")
     put(tmp_path / "notes" / "b.txt", "<|endoftext|> Hello world")
     put(tmp_path / "notes" / "c.txt", "Hello world" * 2)
@@ -143,8 +143,8 @@ def test_text_in_gpt2_tokens(command: Command, project: Path, tmp_path: Path, gp
     assert val == [15496, 995, 15496, 995, 50256]
 
 
-def test_text_that_lies_in_its_datasets_folder(command: Command, project: Path) -> None:
-    """A second run that takes the token files of the first for text is caught."""
+def test_text_in_its_own_dataset_folder(command: Command, project: Path) -> None:
+    """Catches a second run that takes the token files of the first for text."""
     folder = project / "data" / "poems"
     put(folder / "poems.txt", "roses are red\n" * 50)
     for _ in range(2):
@@ -186,7 +186,7 @@ def test_bad_text_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """A traceback, a message that does not say what to change, or files that are written all the same, are caught."""
+    """Catches a traceback, an error without a remedy, or files written all the same."""
     texts = tmp_path / "texts"
     put(texts / "empty.txt", "")
     put(texts / "mark.txt", b"\xef\xbb\xbf")
@@ -214,14 +214,14 @@ def test_bad_text_is_refused_in_one_line(
 
 
 def line(*texts: str, system: str = "") -> str:
-    """Return a conversation in which user and assistant say `texts` in turn, as a line of a .jsonl file."""
+    """Return a line of a .jsonl file: a conversation in which user and assistant say `texts` in turn."""
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return json.dumps({"id": 7, "messages": messages}) + "\n"
 
 
-def test_made_up_conversations(command: Command, project: Path, shakespeare: str) -> None:
-    """Conversations that change from run to run or are in both splits, and characters that Shakespeare's lack, are caught."""
+def test_synthetic_conversations(command: Command, project: Path, shakespeare: str) -> None:
+    """Catches conversations that differ between runs or are in both splits, and characters that Shakespeare lacks."""
     folder, files = project / "data" / "chat", []
     for hash_seed in ("1", "2"):
         process = command("data/chat/prepare.py", PYTHONHASHSEED=hash_seed)
@@ -245,7 +245,7 @@ def test_made_up_conversations(command: Command, project: Path, shakespeare: str
 
 
 def test_conversations_of_a_file(command: Command, project: Path, tmp_path: Path, gpt2_vocabulary: None) -> None:
-    """Conversations that are lost, doubled or cut by the split, and masks and formats that are not their own, are caught."""
+    """Catches conversations that are lost, repeated or cut by the split, or with wrong masks or format."""
     lines = [line(f"Question {i}?", f"Answer {i}.") for i in range(10)]
     put(tmp_path / "mine.jsonl", b"\xef\xbb\xbf" + "\r\n \n".join(lines).encode())
     process = command(
@@ -276,8 +276,8 @@ def test_conversations_of_a_file(command: Command, project: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("by_path", [False, True])
-def test_conversations_in_the_tokens_of_ones_own_model(by_path: bool, command: Command, project: Path, tmp_path: Path) -> None:
-    """A table of the conversations' own characters, which a model of another table cannot be finetuned on, is caught."""
+def test_conversations_with_the_tokenizer_of_a_dataset(by_path: bool, command: Command, project: Path, tmp_path: Path) -> None:
+    """Catches a new character table, with which an existing model cannot be finetuned."""
     folder = tmp_path / "own" if by_path else project / "data" / "own"
     table = CharTokenizer.from_text("\n !:.?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
     corpus.write_dataset(folder, ["Ab" * 9], ["ab"], table, "letters")
@@ -331,7 +331,7 @@ def test_bad_conversations_are_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """A traceback, a message without the number of the line, or files that are written all the same, are caught."""
+    """Catches a traceback, an error without the line number, or files written all the same."""
     corpus.write_dataset(tmp_path / "own", ["Ho" * 9], ["Hi"], CharTokenizer(list("<>.: HTabdefhimnostuxO")), "letters")
     put(tmp_path / "talk.jsonl", content)
     before = sorted(project.rglob("*"))
@@ -353,7 +353,7 @@ def test_bad_conversations_are_refused_in_one_line(
 
 
 def test_python_char(command: Command, project: Path) -> None:
-    """A dataset that needs a network, keeps characters beyond ASCII, or shows other counts than it writes, is caught."""
+    """Catches a dataset that needs a network, keeps non-ASCII characters, or prints other counts than it writes."""
     folder = project / "data" / "python_char"
     process = command("data/python_char/prepare.py", http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
     assert (process.returncode, process.stderr) == (0, "")
@@ -366,8 +366,8 @@ def test_python_char(command: Command, project: Path) -> None:
     assert "def dataclass(" in text and "class JSONDecoder(" in text
 
 
-def test_python_char_takes_the_library_alone(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Installed packages, tests, files beyond ASCII, or an order that changes from machine to machine are caught."""
+def test_python_char_takes_only_the_library(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches installed packages, tests, non-ASCII files, or an order that differs between machines."""
     library = tmp_path / "test" / "lib"
     taken = ["a.py", "b/__init__.py", "b/c.py", "d.py"]
     passed_over = ["a.txt", "test/e.py", "b/tests/f.py", "site-packages/g/h.py", "idlelib/idle_test/i.py"]
