@@ -209,7 +209,7 @@ def test_nanogpt_folder_without_description(tmp_path: Path) -> None:
     assert data.windows("train", np.array([0]), 3, 50304)[1].tolist() == [[0, 300, 65]]
 
 
-# what is wrong with a dataset
+# damaged and missing datasets
 
 
 @pytest.mark.parametrize(("split", "train", "val"), [("train", 8, 50), ("val", 50, 8)])
@@ -385,7 +385,7 @@ def resident() -> int:
     return int(line.split()[1]) << 10
 
 
-@pytest.mark.skipif(not STATUS.exists(), reason="this system does not tell a process's memory")
+@pytest.mark.skipif(not STATUS.exists(), reason="no /proc/self/status")
 def test_resident_memory_does_not_grow(tmp_path: Path) -> None:
     """Catches pages of the token file, or a copy of it, that stay in memory."""
     for split in ("train", "val"):
@@ -412,12 +412,12 @@ def large(tmp_path: Path) -> Iterator[Path]:
     """A dataset with a train.bin of 20 GB."""
     folder = sparse(tmp_path / "large", 20 * 10**9)
     if (folder / "train.bin").stat().st_blocks * 512 > 1 << 20:
-        pytest.skip("this disk cannot leave out zeros")
+        pytest.skip("this file system has no sparse files")
     yield folder
     (folder / "train.bin").unlink()
 
 
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="this system does not tell what a process reads")
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no /proc/self/io")
 def test_first_batch_of_a_large_file_comes_at_once(large: Path) -> None:
     """Catches a first batch that reads the whole file."""
 
@@ -432,7 +432,7 @@ def test_first_batch_of_a_large_file_comes_at_once(large: Path) -> None:
     assert bytes_read() - before < 40 << 20
 
 
-@pytest.mark.skipif(not STATUS.exists(), reason="this system does not tell a process's memory")
+@pytest.mark.skipif(not STATUS.exists(), reason="no /proc/self/status")
 def test_training_takes_no_more_memory_on_a_large_file(large: Path, tmp_path: Path) -> None:
     """Catches memory that grows with the dataset, from opening it to the last iteration."""
     shape = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=64 --batch_size=8 --gradient_accumulation_steps=1"
