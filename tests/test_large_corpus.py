@@ -8,7 +8,6 @@ import math
 import os
 import runpy
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import configurator
 from nanogpt import corpus, documents, large_corpus
 from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
@@ -71,7 +71,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(large_corpus, "CHUNK_CHARACTERS", 400)
     monkeypatch.setattr(large_corpus, "SAVE_INTERVAL_TOKENS", 1000)
     monkeypatch.setattr(large_corpus, "BLOCK_TOKENS", 500)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no test cuts the power, and each takes its time
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow, and no test cuts the power
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -89,7 +89,7 @@ def whole(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer
     return content(tmp_path / "whole")
 
 
-# the files
+# the result
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 16])
@@ -209,7 +209,7 @@ def test_threads_read_only_a_little_ahead() -> None:
     assert len(ahead) == 100 and max(ahead) <= 6
 
 
-# what is interrupted
+# interruptions
 
 
 def at_step(step: int, act: Callable[[], Any], *others: tuple[Any, str]) -> pytest.MonkeyPatch:
@@ -293,7 +293,7 @@ def test_interrupted_at_any_step(
         assert found in (before, whole) or found["train.bin"] is None
         assert end is not refuse or not list(folder.glob("*.bin.*"))
         with open(folder / large_corpus.TOKENS, "ab") as file:
-            file.write(b"torn")  # what was written after the last note
+            file.write(b"torn")  # tokens written after the progress was saved
         large_corpus.prepare(folder, source, tokenizer, split, workers=3)
         assert content(folder) == whole
         if ended:
@@ -305,18 +305,18 @@ def test_tokens_are_flushed_before_the_progress(
     tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches saved progress whose tokens a power failure can lose."""
-    safe = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: safe.append(os.fstat(descriptor).st_size))
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_size))
     replace = os.replace
 
-    def noted(one: Path, other: Path) -> None:
+    def checked(one: Path, other: Path) -> None:
         if other.name == large_corpus.PROGRESS:
-            assert safe[-1] == 2 * json.loads(one.read_text())["tokens"] > 0
+            assert flushed[-1] == 2 * json.loads(one.read_text())["tokens"] > 0
         replace(one, other)
 
-    monkeypatch.setattr(os, "replace", noted)
+    monkeypatch.setattr(os, "replace", checked)
     large_corpus.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
-    assert len(safe) > 5
+    assert len(flushed) > 5
 
 
 def test_finished_work_is_not_repeated(
@@ -337,8 +337,8 @@ def test_finished_work_is_not_repeated(
     counting = Counting("bytes", 257)
     counting._encoding = tokenizer._encoding
     call = lambda: large_corpus.prepare(tmp_path / "out", source, counting, split, workers=1)  # noqa: E731
-    for note, step in ((1000, 20), (10**9, 5)):  # Ctrl-C loses nothing that is done, noted before or not
-        monkeypatch.setattr(large_corpus, "SAVE_INTERVAL_TOKENS", note)
+    for interval, step in ((1000, 20), (10**9, 5)):  # Ctrl-C loses no finished work, already saved or not
+        monkeypatch.setattr(large_corpus, "SAVE_INTERVAL_TOKENS", interval)
         assert not interrupt(call, step)
         done = json.loads((tmp_path / "out" / large_corpus.PROGRESS).read_text())["tokens"]
         assert done > 0
@@ -349,7 +349,7 @@ def test_finished_work_is_not_repeated(
     assert len(joined(TOKENS[-len(encoded) :])) == len(joined(TOKENS)) - done
 
 
-@pytest.mark.parametrize("change", ["max_tokens", "tokenizer", "file", "note", "tokens"])
+@pytest.mark.parametrize("change", ["max_tokens", "tokenizer", "file", "progress", "tokens"])
 def test_other_settings_start_over(
     change: str, tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer, capsys: pytest.CaptureFixture
 ) -> None:
@@ -365,7 +365,7 @@ def test_other_settings_start_over(
         (tmp_path / "in" / "a.jsonl").write_text('{"text": "new"}\n')
         source = documents.local(str(tmp_path / "in"))
         tokens = [[*b"new", END], *TOKENS[40:]]
-    elif change == "note":
+    elif change == "progress":
         (folder / large_corpus.PROGRESS).write_bytes(b"")
     else:
         (folder / large_corpus.TOKENS).write_bytes(b"")
@@ -449,15 +449,15 @@ def test_fineweb_edu_validates_on_every_2000th(count: int, project: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
-def test_command(
-    name: str, command: Callable[..., subprocess.CompletedProcess], project: Path, tmp_path: Path, gpt2_vocabulary: None
-) -> None:
+def test_command(name: str, project: Path, tmp_path: Path, gpt2_vocabulary: None, capsys: pytest.CaptureFixture) -> None:
     """Catches a command that does not print or write what it promises, or a dataset that GPT-2 cannot use."""
     texts = [f"Document {i} says <|endoftext|> {i}." for i in range(30)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    process = command(f"data/{name}/prepare.py", f"--input={tmp_path}", "--name=mine", "--max_tokens=200")
-    assert (process.returncode, process.stderr) == (0, "")
-    assert "next: python train.py config/train_gpt2.py --dataset=mine" in process.stdout
+    prepare = script(project, name)
+    flags = [f"--input={tmp_path / 'a.jsonl'}", "--name=mine", "--max_tokens=200"]
+    prepare["main"](configurator.parse(prepare["Config"], flags))
+    shown = capsys.readouterr()
+    assert "next: python train.py config/train_gpt2.py --dataset=mine" in shown.out and shown.err == ""
     data = Dataset(str(project / "data" / "mine"))
     assert sum(data.tokens.values()) == 200 and data.tokenizer.name == "gpt2"
     train, val = ids(project / "data" / "mine")
