@@ -336,7 +336,7 @@ def test_file_truncated_during_a_read(tmp_path: Path, monkeypatch: pytest.Monkey
     """Catches uninitialized memory taken for tokens when a file ends inside a window."""
     data = Dataset(str(write(tmp_path, [1] * 30, [1] * 20)))
     (tmp_path / "train.bin").write_bytes(b"\1" * 25)
-    monkeypatch.setattr(os, "fstat", lambda descriptor: types.SimpleNamespace(st_size=30))  # it was whole a moment ago
+    monkeypatch.setattr(os, "fstat", lambda descriptor: types.SimpleNamespace(st_size=30))  # it was complete a moment ago
     assert data.windows("train", np.array([0, 16]), 8, 100)[0].tolist() == [[1] * 8] * 2
     with pytest.raises(dataset.FileLost, match=r"train\.bin has changed"):
         data.windows("train", np.array([0, 17]), 8, 100)

@@ -38,7 +38,7 @@ def kinds(folder: Path, kind: str) -> str:
     folder.mkdir(exist_ok=True)
     if kind == "jsonl":
         (folder / "a.jsonl").write_bytes(jsonl(TEXTS, text2="no", id=3))
-    elif kind == "odd jsonl":  # a byte-order mark, lines without anything, other line ends, none at the end
+    elif kind == "odd jsonl":  # a byte-order mark, empty lines, CRLF, no line end at the end
         lines = jsonl(TEXTS).split(b"\n")
         (folder / "a.JSONL").write_bytes(b"\xef\xbb\xbf" + b"\r\n\n  \n".join(lines[:-1]))
     elif kind == "gzip":

@@ -161,7 +161,7 @@ def test_shakespeare_without_a_network(
     assert [path.name for path in script.parent.iterdir()] == ["prepare.py"]
 
 
-# one's own text
+# your own text
 
 
 def test_text_of_a_file(prepare: Prepare, project: Path, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_synthetic_conversations(command: Command, project: Path, shakespeare: s
     answers: dict[str, set[str]] = {}
     for question, answer, _ in turns:
         answers.setdefault(question, set()).add(answer)
-    asked_back = {q for q, a in answers.items() if len(a) > 1}  # what only the turns before can tell
+    asked_back = {q for q, a in answers.items() if len(a) > 1}  # answered only by earlier turns
     assert {"What is my name?", "What pet do I have?", "And a sheep?"} & set(answers)
     assert all(q.startswith(("And ", "Do ", "Who ", "What is my ", "What pet ", "Which animal ")) for q in asked_back)
 

@@ -242,7 +242,7 @@ def test_stream_ends_before_the_first_stop_string(text: str, stop: list[str]) ->
         assert not any(end in shown for end in stop)
     shown += stream.finish()
     assert stream.stopped == any(end in text for end in stop)
-    if stream.stopped:  # the one that is complete first
+    if stream.stopped:  # cut at the stop string that is complete first
         text = next(text[:n] for n in range(len(text) + 1) if any(end in text[:n] for end in stop))
         text = text[: min(text.find(end) for end in stop if end in text)]
     assert shown == text
