@@ -330,20 +330,21 @@ def _hint(name: str, known: list[str], form: str = "{}") -> str:
 
 
 def _comments(config_class: type) -> list[tuple[str | None, str]]:
-    """Return (key, comment) of each field of the class and (None, text) of each heading between them, in order.
+    """Return (key, comment) of each field and (None, text) of each heading, in order, base classes first.
 
     A comment-only line is a heading; a comment inside or behind a field that takes several lines belongs to the field.
     """
-    source = textwrap.dedent(inspect.getsource(config_class))
-    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-    key_of_line = {line: node.target.id for node in fields for line in range(node.lineno, node.end_lineno + 1)}
-    last_line = max((node.end_lineno for node in fields), default=0)
     found: list[tuple[str | None, str]] = []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and token.start[0] <= last_line:
-            key, text = key_of_line.get(token.start[0]), token.string.lstrip("# ")
-            if key is not None and found and found[-1][0] == key:
-                found[-1] = key, f"{found[-1][1]} {text}"
-            else:
-                found.append((key, text))
+    for base in filter(dataclasses.is_dataclass, reversed(config_class.__mro__)):
+        source = textwrap.dedent(inspect.getsource(base))
+        fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+        key_of_line = {line: node.target.id for node in fields for line in range(node.lineno, node.end_lineno + 1)}
+        last_line = max((node.end_lineno for node in fields), default=0)
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT and token.start[0] <= last_line:
+                key, text = key_of_line.get(token.start[0]), token.string.lstrip("# ")
+                if key is not None and found and found[-1][0] == key:
+                    found[-1] = key, f"{found[-1][1]} {text}"
+                else:
+                    found.append((key, text))
     return found

@@ -414,7 +414,7 @@ def test_a_dataset_that_vanishes_costs_no_update(
         before_each(patch, [(Dataset, "windows")], vanish)
         reached = []
         before_each(patch, [(train, "clip_gradient")], lambda *arguments: reached.append(1))
-        with pytest.raises(UserError, match=rf"{name}: cannot be read any more"):
+        with pytest.raises(UserError, match=rf"{name} can no longer be read"):
             run(*flags, f"--out_dir={tmp_path / 'out'}")
     (dataset / name).write_bytes(before)
     if reached:
