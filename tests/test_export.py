@@ -73,8 +73,8 @@ def test_a_bigram_model_is_refused(tmp_path: Path) -> None:
     "flags, message",
     [
         ("--out_dir=TMP/out", "--to=exported"),
-        ("--out_dir=TMP/out --to=TMP/out", "holds 'ckpt.pt', which is no part of an export"),
-        ("--out_dir=TMP/out --to=TMP/out/ckpt.pt", "TMP/out/ckpt.pt: is there already, and no folder; name another"),
+        ("--out_dir=TMP/out --to=TMP/out", "holds 'ckpt.pt', which is not part of an export"),
+        ("--out_dir=TMP/out --to=TMP/out/ckpt.pt", "TMP/out/ckpt.pt: exists and is not a folder; choose another"),
         ("--out_dir=TMP/out --to=TMP/out/ckpt.pt/folder", "TMP/out/ckpt.pt/folder"),
         ("--out_dir=TMP/out --to=TMP/to --dtype=int8", "float32, bfloat16 or float16"),
         ("--out_dir=TMP/none --to=TMP/to", "TMP/none"),
