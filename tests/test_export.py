@@ -93,9 +93,10 @@ def test_mistakes_are_one_line(
     assert message.replace("TMP", str(tmp_path)) in err
 
 
-def test_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a script that does nothing, or fails, when it is run."""
     write(tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["export.py", f"--out_dir={tmp_path / 'out'}", f"--to={tmp_path / 'to'}"])
     runpy.run_path(export.__file__, run_name="__main__")
     assert huggingface.is_folder(tmp_path / "to")
+    assert capsys.readouterr().err == ""
