@@ -40,7 +40,7 @@ LOCKED_BYTE = 1 << 40  # Windows locks single bytes, and no other handle may rea
 Split = Callable[[int], tuple[np.ndarray, np.ndarray]]  # number of documents -> those of train, those of val, in order
 
 
-@dataclass
+@dataclass(frozen=True)
 class HubConfig(configurator.Config):
     """The keys of a prepare.py that takes a corpus from the Hub; each sets its own `revision` and `name`."""
 

@@ -35,7 +35,7 @@ ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
 PREVIEW_CHARACTERS = 100  # of each piece of the conversation that is printed
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
     input: str = ""  # a .jsonl file, one conversation per line; empty: 600 synthetic conversations
     tokenizer: str = "char"  # char, gpt2, cl100k_base, o200k_base, or a dataset (name or folder) whose tokenizer to use

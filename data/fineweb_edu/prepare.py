@@ -17,7 +17,7 @@ import configurator
 from nanogpt.large_corpus import HubConfig, prepare_from_hub
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(HubConfig):
     revision: str = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
     name: str = "fineweb_edu"

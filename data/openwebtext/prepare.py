@@ -18,7 +18,7 @@ import configurator
 from nanogpt.large_corpus import HubConfig, prepare_from_hub
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(HubConfig):
     revision: str = "79d93d786212f7344586290adb811d4ae6a1762c"
     name: str = "openwebtext"

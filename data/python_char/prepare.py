@@ -21,7 +21,7 @@ from nanogpt.tokenizer import CharTokenizer
 EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
     pass
 

@@ -15,7 +15,7 @@ from nanogpt import corpus
 from nanogpt.tokenizer import CharTokenizer
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
     url: str = corpus.TINY_SHAKESPEARE  # where to download input.txt from if it is not here yet
 

@@ -20,7 +20,7 @@ from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
 OUTPUTS = ("train.bin", "val.bin", "meta.json")  # not text, if the input is the dataset's own folder
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
     input: str = ""  # a text file, or a folder: all its files, sorted by path, except hidden ones
     tokenizer: Literal["char", "gpt2", "cl100k_base", "o200k_base"] = "char"  # char: by character; or a byte-pair encoding
