@@ -115,13 +115,15 @@ def test_printed_lines_are_nanogpts(flags: list[str], capsys: pytest.CaptureFixt
 def test_golden_losses(flags: list[str], out_dir: Path) -> None:
     """Catches a refactoring of model, batches or optimizer that changes the numbers."""
     run(*flags, "--learning_rate=1e-2")
-    found = losses(out_dir)
-    assert [found[i] for i in range(10)] == pytest.approx(GOLDEN, abs=2e-3)
+    by_iteration = losses(out_dir)
+    assert [by_iteration[i] for i in range(10)] == pytest.approx(GOLDEN, abs=2e-3)
 
 
 def test_first_update_matches_a_plain_loop(flags: list[str], dataset: Path, out_dir: Path) -> None:
     """Catches gradient accumulation, clipping or weight decay that differs from one step on the whole batch."""
     config = run(*flags, "--max_iters=1", "--grad_clip=0.5", "--learning_rate=1e-2")
+
+    # the same batch in one piece
     torch.manual_seed(config.seed)
     data = Dataset(str(dataset))
     model, _ = train.load_or_init(config, data, None)
@@ -131,6 +133,8 @@ def test_first_update_matches_a_plain_loop(flags: list[str], dataset: Path, out_
     assert losses(out_dir)[0] == pytest.approx(loss.item(), abs=1e-5)
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
     assert float(next(row["grad_norm"] for row in rows(out_dir) if row["grad_norm"])) == pytest.approx(norm, rel=1e-4)
+
+    # one step of PyTorch's AdamW on the clipped gradient
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
@@ -171,9 +175,9 @@ def test_whole_split_evaluation(flags: list[str], dataset: Path, out_dir: Path) 
 def test_evaluation_is_repeatable_and_leaves_training_alone(flags: list[str], out_dir: Path) -> None:
     """Catches evaluations on different windows, and training that depends on how often it is evaluated."""
     run(*flags, "--learning_rate=1e-9", "--min_lr=1e-9", "--weight_decay=0")
-    found = [float(row["val_loss"]) for row in rows(out_dir) if row["val_loss"]]
-    assert len(found) == 3
-    assert found == pytest.approx([found[0]] * 3, abs=1e-5)
+    val_losses = [float(row["val_loss"]) for row in rows(out_dir) if row["val_loss"]]
+    assert len(val_losses) == 3
+    assert val_losses == pytest.approx([val_losses[0]] * 3, abs=1e-5)
     first = losses(out_dir)
     run(*flags, "--learning_rate=1e-9", "--min_lr=1e-9", "--weight_decay=0", "--eval_interval=3", "--dropout=0.0")
     assert losses(out_dir) == first
@@ -182,13 +186,13 @@ def test_evaluation_is_repeatable_and_leaves_training_alone(flags: list[str], ou
 def test_resume_is_bit_exact(flags: list[str], tmp_path: Path, out_dir: Path) -> None:
     """Catches state that a checkpoint lacks: moments, place in the data, dropout seeds, rows of metrics.csv."""
     run(*flags, "--dropout=0.2")
-    whole, whole_rows = weights(out_dir / "last.pt"), rows(out_dir)
     parts = f"--out_dir={tmp_path / 'parts'}"
     run(*flags, "--dropout=0.2", parts, "--max_iters=5")
     run("--init_from=resume", parts, "--max_iters=10")
+    whole, whole_rows = weights(out_dir / "last.pt"), rows(out_dir)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(tmp_path / "parts" / "last.pt").items())
-    clocks = {"seconds", "tokens_per_second", "peak_memory_mb"}
-    assert without(clocks, rows(tmp_path / "parts")) == without(clocks, whole_rows)
+    measured = {"seconds", "tokens_per_second", "peak_memory_mb"}
+    assert without(measured, rows(tmp_path / "parts")) == without(measured, whole_rows)
 
 
 def test_resume_takes_its_keys_from_the_checkpoint(flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +262,7 @@ def test_nan_loss_stops_the_run_before_the_update(flags: list[str], out_dir: Pat
         assert (out_dir / "last.pt").read_bytes() == before
 
 
-def test_bigram_reaches_the_entropy_of_pairs(dataset: Path, out_dir: Path, text: str) -> None:
+def test_bigram_reaches_the_entropy_of_pairs(dataset: Path, out_dir: Path) -> None:
     """Catches a bigram model that learns anything but the frequencies of pairs."""
     config = Path(train.__file__).parent / "config" / "train_bigram_char.py"
     schedule = ["--learning_rate=0.05", "--max_iters=1000", "--lr_decay_iters=1000"]
@@ -266,8 +270,8 @@ def test_bigram_reaches_the_entropy_of_pairs(dataset: Path, out_dir: Path, text:
     ids = np.fromfile(dataset / "train.bin", dtype=np.uint8)
     pairs = np.zeros((ids.max() + 1, ids.max() + 1))
     np.add.at(pairs, (ids[:-1], ids[1:]), 1)
-    chances = pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1)
-    entropy = -(pairs * np.log(np.where(chances > 0, chances, 1))).sum() / pairs.sum()
+    probs = pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1)
+    entropy = -(pairs * np.log(np.where(probs > 0, probs, 1))).sum() / pairs.sum()
     assert float(rows(out_dir)[-1]["train_loss"]) == pytest.approx(entropy, abs=0.02)
 
 
@@ -289,10 +293,10 @@ def test_bigram_recipe_on_tiny_shakespeare(shakespeare: str, tmp_path: Path, out
     assert float(rows(out_dir)[-1]["val_loss"]) == pytest.approx(2.484, abs=0.02)
 
 
-@pytest.mark.parametrize("kind", ["gpt", "bigram"])
-def test_samples_leave_training_alone(kind: str, flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("model", ["gpt", "bigram"])
+def test_samples_leave_training_alone(model: str, flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a sample that takes training's random numbers, leaves dropout off, or is always the same."""
-    flags += [f"--model={kind}", "--dropout=0.2", "--learning_rate=1e-2", "--max_iters=8"]
+    flags += [f"--model={model}", "--dropout=0.2", "--learning_rate=1e-2", "--max_iters=8"]
     run(*flags)
     assert samples(capsys.readouterr().out) == []
     expected, expected_weights = losses(out_dir), weights(out_dir / "last.pt")
