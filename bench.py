@@ -1,12 +1,13 @@
-"""Measure this machine: training, generation and the time to a loss, each against the plain way; or work out what a size takes.
+"""Benchmark this machine: training, generation and the time to a loss, each against a baseline; or compute what a size takes.
 
-python bench.py --size=laptop                            training steps, fast and plain in turn
+python bench.py --size=laptop                            training steps, the fast way and the baseline in turn
 python bench.py --size=gpt2 --batch_size=4 --block_size=256 --profile=True
 python bench.py --what=generation --against=transformers
 python bench.py --what=sizing --size=gpt2-xl
 python bench.py --what=time_to_loss
 
-The plain way is nanoGPT's on a machine without torch.compile: float32, AdamW without a fused kernel, all logits at once.
+The baseline, `plain`, is nanoGPT without torch.compile: float32, AdamW without a fused kernel, all logits at once, and
+generation without a KV cache.
 """
 
 import dataclasses
@@ -30,14 +31,35 @@ from torch.nn.utils import clip_grad_norm_
 import configurator
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from model import GPT, GPTConfig, sample_next
-from nanogpt import device, distributed, metrics
+from nanogpt import metrics
 from nanogpt.dataset import Dataset
-from nanogpt.device import Compile, Dtype
+from nanogpt.device import (
+    Compile,
+    Dtype,
+    autocast,
+    compile_model,
+    keep_memory,
+    peak_flops,
+    peak_memory,
+    pick_compile,
+    pick_device,
+    pick_dtype,
+    pick_loss_rows,
+    prepare_for_generation,
+    set_up,
+    synchronize,
+    text_generators,
+    to_device,
+)
+from nanogpt.distributed import clip_gradient
 from nanogpt.errors import UserError
 from nanogpt.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parent
 TRACE = "trace.json"
+ROUND_SECONDS = 2.0  # length of a round of training, unless --steps sets it
+WARMUP_STEPS = 3
+PROFILED_STEPS = 3
 
 SIZES = {
     "laptop": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65, "bias": False},
@@ -47,55 +69,51 @@ SIZES = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "block_size": 1024, "vocab_size": 50257, "gelu": "tanh"},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024, "vocab_size": 50257, "gelu": "tanh"},
 }
-BATCHES = {"laptop": 12, "shakespeare": 64}  # windows in a batch of the recipe of that size; of the others, nanoGPT's 12
-TRAINED = {"vocab_size": 50304, "bias": False, "gelu": "erf"}  # how train.py makes a model of GPT-2's shape from scratch
+BATCH_SIZES = {"laptop": 12, "shakespeare": 64}  # of the recipes in config/; 12, nanoGPT's default, for other sizes
+FROM_SCRATCH = {"vocab_size": 50304, "bias": False, "gelu": "erf"}  # how train.py changes GPT-2's shape
 PLAIN = {"dtype": "float32", "compile": False, "fused": False, "loss_rows": 0, "keep_memory": False}
 
-# What time_to_loss runs: nanoGPT's hyperparameters the plain way, and the same model from the fast recipe, as short as it
-# can be for the target, and as long as the plain way takes.
-LAPTOP, FAST = "config/train_shakespeare_char_cpu.py", "config/train_shakespeare_char_fast.py"
-SOONEST = {"learning_rate": 1.5e-2, "warmup_iters": 0, "max_iters": 240, "lr_decay_iters": 240, "eval_interval": 60}
+# time_to_loss: nanoGPT's hyperparameters, and the same model with the fast recipe, once as short as the target allows
+BASELINE_RECIPE, FAST_RECIPE = "config/train_shakespeare_char_cpu.py", "config/train_shakespeare_char_fast.py"
+SHORTEST = {"learning_rate": 1.5e-2, "warmup_iters": 0, "max_iters": 240, "lr_decay_iters": 240, "eval_interval": 60}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
-    what: Literal["training", "generation", "sizing", "time_to_loss"] = "training"  # to measure; sizing only computes
-    size: Literal["laptop", "shakespeare", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # of the model
-    against: Literal["plain", "transformers", "nothing"] = "plain"  # plain: what nanoGPT does; transformers: generation only
-    batch_size: NonNegativeInt = 0  # windows in a batch, texts in generation. 0: the recipe's, and one text
-    block_size: NonNegativeInt = 0  # tokens in a window. 0: the size's context
-    rounds: PositiveInt = 3  # in each of which both are timed once
+    what: Literal["training", "generation", "sizing", "time_to_loss"] = "training"  # what to measure; sizing only computes
+    size: Literal["laptop", "shakespeare", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # model size
+    against: Literal["plain", "transformers", "nothing"] = "plain"  # baseline. plain: nanoGPT; transformers: generation only
+    batch_size: NonNegativeInt = 0  # sequences per batch. 0: the recipe's for training, 1 for generation
+    block_size: NonNegativeInt = 0  # tokens per training sequence. 0: the model's context
+    rounds: PositiveInt = 3  # rounds, each of which times both ways once
     seed: Seed = 1337  # of weights, batches and texts
     # training
-    steps: NonNegativeInt = 0  # training steps in a round. 0: as many as take two seconds
+    steps: NonNegativeInt = 0  # training steps per round. 0: as many as take two seconds
     optimizer: Literal["adamw", "muon"] = "adamw"  # of the fast way
-    real_data: bool = False  # windows of the dataset rather than random tokens
-    dataset: str = "openwebtext"  # a folder of data/ with train.bin and val.bin
-    profile: bool = False  # write trace.json, for ui.perfetto.dev, and the operations that took the most time
+    real_data: bool = False  # train on the dataset instead of synthetic data (random tokens)
+    dataset: str = "openwebtext"  # folder in data/ with train.bin and val.bin, for real_data
+    profile: bool = False  # write trace.json, for ui.perfetto.dev, and list the operations that take the most time
     # generation
-    prompt_tokens: PositiveInt = 8  # tokens that are there
+    prompt_tokens: PositiveInt = 8  # tokens of the prompt
     new_tokens: PositiveInt = 300  # tokens to generate
     temperature: NonNegativeFloat = 0.8  # as in sample.py
     top_k: NonNegativeInt = 200  # as in sample.py
     # time_to_loss
-    target: PositiveFloat = 1.92  # validation loss on all of Tiny Shakespeare's val.bin
-    # machine: the fast way, as in train.py
+    target: PositiveFloat = 1.92  # validation loss to reach, on all of Tiny Shakespeare's val.bin
+    # machine (for the fast way, as in train.py)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"  # of matrix products, in generation also of weights. auto: 16 bits where the device is made for it
+    dtype: Dtype = "auto"  # of matrix products; in generation, of weights, too. auto: bf16/fp16 where the device supports it
     compile: Compile = "auto"  # compile the model with torch.compile for training. auto: on CUDA
-    fused: bool = True  # AdamW as one kernel, on CUDA and CPUs
-    loss_rows: Annotated[int | Literal["auto"], configurator.Range(at_least=0)] = (
-        "auto"  # positions whose logits are there at a time; 0: all. auto: 256 on a CPU where all are many
-    )
-    keep_memory: bool = True  # on a CPU under Linux: keep the memory of tensors for those of the next step
+    fused: bool = True  # fused AdamW kernel, on CUDA and CPUs
+    loss_rows: Annotated[int | Literal["auto"], configurator.Range(at_least=0)] = "auto"  # rows per chunk of the loss; 0: all
+    keep_memory: bool = True  # on a CPU under Linux: keep the memory of freed tensors for the next step
 
     def validate(self) -> None:
         if self.against == "transformers" and (self.what != "generation" or not self.size.startswith("gpt2")):
-            raise UserError(
-                "--against=transformers compares generation by models of GPT-2's shape: --what=generation --size=gpt2"
-            )
-        if self.block_size > SIZES[self.size]["block_size"]:
-            raise UserError(f"--block_size={self.block_size}: {self.size} has a context of {SIZES[self.size]['block_size']}")
+            raise UserError("--against=transformers needs --what=generation and a --size of GPT-2's, such as --size=gpt2")
+        context = SIZES[self.size]["block_size"]
+        if self.block_size > context:
+            raise UserError(f"--block_size must be at most {context}, the context of {self.size}, got {self.block_size}")
 
 
 def main(config: Config) -> None:
@@ -106,150 +124,212 @@ def main(config: Config) -> None:
 
 
 def training(config: Config) -> None:
-    """Time training steps of the fast and the plain way in turn, each in a process of its own, whose memory is its own."""
-    where = device.pick_device(config.device)
+    """Time training steps the fast way and the baseline's, in turn; print tokens/s, peak memory and their ratio.
+
+    Each way has a process of its own, so that its peak memory is its own.
+    """
+    device = pick_device(config.device)
     B, T = batch_shape(config)
     if config.real_data:
         Dataset(config.dataset).check(T, trained_shape(config).vocab_size)
-    print(f"{config.size}: batches of {B} x {T} tokens; {device_name(where)}, PyTorch {torch.__version__}", flush=True)
-    ways = {"fast": config} | ({"plain": dataclasses.replace(config, **PLAIN)} if config.against == "plain" else {})
-    pipes: dict[str, Connection] = {}
-    found: dict[str, dict[str, Any]] = {}
-    for way, settings in ways.items():
-        pipes[way], other = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=work, args=(other, settings, way), daemon=True)
-        process.start()
-        other.close()
-        found[way] = pipes[way].recv()
-        print(f"{way}: {found[way]['made_of']}", flush=True)
-    times: dict[str, list[float]] = {way: [] for way in ways}
+    print(f"{config.size}: batches of {B} x {T} tokens; {device_name(device)}, PyTorch {torch.__version__}", flush=True)
+
+    # start and warm up the processes, one after the other
+    workers = {"fast": Worker(config, "fast")}
+    print(f"fast: {workers['fast'].description}", flush=True)
+    if config.against == "plain":
+        workers["plain"] = Worker(dataclasses.replace(config, **PLAIN), "plain")
+        print(f"plain: {workers['plain'].description}", flush=True)
+
+    # time both ways in turn
     for number in range(config.rounds):
-        for way, pipe in pipes.items():
-            pipe.send(config.steps or max(1, round(2 / found[way]["seconds"])))
-            times[way].append(pipe.recv())
-        line = ", ".join(f"{way} {1e3 * times[way][-1]:,.1f} ms ({B * T / times[way][-1]:,.0f} tokens/s)" for way in ways)
-        ratio = f", ratio {times['plain'][-1] / times['fast'][-1]:.2f}" if "plain" in ways else ""
+        times = {way: worker.time_round(config.steps) for way, worker in workers.items()}
+        line = ", ".join(f"{way} {1e3 * seconds:,.1f} ms ({B * T / seconds:,.0f} tokens/s)" for way, seconds in times.items())
+        ratio = f", ratio {times['plain'] / times['fast']:.2f}" if "plain" in times else ""
         print(f"round {number + 1}: {line}{ratio}", flush=True)
-    result = {"what": "training", "size": config.size, "device": device_name(where), "batch_size": B, "block_size": T}
-    for way, pipe in pipes.items():
-        pipe.send(0)
-        megabytes, peak = pipe.recv()
-        seconds = statistics.median(times[way])
-        share = trained_flops(config) * B * T / seconds / peak
-        result |= {f"{way}_tokens_per_second": round(B * T / seconds, 1), f"{way}_megabytes": megabytes}
+
+    # report medians
+    result = {"what": "training", "size": config.size, "device": device_name(device), "batch_size": B, "block_size": T}
+    for way, worker in workers.items():
+        megabytes, peak = worker.finish()
+        tokens_per_second = B * T / statistics.median(worker.times)
+        share = trained_flops(config) * tokens_per_second / peak
+        result |= {f"{way}_tokens_per_second": round(tokens_per_second, 1), f"{way}_megabytes": megabytes}
         result |= {f"{way}_share": round(share, 3)}
+        source = "data sheet" if device.startswith("cuda") else "measured matrix products"
         print(
-            f"{way}: median {B * T / seconds:,.1f} tokens/s, {share:.1%} of {peak / 1e12:.2f} TFLOP/s "
-            f"({'data sheet' if where.startswith('cuda') else 'measured products'}), peak memory {megabytes:,} MB"
+            f"{way}: median {tokens_per_second:,.1f} tokens/s, {share:.1%} of {peak / 1e12:.2f} TFLOP/s ({source}), "
+            f"peak memory {megabytes:,} MB"
         )
-    if "plain" in ways:
-        ratios = [plain / fast for fast, plain in zip(times["fast"], times["plain"], strict=True)]
+    if "plain" in workers:
+        ratios = [plain / fast for fast, plain in zip(workers["fast"].times, workers["plain"].times, strict=True)]
         result["ratio"] = round(statistics.median(ratios), 2)
         print(f"median ratio: {result['ratio']}")
     print(json.dumps(result))
 
 
-def work(pipe: Connection, config: Config, way: str) -> None:
-    """Do training steps as a process of `training` asks for them; tell it the seconds of one, and at the end the memory."""
-    where = device.pick_device(config.device)
-    dtype = device.pick_dtype(config.dtype, where)
-    device.set_up(where, config.seed)
-    kept = config.keep_memory and where == "cpu" and device.keep_memory()
-    shape = trained_shape(config)
-    B, T = batch_shape(config)
-    model = GPT(shape).to(where)
-    device_type = torch.device(where).type
-    muon = config.optimizer == "muon" and way == "fast"
-    optimizer = build_optimizer(model, "muon" if muon else "adamw", 0.1, 1e-4, (0.9, 0.95), device_type, config.fused)
-    is_compiled = device.pick_compile(config.compile, where)
-    network = device.compile_model(model) if is_compiled else model
-    rows = device.pick_loss_rows(config.loss_rows, where, B * T, shape.vocab_size)
-    data = Dataset(config.dataset) if config.real_data else None
-    generator = torch.Generator().manual_seed(config.seed)
-    clip = distributed.clip_gradient if way == "fast" else lambda model, limit: clip_grad_norm_(model.parameters(), limit)
+class Worker:
+    """A process that trains one way and times its steps on request."""
 
-    def step(number: int) -> None:
-        if data is None:
-            batch = torch.randint(shape.vocab_size, (2, B, T), generator=generator).unbind()
-        else:
-            batch = data.windows("train", data.draw("train", "train", config.seed, number, B, T), T, shape.vocab_size)
-        x, y = device.to_device(tuple(batch), where)
-        with device.autocast(where, dtype):
-            _, loss = network(x, y, loss_rows=rows)
+    def __init__(self, config: Config, way: str):
+        """Start the process, and return when it has warmed up."""
+        self._pipe, other = multiprocessing.Pipe()
+        spawn = multiprocessing.get_context("spawn")
+        self._process = spawn.Process(target=work, args=(other, config, way), daemon=True)
+        self._process.start()
+        other.close()
+        self.description, self._first_seconds = self._pipe.recv()
+        self.times: list[float] = []  # seconds per step in each round
+
+    def time_round(self, steps: int) -> float:
+        """Train for `steps` steps, or ROUND_SECONDS if that is 0; return the seconds per step."""
+        self._pipe.send(steps or max(1, round(ROUND_SECONDS / self._first_seconds)))
+        self.times.append(self._pipe.recv())
+        return self.times[-1]
+
+    def finish(self) -> tuple[int, float]:
+        """End the process; return its peak memory in MB and its device's peak in FLOP/s."""
+        self._pipe.send(0)
+        found = self._pipe.recv()
+        self._process.join()
+        return found
+
+
+def work(pipe: Connection, config: Config, way: str) -> None:
+    """The process of a Worker: warm up, time as many steps as it asks for, until 0, and report memory and peak."""
+    trainer = Trainer(config, way)
+    trainer.seconds_per_step(WARMUP_STEPS)
+    pipe.send((trainer.description, trainer.seconds_per_step(1)))
+    while steps := pipe.recv():
+        pipe.send(trainer.seconds_per_step(steps))
+    megabytes = round((peak_memory(trainer.device) or 0) / 1e6)
+    peak = peak_flops(trainer.device, trainer.dtype) or measured_peak(trainer.device, trainer.dtype)
+    if config.profile and way == "fast":
+        trainer.profile()
+    pipe.send((megabytes, peak))
+
+
+class Trainer:
+    """One way to train: a model, its optimizer and its batches."""
+
+    def __init__(self, config: Config, way: str):
+        """Set up the "fast" or the "plain" way with the settings of `config`."""
+        self.config = config
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        set_up(self.device, config.seed)
+        memory_kept = config.keep_memory and self.device == "cpu" and keep_memory()
+
+        # model and optimizer
+        self.shape, (B, T) = trained_shape(config), batch_shape(config)
+        self.model = GPT(self.shape).to(self.device)
+        muon = config.optimizer == "muon" and way == "fast"
+        device_type = torch.device(self.device).type
+        self.optimizer = build_optimizer(
+            self.model, "muon" if muon else "adamw", 0.1, 1e-4, (0.9, 0.95), device_type, config.fused
+        )
+        self.clip = clip_gradient if way == "fast" else plain_clip
+        is_compiled = pick_compile(config.compile, self.device)
+        self.network = compile_model(self.model) if is_compiled else self.model
+        self.loss_rows = pick_loss_rows(config.loss_rows, self.device, B * T, self.shape.vocab_size)
+
+        # batches
+        self.data = Dataset(config.dataset) if config.real_data else None
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+        parts = [str(self.dtype).removeprefix("torch."), "compiled" if is_compiled else "not compiled"]
+        parts += ["Muon and AdamW" if muon else "fused AdamW" if config.fused else "AdamW"]
+        parts += [f"loss in chunks of {self.loss_rows}"] * (self.loss_rows > 0) + ["memory kept"] * memory_kept
+        self.description = ", ".join(parts)
+
+    def batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and targets, (B, T) each, on the CPU."""
+        (B, T), vocab_size = batch_shape(self.config), self.shape.vocab_size
+        if self.data is None:
+            return torch.randint(vocab_size, (2, B, T), generator=self.generator).unbind()
+        positions = self.data.draw("train", "train", self.config.seed, number, B, T)
+        return self.data.windows("train", positions, T, vocab_size)
+
+    def step(self, number: int) -> None:
+        """Do one update: forward, backward, clip, optimizer step."""
+        x, y = to_device(self.batch(number), self.device)
+        with autocast(self.device, self.dtype):
+            _, loss = self.network(x, y, loss_rows=self.loss_rows)
         loss.backward()
-        clip(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.clip(self.model, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         loss.item()
 
-    def steps(count: int) -> float:
-        device.synchronize(where)
-        began = time.perf_counter()
-        for number in range(count):
-            step(number)
-        device.synchronize(where)
-        return (time.perf_counter() - began) / count
+    def seconds_per_step(self, count: int) -> float:
+        """Do `count` steps; return their mean time."""
 
-    steps(3)
-    made_of = [str(dtype).removeprefix("torch."), "compiled" if is_compiled else "not compiled"]
-    made_of += ["Muon and AdamW" if muon else "fused AdamW" if config.fused else "AdamW"]
-    made_of += [f"loss in chunks of {rows}"] * (rows > 0) + ["memory kept"] * kept
-    pipe.send({"made_of": ", ".join(made_of), "seconds": steps(1)})
-    while count := pipe.recv():
-        pipe.send(steps(count))
-    memory = device.peak_memory(where) or 0
-    if config.profile and way == "fast":
+        def run() -> None:
+            for number in range(count):
+                self.step(number)
+
+        return timed(run, self.device) / count
+
+    def profile(self) -> None:
+        """Write a trace of PROFILED_STEPS steps, and print the operations that take the most time."""
         activities = [torch.profiler.ProfilerActivity.CPU]
-        activities += [torch.profiler.ProfilerActivity.CUDA] * where.startswith("cuda")
+        activities += [torch.profiler.ProfilerActivity.CUDA] * self.device.startswith("cuda")
         with torch.profiler.profile(activities=activities) as profile:
-            steps(3)
+            self.seconds_per_step(PROFILED_STEPS)
         profile.export_chrome_trace(TRACE)
-        print(profile.key_averages().table(sort_by=f"self_{device_type}_time_total", row_limit=15, max_name_column_width=45))
-        print(f"wrote {TRACE}, to be opened in ui.perfetto.dev or chrome://tracing", flush=True)
-    pipe.send((round(memory / 1e6), device.peak_flops(where, dtype) or measured_peak(where, dtype)))  # last: it ends the bench
+        sort_by = f"self_{torch.device(self.device).type}_time_total"
+        print(profile.key_averages().table(sort_by=sort_by, row_limit=15, max_name_column_width=45))
+        print(f"wrote {TRACE}: open it in ui.perfetto.dev or chrome://tracing", flush=True)
+
+
+def plain_clip(model: GPT, limit: float) -> None:
+    """Clip the gradient as nanoGPT does."""
+    clip_grad_norm_(model.parameters(), limit)
 
 
 def batch_shape(config: Config) -> tuple[int, int]:
-    """Return the windows in a batch and the tokens in a window."""
-    return config.batch_size or BATCHES.get(config.size, 12), config.block_size or SIZES[config.size]["block_size"]
+    """Return the sequences per batch and the tokens per sequence."""
+    return config.batch_size or BATCH_SIZES.get(config.size, 12), config.block_size or SIZES[config.size]["block_size"]
 
 
 def trained_shape(config: Config) -> GPTConfig:
-    """Return the shape of a model of the size, as train.py makes it."""
-    changes = TRAINED if config.size.startswith("gpt2") else {}
+    """Return the model's shape as train.py makes it from scratch."""
+    changes = FROM_SCRATCH if config.size.startswith("gpt2") else {}
     return GPTConfig(**SIZES[config.size] | changes)
 
 
 def trained_flops(config: Config) -> float:
-    """Return the FLOPs of training on a token, with the windows' length as the context."""
+    """Return the training FLOPs per token, for attention over sequences of the batch's length."""
     with torch.device("meta"):
         model = GPT(dataclasses.replace(trained_shape(config), block_size=batch_shape(config)[1]))
     return model.flops_per_token()
 
 
-def measured_peak(where: str, dtype: torch.dtype, size: int = 1024) -> float:
-    """Return the FLOP/s that products of two square matrices reach."""
-    a, b = torch.randn(2, size, size, device=where).to(dtype).unbind()
-    seconds = [timed(lambda: a @ b, where) for _ in range(20)]
+def measured_peak(device: str, dtype: torch.dtype, size: int = 1024) -> float:
+    """Measure the FLOP/s of a product of two square matrices."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
+    seconds = [timed(lambda: a @ b, device) for _ in range(20)]
     return 2 * size**3 / statistics.median(seconds[5:])
 
 
-def device_name(where: str) -> str:
-    """Return what people call the device."""
-    if where.startswith("cuda"):
-        return torch.cuda.get_device_name(where)
-    return f"{where}, {torch.get_num_threads()} threads" if where == "cpu" else where
+def device_name(device: str) -> str:
+    """Return the name of the GPU, or the number of CPU threads."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device
 
 
-# what a size takes
+# sizing
 
 
 def sizing(config: Config) -> None:
-    """Print parameters by part, FLOPs, memory, and how many tokens such a model should see."""
+    """Print a size's parameters by part, training FLOPs, training memory, and compute-optimal number of tokens."""
     shape = trained_shape(config)
     B, T = batch_shape(config)
     with torch.device("meta"):
         model = GPT(shape)
+
+    # parameters
     parts = {"token embedding, and head": model.transformer.wte, "positions": model.transformer.wpe}
     block = model.transformer.h[0]
     parts |= {"attention": block.attn, "MLP": block.mlp}
@@ -262,22 +342,27 @@ def sizing(config: Config) -> None:
     print(f"{config.size}: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, context {shape.block_size}")
     for name, count in counts.items():
         print(f"  {name:26} {count:>14,} parameters  {count / total:6.1%}")
-    print(f"  {'all':26} {total:>14,}")
+    print(f"  {'total':26} {total:>14,}")
+
+    # FLOPs
     flops = trained_flops(config)
-    print(
-        f"training takes {flops / 1e9:,.2f} GFLOP a token (6N + 12LHQT), a batch of {B} x {T} {flops * B * T / 1e12:,.2f} TFLOP"
-    )
-    activations = 34 * B * T * shape.n_embd * shape.n_layer
+    batch_flops = flops * B * T
+    print(f"training: {flops / 1e9:,.2f} GFLOP per token (6N + 12LHQT), {batch_flops / 1e12:,.2f} TFLOP per batch of {B} x {T}")
+
+    # memory
     logits = 4 * B * T * shape.vocab_size
-    rows = device.pick_loss_rows("auto", "cpu", B * T, shape.vocab_size)
+    rows = pick_loss_rows("auto", "cpu", B * T, shape.vocab_size)
     memory = {"weights, float32": 4 * total, "gradients": 4 * total, "AdamW's two moments": 8 * total}
-    memory |= {"activations, 16 bits, about": activations, "logits, float32, all at once": logits}
+    memory["activations, 16 bits, about"] = 34 * B * T * shape.n_embd * shape.n_layer
+    memory["logits, float32, all at once"] = logits
+    if rows:
+        memory[f"logits, {rows} rows at a time"] = logits * rows / (B * T)
+    memory["checkpoint"] = 12 * total
     for name, size in memory.items():
         print(f"  {name:29} {size / 1e9:>9,.2f} GB")
-    if rows:
-        print(f"  {f'the same, {rows} at a time':29} {logits * rows / (B * T) / 1e9:>9,.2f} GB")
-    print(f"  {'checkpoint':29} {12 * total / 1e9:>9,.2f} GB")
-    print(f"compute-optimal training sees about {20 * total / 1e9:,.1f} billion tokens, 20 a parameter (Hoffmann et al. 2022)")
+
+    # tokens
+    print(f"compute-optimal: about {20 * total / 1e9:,.1f} billion tokens, 20 per parameter (Hoffmann et al. 2022)")
     print(json.dumps({"size": config.size, "parameters": total, "flops_per_token": flops, "optimal_tokens": 20 * total}))
 
 
@@ -285,17 +370,19 @@ def sizing(config: Config) -> None:
 
 
 def time_to_loss(config: Config) -> None:
-    """Train the laptop model on Tiny Shakespeare until its loss is the target, and for as long as the plain way takes.
+    """Train the laptop model on Tiny Shakespeare the plain way and the fast way; print when each reaches the target loss.
 
-    The clock runs during training only: the evaluations, each of the whole validation split, belong to the measurement.
+    A third run trains the fast way for as long as the plain way takes. Only training is timed, not the evaluations, which
+    run on the whole validation split.
     """
-    plain = timed_run("plain", config, LAPTOP, PLAIN | {"eval_interval": 250})
-    fast = timed_run("fast", config, FAST, SOONEST)
+    plain = timed_run("plain", config, BASELINE_RECIPE, PLAIN | {"eval_interval": 250})
+    fast = timed_run("fast", config, FAST_RECIPE, SHORTEST)
     steps = int(plain[-1][0] * fast[-1][1] / fast[-1][0])
-    longest = timed_run("as long", config, FAST, {"max_iters": steps, "lr_decay_iters": steps, "eval_interval": steps})
+    keys = {"max_iters": steps, "lr_decay_iters": steps, "eval_interval": steps}
+    longest = timed_run("as long", config, FAST_RECIPE, keys)
     result: dict[str, Any] = {"what": "time_to_loss", "target": config.target}
-    for name, found in (("plain", plain), ("fast", fast)):
-        result[f"{name}_seconds"] = crossing(found, config.target)
+    for name, evaluations in (("plain", plain), ("fast", fast)):
+        result[f"{name}_seconds"] = crossing(evaluations, config.target)
     result |= {"plain_final_loss": plain[-1][2], "fast_final_loss": longest[-1][2]}
     if result["plain_seconds"] and result["fast_seconds"]:
         result["ratio"] = round(result["plain_seconds"] / result["fast_seconds"], 2)
@@ -304,28 +391,28 @@ def time_to_loss(config: Config) -> None:
 
 
 def timed_run(name: str, config: Config, recipe: str, keys: dict[str, Any]) -> list[tuple[float, int, float]]:
-    """Run train.py with a recipe; return the seconds of training, the iteration and the loss of each evaluation."""
+    """Run train.py with a recipe; return (seconds of training, iteration, validation loss) of each evaluation."""
     keys = keys | {"eval_iters": 0, "log_interval": 1, "seed": config.seed}
     command = ["train.py", recipe, *(f"--{key}={value}" for key, value in keys.items())]
     print(f"{name}: python {' '.join(command)}", flush=True)
-    found, seconds = [], 0.0
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, *command, f"--out_dir={folder}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         rows = metrics.read_rows(Path(folder) / "metrics.csv")
-    tokens = next(int(row["tokens"]) for row in rows if row["iteration"] == "1")  # of an iteration
+    tokens_per_iteration = next(int(row["tokens"]) for row in rows if row["iteration"] == "1")
+    evaluations, seconds = [], 0.0
     for row in rows:
         if row["val_loss"]:
-            found.append((seconds, int(row["iteration"]), float(row["val_loss"])))
+            evaluations.append((seconds, int(row["iteration"]), float(row["val_loss"])))
         else:
-            seconds += tokens / float(row["tokens_per_second"])
-    seconds, iterations, loss = found[-1]
+            seconds += tokens_per_iteration / float(row["tokens_per_second"])
+    seconds, iterations, loss = evaluations[-1]
     print(f"  {loss:.4f} after {iterations} iterations and {seconds:.1f} s", flush=True)
-    return found
+    return evaluations
 
 
-def crossing(found: list[tuple[float, int, float]], target: float) -> float | None:
-    """Return when the loss came to `target`, on the line between two evaluations; None where it never did."""
-    for (before, _, above), (after, _, below) in itertools.pairwise(found):
+def crossing(evaluations: list[tuple[float, int, float]], target: float) -> float | None:
+    """Return the time at which the loss reached `target`, by linear interpolation; None if it did not."""
+    for (before, _, above), (after, _, below) in itertools.pairwise(evaluations):
         if below <= target < above:
             return round(before + (after - before) * (above - target) / (above - below), 1)
     return None
@@ -335,64 +422,66 @@ def crossing(found: list[tuple[float, int, float]], target: float) -> float | No
 
 
 def generation(config: Config) -> None:
-    """Time the generation of text in this process, and the other way to do it in turn."""
-    where = device.pick_device(config.device)
-    dtype = device.pick_dtype(config.dtype, where)
-    device.set_up(where, config.seed)
+    """Time generation as in sample.py and the baseline's, in turn, in this process; print tokens/s and their ratio."""
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    set_up(device, config.seed)
+
+    # prompt, baseline and model
     shape = GPTConfig(**SIZES[config.size])
-    idx = torch.randint(shape.vocab_size, (config.batch_size or 1, config.prompt_tokens), device=where)
-    other = {"plain": plain, "transformers": transformers, "nothing": None}[config.against]
-    run_other = other(shape, idx, config, where, dtype) if other else None
+    idx = torch.randint(shape.vocab_size, (config.batch_size or 1, config.prompt_tokens), device=device)
+    baseline = {"plain": plain, "transformers": transformers, "nothing": None}[config.against]
+    run_baseline = baseline(shape, idx, config, device, dtype) if baseline else None
     model = GPT(shape)
-    print(f"{config.size}: {model.get_num_params() / 1e6:.2f}M random weights; {where}, {dtype}, PyTorch {torch.__version__}")
-    device.prepare_for_generation(model, where, dtype)
-    times: list[float] = []  # of each token of a round
-    speeds, ratios, slowings = [], [], []
-    for number in range(-1, config.rounds):  # the first warms up
-        seconds = timed(lambda: generate(model, idx, config, where, times), where)
-        other_seconds = timed(run_other, where) if run_other else None
+    print(f"{config.size}: {model.get_num_params() / 1e6:.2f}M random weights; {device}, {dtype}, PyTorch {torch.__version__}")
+    prepare_for_generation(model, device, dtype)
+
+    # time both in turn; the first round is a warmup
+    tokens = idx.size(0) * config.new_tokens
+    token_times: list[float] = []  # of one round
+    speeds, ratios, late_speeds = [], [], []
+    for number in range(-1, config.rounds):
+        seconds = timed(lambda: generate(model, idx, config, device, token_times), device)
+        baseline_seconds = timed(run_baseline, device) if run_baseline else None
         if number < 0:
             continue
-        speeds.append(idx.size(0) * config.new_tokens / seconds)
+        speeds.append(tokens / seconds)
         line = f"round {number + 1}: {speeds[-1]:,.1f} tokens/s"
-        if other_seconds:
-            ratios.append(other_seconds / seconds)
-            line += f", {config.against} {idx.size(0) * config.new_tokens / other_seconds:,.1f}, ratio {ratios[-1]:.2f}"
+        if baseline_seconds:
+            ratios.append(baseline_seconds / seconds)
+            line += f", {config.against} {tokens / baseline_seconds:,.1f}, ratio {ratios[-1]:.2f}"
         print(line, flush=True)
-        if len(times) >= 200:
-            slowings.append(statistics.median(times[75:125]) / statistics.median(times[-50:]))
-    result = {
-        "what": "generation",
-        "size": config.size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": where,
-        "batch_size": idx.size(0),
-    }
-    result |= {"new_tokens": config.new_tokens, "tokens_per_second": round(statistics.median(speeds), 1)}
-    if slowings:
-        result["last_to_hundredth"] = round(statistics.median(slowings), 2)
-        print(f"speed of the last 50 tokens to that around the hundredth: {result['last_to_hundredth']}")
+        if len(token_times) >= 200:
+            late_speeds.append(statistics.median(token_times[75:125]) / statistics.median(token_times[-50:]))
+
+    # report medians
+    result = {"what": "generation", "size": config.size, "dtype": str(dtype).removeprefix("torch."), "device": device}
+    result |= {"batch_size": idx.size(0), "new_tokens": config.new_tokens}
+    result["tokens_per_second"] = round(statistics.median(speeds), 1)
+    if late_speeds:
+        result["last_to_hundredth"] = round(statistics.median(late_speeds), 2)
+        print(f"speed of the last 50 tokens relative to those around the hundredth: {result['last_to_hundredth']}")
     if ratios:
         result |= {"against": config.against, "ratio": round(statistics.median(ratios), 2)}
     print(f"median: {result['tokens_per_second']:,.1f} tokens/s" + (f", ratio {result['ratio']:.2f}" if ratios else ""))
     print(json.dumps(result))
 
 
-def generate(model: GPT, idx: torch.Tensor, config: Config, where: str, times: list[float]) -> None:
-    """Generate as sample.py does; leave the seconds that each token took in `times`."""
-    del times[:]
-    generators = device.text_generators(config.seed, range(len(idx)), where)
-    then = time.perf_counter()
+def generate(model: GPT, idx: torch.Tensor, config: Config, device: str, token_times: list[float]) -> None:
+    """Generate as sample.py does; fill `token_times` with the seconds of each token."""
+    token_times.clear()
+    generators = text_generators(config.seed, range(len(idx)), device)
+    before = time.perf_counter()
     for token in model.stream(idx, config.new_tokens, config.temperature, config.top_k, generators=generators):
-        token.tolist()
+        token.tolist()  # waits for the device
         now = time.perf_counter()
-        times.append(now - then)
-        then = now
+        token_times.append(now - before)
+        before = now
 
 
-def plain(shape: GPTConfig, idx: torch.Tensor, config: Config, where: str, dtype: torch.dtype) -> Callable[[], None]:
-    """Return what generates as nanoGPT does: in float32, text by text, the whole context anew for each token."""
-    model = GPT(shape).eval().to(where)
+def plain(shape: GPTConfig, idx: torch.Tensor, config: Config, device: str, dtype: torch.dtype) -> Callable[[], None]:
+    """Return a function that generates as nanoGPT does: in float32, one text after the other, without a KV cache."""
+    model = GPT(shape).eval().to(device)
 
     @torch.no_grad()
     def run() -> None:
@@ -405,14 +494,14 @@ def plain(shape: GPTConfig, idx: torch.Tensor, config: Config, where: str, dtype
     return run
 
 
-def transformers(shape: GPTConfig, idx: torch.Tensor, config: Config, where: str, dtype: torch.dtype) -> Callable[[], None]:
-    """Return what generates with the cached `generate` of Hugging Face's transformers, a development dependency."""
+def transformers(shape: GPTConfig, idx: torch.Tensor, config: Config, device: str, dtype: torch.dtype) -> Callable[[], None]:
+    """Return a function that generates with Hugging Face transformers (a development dependency) and its KV cache."""
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd}
-    model = GPT2LMHeadModel(GPT2Config(**sizes)).to(where, dtype).eval()
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).to(device, dtype).eval()
     options = {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k} if config.temperature else {}
     count = config.new_tokens
 
@@ -423,13 +512,13 @@ def transformers(shape: GPTConfig, idx: torch.Tensor, config: Config, where: str
     return run
 
 
-def timed(run: Callable[[], None], where: str) -> float:
-    """Return the seconds that `run` takes."""
-    device.synchronize(where)
-    began = time.perf_counter()
+def timed(run: Callable[[], None], device: str) -> float:
+    """Return the seconds that `run` takes, including work that it leaves to the device."""
+    synchronize(device)
+    started = time.perf_counter()
     run()
-    device.synchronize(where)
-    return time.perf_counter() - began
+    synchronize(device)
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Chat in the terminal with a model that train.py has trained, or with GPT-2.
+"""Chat in the terminal with a model trained with train.py, or with GPT-2.
 
-python chat.py --out_dir=out-chat                  a run of one's own
-python chat.py --init_from=gpt2-large              GPT-2, which was never taught to chat
-echo "What is your name?" | python chat.py ...     one reply to each line
+python chat.py --out_dir=out-chat                  your own run
+python chat.py --init_from=gpt2-large              GPT-2, which was not trained to chat
+echo "What is your name?" | python chat.py ...     one reply per input line
 """
 
 import contextlib
@@ -19,62 +19,79 @@ import torch
 import configurator
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from model import GPT, Bigram
-from nanogpt import checkpoint, conversation, corpus, device, errors
+from nanogpt import checkpoint, conversation, corpus, errors
 from nanogpt.conversation import ChatFormat
-from nanogpt.device import Compile, Dtype
+from nanogpt.device import (
+    Compile,
+    Dtype,
+    explain_out_of_memory,
+    pick_compile,
+    pick_device,
+    pick_dtype,
+    prepare_for_generation,
+    set_up,
+    text_generators,
+)
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer
 
-SETTABLE = ("temperature", "top_k", "top_p", "max_new_tokens")
+SETTABLE = ("temperature", "top_k", "top_p", "max_new_tokens")  # keys that /set may change
 HELP = f"""\
-/help                    this page
+/help                    show this help
 /reset                   forget the conversation
 /undo                    take back your last message and its reply
-/retry                   another reply to your last message
+/retry                   get another reply to your last message
 /set temperature=0.7     change {", ".join(SETTABLE)}; /set alone shows them
-Ctrl-C stops a reply, Ctrl-D leaves. A message that begins with a slash is written with two."""
+Ctrl-C stops a reply, Ctrl-D leaves. To send a message that starts with a slash, type two slashes."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
     init_from: str = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
-    out_dir: str = "out"  # folder of the run
-    chat_format: Literal["auto", "plain", "nanochatgpt", "dialogpt"] = "auto"  # auto: what it was trained on, else plain
+    out_dir: str = "out"  # run folder to load with init_from=resume
+    chat_format: Literal["auto", "plain", "nanochatgpt", "dialogpt"] = "auto"  # auto: the model's own, else plain
     user_name: str = "User"  # your name in the plain format
     assistant_name: str = "Assistant"  # the model's name in the plain format
-    context: str = ""  # text that the conversation opens with, or FILE:context.txt to read it from a file
-    max_new_tokens: PositiveInt = 300  # tokens in the longest reply
-    temperature: NonNegativeFloat = 0.8  # below 1 is less random, above 1 more; 0 always takes the likeliest token
-    top_k: NonNegativeInt = 200  # draw from the k likeliest tokens; 0 draws from all
-    top_p: Annotated[float, configurator.Range(above=0, at_most=1)] = 1.0  # of them, the likeliest that make up this share
+    context: str = ""  # system message: text that opens the conversation, or FILE:context.txt to read it from a file
+    max_new_tokens: PositiveInt = 300  # longest reply, in tokens
+    temperature: NonNegativeFloat = 0.8  # below 1 is less random, above 1 more random; 0 is greedy decoding
+    top_k: NonNegativeInt = 200  # sample from the k most likely tokens; 0: from all
+    top_p: Annotated[float, configurator.Range(above=0, at_most=1)] = 1.0  # nucleus sampling: keep this much probability
     seed: Seed = 1337  # the same seed and messages give the same replies
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"  # of weights and products. auto: 16 bits on CUDA and on CPUs made for it, else float32
+    dtype: Dtype = "auto"  # of weights and matrix products. auto: bf16/fp16 where the device supports it, else float32
     compile: Compile = False  # compile the model with torch.compile
 
     def validate(self) -> None:
         for key in ("user_name", "assistant_name"):
             name = getattr(self, key)
             if not name.strip() or not name.isprintable():
-                raise UserError(f"--{key}={name}: a name is one line of text, and not empty")
+                raise UserError(f"--{key} must be one line of text and not empty, got {errors.shown(name)}")
 
 
-@device.explain_out_of_memory("give --dtype=bfloat16, or take a smaller model")
+@explain_out_of_memory("set --dtype=bfloat16, or use a smaller model")
 def main(config: Config) -> None:
-    where = device.pick_device(config.device)
-    dtype = device.pick_dtype(config.dtype, where)
-    device.set_up(where, config.seed)
-    model, tokenizer, start = checkpoint.load_model(config.init_from, config.out_dir)
-    chat_format = choose_format(config, start.chat_format)
-    size = model.get_num_params() / 1e6
-    device.prepare_for_generation(model, where, dtype, device.pick_compile(config.compile, where))
-    chat = Chat(model, tokenizer, chat_format, config, where)
+    # device and model
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    set_up(device, config.seed)
+    model, tokenizer, ckpt = checkpoint.load_model(config.init_from, config.out_dir)
+    chat_format = choose_format(config, ckpt.chat_format)
+    n_params = model.get_num_params()
+    prepare_for_generation(model, device, dtype, pick_compile(config.compile, device))
+
+    # read messages and commands, print replies
+    chat = Chat(model, tokenizer, chat_format, config, device)
     if sys.stdout.isatty():
-        print(f"{start.path}: {size:.2f}M parameters, context {model.config.block_size:,}, format {chat_format.name}")
+        context = model.config.block_size
+        print(f"{ckpt.path}: {n_params / 1e6:.2f}M parameters, context {context:,}, format {chat_format.name}")
         print("/help lists the commands, Ctrl-D leaves")
     for message in messages(config.user_name):
         try:
-            obey(message, chat, config) if is_command(message) else show(chat.send(message.removeprefix("/")), config)
+            if is_command(message):
+                obey(message, chat)
+            else:
+                show(chat.send(message.removeprefix("/")), config.assistant_name)
         except UserError as error:
             note(str(error))
         for text in chat.notes:
@@ -83,7 +100,7 @@ def main(config: Config) -> None:
 
 
 def choose_format(config: Config, trained: ChatFormat | None) -> ChatFormat:
-    """Return the chat format that the config asks for; `trained` is that of the model's own conversations, if it had any."""
+    """Return the chat format to use; `trained` is the format of the model's training data, if it was chats."""
     if config.chat_format == "auto" and trained is not None:
         return trained
     chat_format = conversation.FORMATS["plain" if config.chat_format == "auto" else config.chat_format]
@@ -95,22 +112,22 @@ def choose_format(config: Config, trained: ChatFormat | None) -> ChatFormat:
 
 @dataclass
 class Turn:
-    """A message and its reply, as the ids that the model sees, headers and ends among them."""
+    """A message and its reply as token ids, including the headers and end marks of the chat format."""
 
     prompt: list[int]
     reply: list[int] = field(default_factory=list)
-    text: str = ""  # of the reply
+    text: str = ""  # the reply as text, without its end mark
 
 
 class Chat:
-    """A conversation with a model. It keeps the model's keys and values, so that a turn costs its own tokens only."""
+    """A conversation with a model. Keeps the KV cache between turns, so that only new tokens are computed."""
 
-    def __init__(self, model: GPT | Bigram, tokenizer: Tokenizer, chat_format: ChatFormat, config: Config, where: str):
-        """Take a model that is ready to generate; the keys of SETTABLE are read from `config` at each reply.
+    def __init__(self, model: GPT | Bigram, tokenizer: Tokenizer, chat_format: ChatFormat, config: Config, device: str):
+        """Take a model that is ready to generate. `self.config` may be replaced between replies to change SETTABLE keys.
 
-        UserError where the opening context has no room, or characters that the tokenizer lacks.
+        Raises UserError if the context leaves no room for a conversation, or the tokenizer lacks one of its characters.
         """
-        self.model, self.tokenizer, self.chat_format, self.config, self.where = model, tokenizer, chat_format, config, where
+        self.model, self.tokenizer, self.chat_format, self.config, self.device = model, tokenizer, chat_format, config, device
         context = config.context
         if context.startswith("FILE:"):
             context = corpus.read_text(Path(context.removeprefix("FILE:"))).strip()
@@ -121,21 +138,22 @@ class Chat:
             raise UserError(f"--chat_format={chat_format.name} does not go with this model: {error}") from error
         if smallest >= model.config.block_size:
             raise UserError(
-                f"the opening of {smallest} tokens leaves no room in the model's context of {model.config.block_size}"
+                f"the opening must be shorter than the model's context of {model.config.block_size} tokens, "
+                f"got {smallest}; shorten --context"
             )
         self.turns: list[Turn] = []
-        self.notes: list[str] = []  # what the person at the terminal should know
-        self.generators = device.text_generators(config.seed, [0], where)
+        self.notes: list[str] = []  # messages for the user, to show after the reply
+        self.generators = text_generators(config.seed, [0], device)
         self.cache = model.new_cache(1, model.config.block_size)
         self.cached: list[int] = []  # the ids whose keys and values are in the cache
 
     def send(self, message: str) -> Generator[str, None, None]:
-        """Yield the pieces of the reply to `message` as they come; whoever stops before the end keeps what there is."""
+        """Yield the reply to `message` piece by piece. Closing the generator early keeps what was generated so far."""
         prompt = conversation.encode_prompt_turn(self.chat_format, message, self.tokenizer)
         room = self.model.config.block_size - len(self.opening) - 1
         if len(prompt) > room:
-            raise UserError(f"the message is too long for the model: {len(prompt)} tokens, of which {room} have room")
-        self.turns = [turn for turn in self.turns if turn.text]  # one without a reply has had its chance
+            raise UserError(f"the message is too long: it must have at most {room} tokens, got {len(prompt)}; shorten it")
+        self.turns = [turn for turn in self.turns if turn.text]  # drop turns that got no reply
         self.turns.append(Turn(prompt))
         return self._reply()
 
@@ -147,13 +165,13 @@ class Chat:
         return self._reply()
 
     def undo(self) -> None:
-        """Take back the last message and its reply."""
+        """Remove the last message and its reply."""
         if not self.turns:
             raise UserError("there is nothing to undo")
         self.turns.pop()
 
     def reset(self) -> None:
-        """Forget all turns."""
+        """Remove all turns."""
         self.turns.clear()
 
     def _reply(self) -> Generator[str, None, None]:
@@ -169,20 +187,20 @@ class Chat:
                         break
             turn.text += (piece := decoder.finish())
             yield piece
-        finally:  # also where the reader has heard enough
+        finally:  # also when the generator is closed early
             self._close(turn)
             if not turn.text.strip():
                 turn.text = ""
                 self.notes.append("there was no reply; /retry asks again")
 
     def _tokens(self) -> Iterator[int]:
-        """Yield the next tokens of the conversation, as many as still have room in the context and in the reply."""
+        """Yield the next tokens of the reply, until the context or the reply is full."""
         config, ids = self.config, self._ids()
         room = min(config.max_new_tokens - len(self.turns[-1].reply), self.model.config.block_size - len(ids))
         if self.cache is not None:
             self.cache.length = _common_prefix(self.cached, ids)
         stream = self.model.stream(
-            torch.tensor([ids], device=self.where),
+            torch.tensor([ids], device=self.device),
             room,
             temperature=config.temperature,
             top_k=config.top_k,
@@ -200,7 +218,11 @@ class Chat:
                 self.cached = ids[: self.cache.length]
 
     def _make_room(self) -> bool:
-        """Forget the oldest turns until a reply that begins has some room, or one that goes on a little; return whether."""
+        """Drop the oldest turns until the reply has room; return False if the context is full without them, too.
+
+        A new reply gets room for `max_new_tokens` or a quarter of the context, whichever is smaller; a reply that has
+        filled the context gets room for at least one more token.
+        """
         context, dropped = self.model.config.block_size, 0
         wanted = 1 if self.turns[-1].reply else min(self.config.max_new_tokens, context // 4)
         while len(self._ids()) + wanted > context and len(self.turns) > 1:
@@ -214,25 +236,26 @@ class Chat:
         return False
 
     def _close(self, turn: Turn) -> None:
-        """End a reply as in training: of its tokens, keep those that spell its text and the format's end; add what lacks.
+        """Make a reply's ids those of its text and the format's end mark, as in training.
 
-        So a stop string that reaches into the next turn goes, while the cache keeps all that came before it.
+        1) Drops tokens from the end that belong to neither, such as a stop string that reaches into the next turn.
+        2) Appends what is missing of the text and the end mark. The tokens before that stay, so the KV cache stays valid.
         """
         end = self.chat_format.assistant_end
         while not (turn.text + end).startswith(self.tokenizer.decode(turn.reply)):
             turn.reply.pop()
-        there = len(self.tokenizer.decode(turn.reply))
-        turn.reply += self.tokenizer.encode_array(turn.text[there:]).tolist()
-        turn.reply += self.tokenizer.encode(end[max(0, there - len(turn.text)) :])
+        length = len(self.tokenizer.decode(turn.reply))
+        turn.reply += self.tokenizer.encode_array(turn.text[length:]).tolist()
+        turn.reply += self.tokenizer.encode(end[max(0, length - len(turn.text)) :])
 
     def _ids(self) -> list[int]:
         return self.opening + [token for turn in self.turns for token in turn.prompt + turn.reply]
 
 
 def messages(name: str) -> Iterator[str]:
-    """Yield what the person at the terminal types, or the lines of the input that is piped in, the empty ones left out."""
+    """Yield the non-empty lines typed at a prompt of `name`, or piped in."""
     with contextlib.suppress(ImportError):
-        importlib.import_module("readline")  # gives input() its line editing and history; Windows has its own
+        importlib.import_module("readline")  # gives input() line editing and history; Windows has its own
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     typed, shown = sys.stdin.isatty(), sys.stdout.isatty()
@@ -257,12 +280,12 @@ def messages(name: str) -> Iterator[str]:
 
 
 def is_command(message: str) -> bool:
-    """Whether a message is for this program rather than for the model."""
+    """Return whether a line is a command; a message that starts with a slash is typed with two."""
     return message.startswith("/") and not message.startswith("//")
 
 
-def obey(message: str, chat: Chat, config: Config) -> None:
-    """Do what a command says; UserError where it is none."""
+def obey(message: str, chat: Chat) -> None:
+    """Run a command. Raises UserError if there is no such command."""
     command, _, argument = message.partition(" ")
     if command == "/help":
         note(HELP)
@@ -273,36 +296,36 @@ def obey(message: str, chat: Chat, config: Config) -> None:
         chat.undo()
         note(f"taken back; {_count(len(chat.turns), 'turn')} left")
     elif command == "/retry":
-        show(chat.retry(), config)
+        show(chat.retry(), chat.config.assistant_name)
     elif command == "/set":
         if argument:
-            change(argument.strip(), config)
-        note(", ".join(f"{key}={getattr(config, key)}" for key in SETTABLE))
+            chat.config = changed(chat.config, argument.strip())
+        note(", ".join(f"{key}={getattr(chat.config, key)}" for key in SETTABLE))
     else:
         raise UserError(f"{command}: no such command; /help lists them, and // begins a message with a slash")
 
 
-def change(assignment: str, config: Config) -> None:
-    """Set a key of `config` as in "temperature=0.7"; UserError where it cannot be set."""
+def changed(config: Config, assignment: str) -> Config:
+    """Return `config` with one key changed, as in "temperature=0.7". Raises UserError if the key cannot be set."""
     key, _, _ = assignment.partition("=")
     if key.strip() not in SETTABLE:
-        raise UserError(f"/set {assignment}: write /set temperature=0.7, or top_k, top_p or max_new_tokens in its place")
-    flag = f"--{assignment}".replace(" ", "")
-    setattr(config, key.strip(), getattr(configurator.parse(Config, [flag]), key.strip()))
+        raise UserError(f"/set {assignment}: write /set temperature=0.7; the keys are {', '.join(SETTABLE)}")
+    parsed = configurator.parse(Config, [f"--{assignment}".replace(" ", "")])
+    return replace(config, **{key.strip(): getattr(parsed, key.strip())})
 
 
-def show(pieces: Generator[str, None, None], config: Config) -> None:
-    """Print a reply as it comes, without the space around it; Ctrl-C ends it."""
+def show(pieces: Generator[str, None, None], name: str) -> None:
+    """Print a reply as it is generated, without surrounding whitespace; Ctrl-C stops it."""
     if sys.stdout.isatty():
-        errors.write(f"{config.assistant_name}: ")
+        errors.write(f"{name}: ")
     begun, held = False, ""
     try:
         for piece in pieces:
             text = held + (piece if begun else piece.lstrip())
-            shown = text.rstrip()  # space at the end waits for what follows it
-            held = text[len(shown) :]
-            begun = begun or bool(shown)
-            errors.write(shown)
+            visible = text.rstrip()  # hold back trailing whitespace until more text follows
+            held = text[len(visible) :]
+            begun = begun or bool(visible)
+            errors.write(visible)
     except KeyboardInterrupt:
         pieces.close()
         errors.write(" ...")
@@ -310,7 +333,7 @@ def show(pieces: Generator[str, None, None], config: Config) -> None:
 
 
 def note(text: str) -> None:
-    """Tell the person something that is no part of the conversation."""
+    """Print a message about the chat on stderr, apart from the conversation."""
     print(f"({text})" if "\n" not in text else text, file=sys.stderr, flush=True)
 
 

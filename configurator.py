@@ -52,7 +52,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a key accepts: both ends belong to the range, except an `above` or a `below`."""
+    """The numbers that a key accepts, from `at_least` (or just `above`) to `at_most` (or just `below`)."""
 
     at_least: float | None = None
     above: float | None = None
@@ -188,7 +188,7 @@ def _exit(message: str) -> NoReturn:
 
 
 class _Namespace(dict):
-    """The variables of a config file; remembers which were assigned, also those that kept their value."""
+    """The variables of a config file; records assignments, even of an unchanged value."""
 
     def __init__(self, values: dict[str, Any]):
         super().__init__(values)
@@ -213,13 +213,13 @@ def _find_config_file(argument: str, keys: list[str]) -> Path:
 
 
 def _run_config_file(path: Path, shown: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Execute a config file on top of `values`; return what it assigned, less modules, functions, classes, _names."""
+    """Execute a config file on top of `values`; return its assignments, without modules, functions, classes and _names."""
     namespace = _Namespace({**values, "__name__": path.stem, "__file__": str(path)})
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError as error:
         raise UserError(f"{shown}, line {error.lineno or 1}: {error.msg}") from error
-    except (ValueError, RecursionError, MemoryError) as error:  # null bytes, brackets without end
+    except (ValueError, RecursionError, MemoryError) as error:  # null bytes, endless brackets
         raise UserError(f"{shown}: not a Python file ({error or type(error).__name__})") from error
     try:
         exec(compile(tree, str(path), "exec"), namespace)
@@ -232,16 +232,15 @@ def _run_config_file(path: Path, shown: str, values: dict[str, Any]) -> dict[str
     assigned = {name: namespace[name] for name in names if name in namespace and not name.startswith("_")}
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     imported = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
-    passed_over = (types.FunctionType, type)
     return {
         name: value
         for name, value in assigned.items()
-        if name in values or not (name in imported or isinstance(value, passed_over))
+        if name in values or not (name in imported or isinstance(value, (types.FunctionType, type)))
     }
 
 
 def _check(shown: str, value: Any, kind: Any, is_text: bool) -> Any:
-    """Return `value` as `kind`; `shown` is how an error quotes it."""
+    """Return `value` converted to `kind`; `shown` is how an error quotes it."""
     limits = None
     if typing.get_origin(kind) is Annotated:
         kind, limits = typing.get_args(kind)
@@ -259,7 +258,7 @@ def _members(kind: Any) -> tuple:
 
 
 def _from_text(text: str, kind: Any) -> Any:
-    """Read `text` as the first member of `kind` that it fits; ValueError where it fits none."""
+    """Parse `text` as the first type in the union `kind` that it fits. Raises ValueError if it fits none."""
     for member in _members(kind):
         if member is bool and text.lower() in ("true", "1", "false", "0"):
             return text.lower() in ("true", "1")
@@ -282,7 +281,7 @@ def _from_text(text: str, kind: Any) -> Any:
 
 
 def _from_python(value: Any, kind: Any) -> Any:
-    """Return a Python value as the first member of `kind` that it fits; ValueError where it fits none."""
+    """Convert a value to the first type in the union `kind` that it fits. Raises ValueError if it fits none."""
     for member in _members(kind):
         if typing.get_origin(member) is Literal:
             if isinstance(value, str) and value in typing.get_args(member):
@@ -331,20 +330,21 @@ def _hint(name: str, known: list[str], form: str = "{}") -> str:
 
 
 def _comments(config_class: type) -> list[tuple[str | None, str]]:
-    """Return (key, comment) of each field of the class and (None, text) of each heading between them, in order.
+    """Return (key, comment) of each field and (None, text) of each heading, in order, base classes first.
 
     A comment-only line is a heading; a comment inside or behind a field that takes several lines belongs to the field.
     """
-    source = textwrap.dedent(inspect.getsource(config_class))
-    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-    key_of_line = {line: node.target.id for node in fields for line in range(node.lineno, node.end_lineno + 1)}
-    last_line = max((node.end_lineno for node in fields), default=0)
     found: list[tuple[str | None, str]] = []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and token.start[0] <= last_line:
-            key, text = key_of_line.get(token.start[0]), token.string.lstrip("# ")
-            if key is not None and found and found[-1][0] == key:
-                found[-1] = key, f"{found[-1][1]} {text}"
-            else:
-                found.append((key, text))
+    for base in filter(dataclasses.is_dataclass, reversed(config_class.__mro__)):
+        source = textwrap.dedent(inspect.getsource(base))
+        fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+        key_of_line = {line: node.target.id for node in fields for line in range(node.lineno, node.end_lineno + 1)}
+        last_line = max((node.end_lineno for node in fields), default=0)
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT and token.start[0] <= last_line:
+                key, text = key_of_line.get(token.start[0]), token.string.lstrip("# ")
+                if key is not None and found and found[-1][0] == key:
+                    found[-1] = key, f"{found[-1][1]} {text}"
+                else:
+                    found.append((key, text))
     return found

@@ -1,8 +1,9 @@
-"""Export a checkpoint to a folder that Hugging Face's transformers loads, with the same logits, and its tokenizer.
+"""Export a model and its tokenizer to a folder that Hugging Face transformers can load, with the same logits.
 
 python export.py --out_dir=out-shakespeare-char --to=shakespeare
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,24 +16,26 @@ from nanogpt import checkpoint, huggingface
 from nanogpt.errors import UserError
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
     init_from: str = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
-    out_dir: str = "out"  # folder of the run
+    out_dir: str = "out"  # run folder to load with init_from=resume
     to: str = ""  # folder to write; an earlier export in it is replaced
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in the file
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the exported weights
 
     def validate(self) -> None:
         if not self.to:
-            raise UserError("--to is missing: name the folder to write, as in --to=exported")
+            raise UserError("--to is required: the folder to write, for example --to=exported")
 
 
 def main(config: Config) -> None:
     model, tokenizer, _ = checkpoint.load_model(config.init_from, config.out_dir)
     if not isinstance(model, GPT):
-        raise UserError("transformers has no bigram model: only a GPT can be exported")
+        raise UserError("only a GPT can be exported: transformers has no bigram model")
+    model_args = dataclasses.asdict(model.config)
+    gelu = model_args.pop("gelu")
     folder = Path(config.to)
-    huggingface.save(folder, model, tokenizer, getattr(torch, config.dtype))
+    huggingface.save(folder, model.state_dict(), model_args, gelu, tokenizer, getattr(torch, config.dtype))
     files = sorted(folder.iterdir())
     size = sum(file.stat().st_size for file in files)
     print(f"wrote {folder} ({size / 1e6:,.1f} MB): {', '.join(file.name for file in files)}")

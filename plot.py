@@ -1,8 +1,8 @@
-"""Draw the losses of one or several runs, from their metrics.csv or from the lines that they (or nanoGPT's) printed.
+"""Plot the loss curves of one or more runs, from metrics.csv or from the printed log of train.py or nanoGPT.
 
 python plot.py out-a                                         one run, to out-a/loss.png
-python plot.py out-a out-b nanogpt.log --out=curves.svg      several over each other
-python plot.py out-a out-b --x=seconds --log=xy              against time, both axes logarithmic
+python plot.py out-a out-b nanogpt.log --out=curves.svg      several runs in one plot
+python plot.py out-a out-b --x=seconds --log=xy              against time, on logarithmic axes
 """
 
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from nanogpt.curves import best_of, draw, read
 from nanogpt.errors import UserError
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
     positional: ClassVar[str] = "runs"
-    runs: str = ""  # run folders, metrics.csv files or logs, separated by commas; as plain arguments, by spaces. Empty: out_dir
-    out_dir: str = "out"  # folder of the run to draw where no runs are named
-    out: str = ""  # the picture, .png or .svg. Empty: loss.png in the folder of one run, curves.png here for several
-    x: Literal["iterations", "tokens", "seconds"] = "iterations"  # what the losses are drawn against
-    log: Literal["none", "x", "y", "xy"] = "none"  # the axes that are logarithmic
+    runs: str = ""  # run folders, metrics.csv files or logs, separated by commas (or as plain arguments). Empty: out_dir
+    out_dir: str = "out"  # run folder to plot if no runs are given
+    out: str = ""  # .png or .svg file to write. Empty: loss.png in the run's folder; curves.png for several runs or a file
+    x: Literal["iterations", "tokens", "seconds"] = "iterations"  # quantity on the x axis
+    log: Literal["none", "x", "y", "xy"] = "none"  # logarithmic axes
 
     def validate(self) -> None:
         if self.out and Path(self.out).suffix.lower() not in (".png", ".svg"):
-            raise UserError(f"--out={self.out}: end the name in .png or .svg")
+            raise UserError(f"--out must end in .png or .svg, got {self.out}")
 
 
 def main(config: Config) -> None:
@@ -34,15 +34,15 @@ def main(config: Config) -> None:
     out = Path("curves.png") if len(runs) > 1 or not paths[0].is_dir() else paths[0] / "loss.png"
     out = Path(config.out) if config.out else out
     if not out.parent.is_dir():
-        raise UserError(f"--out={out}: there is no folder {out.parent}")
+        raise UserError(f"--out={out}: no such folder {out.parent}; create it first")
     try:
         draw(runs, out, config.x, config.log)
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written ({error.strerror})") from error
     for run in runs:
         best = best_of(run)
-        where = "no evaluation" if best is None else f"best val loss {run.val[best]:.4f} at {run.val_x[best]:,.0f} {config.x}"
-        print(f"{run.name}: {where}")
+        result = "no evaluation" if best is None else f"best val loss {run.val[best]:.4f} at {run.val_x[best]:,.0f} {config.x}"
+        print(f"{run.name}: {result}")
     print(f"curves in {out}")
 
 

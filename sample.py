@@ -1,4 +1,4 @@
-"""Sample text from a model that train.py has trained, or from GPT-2.
+"""Sample from a model trained with train.py, or from GPT-2.
 
 python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_samples=1
@@ -16,69 +16,82 @@ import torch
 import configurator
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from model import GPT, Bigram
-from nanogpt import checkpoint, corpus, device, errors
-from nanogpt.device import Compile, Dtype
+from nanogpt import checkpoint, corpus, errors
+from nanogpt.device import (
+    Compile,
+    Dtype,
+    explain_out_of_memory,
+    pick_compile,
+    pick_device,
+    pick_dtype,
+    prepare_for_generation,
+    set_up,
+    text_generators,
+)
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import CharTokenizer, StreamDecoder, Tokenizer
 
-CACHE_BYTES = 2 << 30  # what the keys and values of a batch may take; more samples than that are several batches
+CACHE_BYTES = 2 << 30  # limit of a batch's KV cache; samples that do not fit go into another batch
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
     init_from: str = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
-    out_dir: str = "out"  # folder of the run
+    out_dir: str = "out"  # run folder to load with init_from=resume
     start: str = "\n"  # the prompt, or FILE:prompt.txt to read it from a file
-    num_samples: PositiveInt = 10  # texts to sample, as one batch; the first is shown as it grows
-    max_new_tokens: NonNegativeInt = 500  # tokens in each
-    temperature: NonNegativeFloat = 0.8  # below 1 is less random, above 1 more; 0 always takes the likeliest token
-    top_k: NonNegativeInt = 200  # draw from the k likeliest tokens; 0 draws from all
-    top_p: Annotated[float, configurator.Range(above=0, at_most=1)] = 1.0  # of them, the likeliest that make up this share
-    stop: str = ""  # end a text before this string; several are separated by |
-    seed: Seed = 1337  # the same seed gives the same texts
+    num_samples: PositiveInt = 10  # number of samples, generated as a batch; the first is printed as it grows
+    max_new_tokens: NonNegativeInt = 500  # tokens to generate in each sample
+    temperature: NonNegativeFloat = 0.8  # below 1 is less random, above 1 more random; 0 is greedy decoding
+    top_k: NonNegativeInt = 200  # sample from the k most likely tokens; 0: from all
+    top_p: Annotated[float, configurator.Range(above=0, at_most=1)] = 1.0  # nucleus sampling: keep this much probability
+    stop: str = ""  # end a sample before this string; separate several strings with |
+    seed: Seed = 1337  # the same seed gives the same samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"  # of weights and products. auto: 16 bits on CUDA and on CPUs made for it, else float32
+    dtype: Dtype = "auto"  # of weights and matrix products. auto: bf16/fp16 where the device supports it, else float32
     compile: Compile = False  # compile the model with torch.compile
 
 
-@device.explain_out_of_memory("lower --num_samples or --max_new_tokens, give --dtype=bfloat16, or take a smaller model")
+@explain_out_of_memory("lower --num_samples or --max_new_tokens, set --dtype=bfloat16, or use a smaller model")
 def main(config: Config) -> None:
-    where = device.pick_device(config.device)
-    dtype = device.pick_dtype(config.dtype, where)
-    device.set_up(where, config.seed)
+    # device, model and prompt
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    set_up(device, config.seed)
     model, tokenizer, _ = checkpoint.load_model(config.init_from, config.out_dir)
-    start, prompt = read_prompt(config.start, "start" in config.given, tokenizer)
-    if len(prompt) > model.config.block_size:
-        errors.warn(f"the model sees the last {model.config.block_size:,} of the prompt's {len(prompt):,} tokens")
-    device.prepare_for_generation(model, where, dtype, device.pick_compile(config.compile, where))
+    prompt, prompt_ids = read_prompt(config.start, "start" in config.given, tokenizer)
+    if len(prompt_ids) > model.config.block_size:
+        errors.warn(f"the model sees only the last {model.config.block_size:,} of the prompt's {len(prompt_ids):,} tokens")
+    prepare_for_generation(model, device, dtype, pick_compile(config.compile, device))
 
-    began, count = time.perf_counter(), 0
-    batch_size = rows_in_memory(model, len(prompt) + config.max_new_tokens)
+    # sample batch by batch
+    started, total_tokens = time.perf_counter(), 0
+    batch_size = max_batch_size(model, len(prompt_ids) + config.max_new_tokens)
     for first in range(0, config.num_samples, batch_size):
         numbers = range(first, min(first + batch_size, config.num_samples))
-        errors.write(start)
-        texts, drawn = sample(model, tokenizer, prompt, config, numbers, where, errors.write)
+        errors.write(prompt)
+        texts, tokens = sample(model, tokenizer, prompt_ids, config, numbers, device, errors.write)
         errors.write("\n---------------\n")
         for text in texts[1:]:
-            errors.write(f"{start}{text}\n---------------\n")
-        count += drawn
-    seconds = time.perf_counter() - began
-    print(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.1f} tokens/s", file=sys.stderr)
+            errors.write(f"{prompt}{text}\n---------------\n")
+        total_tokens += tokens
+
+    seconds = time.perf_counter() - started
+    print(f"{total_tokens:,} tokens in {seconds:.2f} s: {total_tokens / seconds:,.1f} tokens/s", file=sys.stderr)
 
 
-def read_prompt(start: str, given: bool, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """Return the text of the prompt that `start` is or names, and its ids, at least one.
+def read_prompt(prompt: str, given: bool, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """Return the prompt's text, read from a file if `prompt` is FILE:path, and its ids, at least one.
 
-    Where there is none, the model goes on as after a line break, or after a document's end. UserError where the prompt has
-    characters that a character table lacks.
+    `given` is False for the default prompt, which is dropped if a character table lacks it. An empty prompt becomes the
+    end-of-text token, or a line break. Raises UserError if a character table lacks one of the prompt's characters.
     """
-    if start.startswith("FILE:"):
-        start = corpus.read_text(Path(start.removeprefix("FILE:")))
+    if prompt.startswith("FILE:"):
+        prompt = corpus.read_text(Path(prompt.removeprefix("FILE:")))
     if not isinstance(tokenizer, CharTokenizer):
-        return start, tokenizer.encode(start) or [tokenizer.end_of_text]
-    if start and (given or start in tokenizer.characters):
+        return prompt, tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    if prompt and (given or prompt in tokenizer.characters):
         try:
-            return start, tokenizer.encode(start)
+            return prompt, tokenizer.encode(prompt)
         except UserError as error:
             raise UserError(f"--start: {error}") from error
     return "", [tokenizer.characters.index("\n") if "\n" in tokenizer.characters else 0]
@@ -87,49 +100,48 @@ def read_prompt(start: str, given: bool, tokenizer: Tokenizer) -> tuple[str, lis
 def sample(
     model: GPT | Bigram,
     tokenizer: Tokenizer,
-    prompt: list[int],
+    prompt_ids: list[int],
     config: Config,
     numbers: range,
-    where: str,
+    device: str,
     show: Callable[[str], None],
 ) -> tuple[list[str], int]:
-    """Return the texts of these `numbers` that follow the `prompt`, sampled as one batch, and how many tokens they took.
+    """Sample one batch, a text for each of `numbers`; return the texts, without the prompt, and how many tokens they took.
 
-    The first is also given to `show`, piece by piece.
+    Each text depends on the seed and its number only. Calls `show` with each new piece of the first text.
     """
-    idx = torch.tensor([prompt] * len(numbers), device=where)  # (B, T)
     stop = [string for string in config.stop.split("|") if string]
     decoders = [StreamDecoder(tokenizer, stop) for _ in numbers]
-    texts, drawn = [""] * len(numbers), 0
+    texts, total_tokens = [""] * len(numbers), 0
     stream = model.stream(
-        idx,
+        torch.tensor([prompt_ids] * len(numbers), device=device),  # (B, T)
         config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
         vocab_size=tokenizer.vocab_size,
-        generators=device.text_generators(config.seed, numbers, where),
+        generators=text_generators(config.seed, numbers, device),
     )
-    for tokens in stream:
+    for tokens in stream:  # (B, 1)
         for row, token in enumerate(tokens[:, 0].tolist()):
             if not decoders[row].stopped:
-                drawn += 1
-                text = decoders[row].feed(token)
-                texts[row] += text
+                total_tokens += 1
+                piece = decoders[row].feed(token)
+                texts[row] += piece
                 if row == 0:
-                    show(text)
+                    show(piece)
         if all(decoder.stopped for decoder in decoders):
             break
     rests = [decoder.finish() for decoder in decoders]
     show(rests[0])
-    return [text + rest for text, rest in zip(texts, rests, strict=True)], drawn
+    return [text + rest for text, rest in zip(texts, rests, strict=True)], total_tokens
 
 
-def rows_in_memory(model: GPT | Bigram, length: int) -> int:
-    """Return how many texts of `length` tokens may be sampled at once, at least 1."""
+def max_batch_size(model: GPT | Bigram, length: int) -> int:
+    """Return how many texts of `length` tokens fit into a KV cache of CACHE_BYTES, at least 1."""
     config = model.config
-    room = min(length, config.block_size)
-    return max(1, CACHE_BYTES // (8 * config.n_layer * config.n_embd * room))  # two float32 numbers a channel
+    bytes_per_token = 8 * config.n_layer * config.n_embd  # a float32 key and value
+    return max(1, CACHE_BYTES // (bytes_per_token * min(length, config.block_size)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Ctrl-C and SIGTERM save the run and stop it; --init_from=resume continues it, bi
 """
 
 import dataclasses
-import functools
 import math
 import shlex
 from collections.abc import Iterator
@@ -118,7 +117,6 @@ class Config(configurator.Config):
 class Machine:
     """What is decided for this machine, mostly keys that are "auto". It is not saved: another machine decides anew."""
 
-    device: str
     dtype: torch.dtype
     compile: bool
     loss_rows: int  # rows per chunk of the loss; 0: all
@@ -128,23 +126,23 @@ class Machine:
 
 
 def main(config: Config) -> None:
-    start = None
+    ckpt = None
     if config.init_from != "scratch":
         with explain_out_of_memory("start from a smaller model"):
-            start = open_checkpoint(config.init_from, config.out_dir, newest_state=True)
-    config = settle(config, start)
+            ckpt = open_checkpoint(config.init_from, config.out_dir, newest_state=True)
+    config = settle(config, ckpt)
     accumulate = f" and raise --gradient_accumulation_steps (now {config.gradient_accumulation_steps}) to match"
     advice = (
         f"lower --batch_size (now {config.batch_size}){'' if config.batch_tokens else accumulate}, or use "
         "--activation_checkpointing=True, neither of which changes the result; or lower --block_size, --n_layer or --n_embd"
     )
     with explain_out_of_memory(advice), process_group(config.device, config.backend) as group:
-        ending = evaluate_only(config, group, start) if config.eval_only else train(config, group, start)
+        ending = evaluate_only(config, group, ckpt) if config.eval_only else train(config, group, ckpt)
     if ending is not None:
         raise ending
 
 
-def train(config: Config, group: Group, start: Checkpoint | None) -> SystemExit | UserError | None:
+def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit | UserError | None:
     """Train on one of the processes of `group`; all that refers to the group is gone when this function returns.
 
     Returns what the process is to raise once the group is closed: an exit status after a signal, or a failure to save.
@@ -152,8 +150,8 @@ def train(config: Config, group: Group, start: Checkpoint | None) -> SystemExit 
     with Run(Path(config.out_dir), group) as run:
         # set up data, model and optimizer
         data = Dataset(config.dataset)
-        machine = resolve_machine(config, group, start, data)
-        model, start = load_or_init(config, data, start, empty=machine.sharded and not group.is_main)
+        machine = resolve_machine(config, group, ckpt, data)
+        model, ckpt = load_or_init(config, data, ckpt, empty=machine.sharded and not group.is_main)
         compiled, network = parallelize(
             model, group, machine.dtype, machine.sharded, machine.compile, config.activation_checkpointing
         )
@@ -165,9 +163,10 @@ def train(config: Config, group: Group, start: Checkpoint | None) -> SystemExit 
         resumed = config.init_from == "resume"
         state = TrainState()
         if resumed:
-            restore_optimizer(start, optimizer, scaler)
-            state = TrainState.from_checkpoint(start)
-        del start  # its tensors are in the model and the optimizer now
+            restore_optimizer(ckpt, optimizer, scaler)
+            state = TrainState.from_checkpoint(ckpt)
+        if ckpt is not None:
+            ckpt.release()  # its tensors are in the model and the optimizer now
 
         # set up logging, evaluation and batches
         sequences_per_iter = machine.micro_batches * config.batch_size
@@ -181,7 +180,6 @@ def train(config: Config, group: Group, start: Checkpoint | None) -> SystemExit 
         if state.iter_num >= config.max_iters:
             run.say("nothing left to do; a larger --max_iters continues the run")
         mixed_precision = autocast(group.device, machine.dtype)
-        evaluate = evaluator(compiled, config, machine, data, group, run.signals)
         batches = training_batches(data, config, machine, group, state.iter_num, model.config.vocab_size)
 
         # training loop
@@ -197,7 +195,8 @@ def train(config: Config, group: Group, start: Checkpoint | None) -> SystemExit 
             # evaluate the loss and write checkpoints
             if state.eval_due(config.eval_interval, config.max_iters):
                 with run.paused("evaluating"):
-                    losses = evaluate()
+                    sizes = config.eval_iters, config.batch_size, config.block_size, machine.loss_rows
+                    losses = estimate_loss(compiled, data, group, mixed_precision, config.seed, *sizes, run.signals)
                     if losses is None:  # interrupted by a signal, on all ranks
                         run.stop()
                         break
@@ -248,15 +247,17 @@ def train(config: Config, group: Group, start: Checkpoint | None) -> SystemExit 
     return run.ending(f"python {'chat' if data.chat_format else 'sample'}.py --out_dir={shlex.quote(config.out_dir)}")
 
 
-def evaluate_only(config: Config, group: Group, start: Checkpoint | None) -> None:
+def evaluate_only(config: Config, group: Group, ckpt: Checkpoint | None) -> None:
     """Print the loss of both splits, and write nothing."""
     data = Dataset(config.dataset)
-    machine = resolve_machine(config, group, start, data)
-    model, start = load_or_init(config, data, start, empty=machine.sharded and not group.is_main)
+    machine = resolve_machine(config, group, ckpt, data)
+    model, ckpt = load_or_init(config, data, ckpt, empty=machine.sharded and not group.is_main)
     compiled, _ = parallelize(model, group, machine.dtype, machine.sharded, machine.compile)
-    losses = evaluator(compiled, config, machine, data, group, Signals())()
+    mixed_precision = autocast(group.device, machine.dtype)
+    sizes = config.eval_iters, config.batch_size, config.block_size, machine.loss_rows
+    losses = estimate_loss(compiled, data, group, mixed_precision, config.seed, *sizes, Signals())
     if group.is_main:
-        iter_num = start.iter_num if config.init_from == "resume" else 0
+        iter_num = ckpt.iter_num if config.init_from == "resume" else 0
         print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
 
 
@@ -290,8 +291,8 @@ def training_batches(
 # what is decided before the loop
 
 
-def settle(config: Config, start: Checkpoint | None) -> Config:
-    """Return the final config: what the checkpoint `start` decides is taken from it. Raises UserError if it does not fit.
+def settle(config: Config, ckpt: Checkpoint | None) -> Config:
+    """Return the final config: what the checkpoint decides is taken from it. Raises UserError if it does not fit.
 
     With init_from="resume" that is every key that is not given, otherwise the shape of the model.
     """
@@ -301,28 +302,28 @@ def settle(config: Config, start: Checkpoint | None) -> Config:
         own = config.given | {"init_from", "out_dir"}
         if "gradient_accumulation_steps" in config.given:
             own |= {"batch_tokens"}  # it would override it
-        for name in {field.name for field in dataclasses.fields(config)} & start.config.keys() - own:
-            values[name] = configurator.check_value(Config, name, start.config[name], str(start.path))
+        for name in {field.name for field in dataclasses.fields(config)} & ckpt.config.keys() - own:
+            values[name] = configurator.check_value(Config, name, ckpt.config[name], str(ckpt.path))
         if "device" not in config.given:
             try:
                 pick_device(values.get("device", config.device))
             except UserError:  # the run began on another kind of machine
                 values |= dict.fromkeys({"device", "dtype", "compile", "backend"} - config.given, "auto")
-    if start is not None:
-        shape = {name: start.model_args[name] for name in ("n_layer", "n_head", "n_embd", "bias", "block_size")}
-        for name, value in (shape | {"model": start.model_type}).items():
+    if ckpt is not None:
+        shape = {name: ckpt.model_args[name] for name in ("n_layer", "n_head", "n_embd", "bias", "block_size")}
+        for name, value in (shape | {"model": ckpt.model_type}).items():
             given = getattr(config, name)
             if name == "block_size" and name in config.given and not resumed and given < value:
                 continue  # the model is cropped
             if name in config.given and given != value:
-                warn(f"{start.path} has {name}={value}, used instead of {name}={given}")
+                warn(f"{ckpt.path} has {name}={value}, used instead of {name}={given}")
             values[name] = value
     config = config.replace(**values)
     config.validate()
     return config
 
 
-def resolve_machine(config: Config, group: Group, start: Checkpoint | None, data: Dataset) -> Machine:
+def resolve_machine(config: Config, group: Group, ckpt: Checkpoint | None, data: Dataset) -> Machine:
     """Decide what depends on this machine, and set it up. Raises UserError if the keys do not fit it."""
     dtype = pick_dtype(config.dtype, group.device)
     sharded = config.parallel == "fsdp" and group.launched
@@ -331,10 +332,9 @@ def resolve_machine(config: Config, group: Group, start: Checkpoint | None, data
     if sharded and dtype == torch.float16:
         raise UserError("--parallel=fsdp has no loss scaling for float16; use --dtype=bfloat16 or --dtype=float32")
     set_up(group.device, config.seed)
-    vocab_size = data.tokenizer.model_vocab_size if start is None else start.model_args["vocab_size"]
+    vocab_size = data.tokenizer.model_vocab_size if ckpt is None else ckpt.model_args["vocab_size"]
     rows, accumulate = config.batch_size * config.block_size, config.gradient_accumulation_steps
     return Machine(
-        device=group.device,
         dtype=dtype,
         compile=pick_compile(config.compile, group.device),
         loss_rows=pick_loss_rows(config.loss_rows, group.device, rows, vocab_size),
@@ -345,39 +345,30 @@ def resolve_machine(config: Config, group: Group, start: Checkpoint | None, data
 
 
 def load_or_init(
-    config: Config, data: Dataset, start: Checkpoint | None, empty: bool = False
+    config: Config, data: Dataset, ckpt: Checkpoint | None, empty: bool = False
 ) -> tuple[GPT | Bigram, Checkpoint | None]:
-    """Return the model to train, on the CPU, and its checkpoint `start`, read into memory.
+    """Return the model to train, on the CPU, and its checkpoint, read into memory.
 
     An `empty` model takes no memory: it gets its weights from rank 0. Raises UserError if data and model do not fit.
     """
     vocab_size = data.tokenizer.model_vocab_size
-    if start is None:
+    if ckpt is None:
         keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
         shape = GPTConfig(vocab_size=vocab_size, **{key: getattr(config, key) for key in keys})
         model = empty_model(config.model, shape) if empty else MODELS[config.model](shape)
     else:
-        tokenizer = tokenizer_of(start)
+        tokenizer = tokenizer_of(ckpt)
         if tokenizer.to_dict() != data.tokenizer.to_dict():
             raise UserError(
-                f"{start.path} was trained with another tokenizer ({tokenizer}) than that of dataset '{config.dataset}' "
+                f"{ckpt.path} was trained with another tokenizer ({tokenizer}) than that of dataset '{config.dataset}' "
                 f"({data.tokenizer}); choose a dataset with the same one"
             )
-        start = start if empty else start.in_memory()
-        model = build_model(start, config.dropout, empty)
+        ckpt = ckpt if empty else ckpt.in_memory()
+        model = build_model(ckpt, config.dropout, empty)
         if config.block_size < model.config.block_size:
             model.crop_block_size(config.block_size)
     data.check(config.block_size, model.config.vocab_size)
-    return model, start
-
-
-def evaluator(
-    model: torch.nn.Module, config: Config, machine: Machine, data: Dataset, group: Group, signals: Signals
-) -> functools.partial:
-    """Return `estimate_loss` with its arguments: call it to evaluate."""
-    mixed_precision = autocast(group.device, machine.dtype)
-    sizes = config.seed, config.eval_iters, config.batch_size, config.block_size, machine.loss_rows
-    return functools.partial(estimate_loss, model, data, group, mixed_precision, *sizes, signals)
+    return model, ckpt
 
 
 def summary(config: Config, machine: Machine, model: GPT | Bigram, data: Dataset, group: Group) -> str:

@@ -1,11 +1,11 @@
-# A tiny model that chats, from nothing, in minutes on a laptop: 600 made-up conversations in characters.
+# Train a tiny chat model from scratch, in minutes on a laptop: 600 synthetic conversations, by character.
 #
 #   python data/chat/prepare.py
 #   python train.py config/train_chat.py
 #   python chat.py --out_dir=out-chat
 #
-# Expect a validation loss of about 0.04 (of the replies alone) after some two minutes on two cores, and nearly all replies
-# right, to the letter, in the conversations that are kept for validation.
+# Expect a validation loss of about 0.04, on replies only, after 2 minutes on two CPU cores (docs/benchmarks.md). Nearly all
+# replies in the validation conversations are then exactly right.
 
 out_dir = "out-chat"
 eval_interval = 500
@@ -19,7 +19,7 @@ wandb_run_name = "mini-chat"
 dataset = "chat"
 gradient_accumulation_steps = 1
 batch_size = 8
-block_size = 256  # characters of context, which holds each conversation whole: 8 x 256 = 2,048 tokens an iteration
+block_size = 256  # fits every conversation; 8 x 256 = 2,048 tokens per iteration
 
 n_layer = 4
 n_head = 4

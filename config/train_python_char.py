@@ -1,10 +1,11 @@
-# Characters of Python's own standard library: nothing to download, and ten times the text of Tiny Shakespeare.
+# Train a small GPT on the source code of Python's standard library, by character: nothing to download, and about ten times the
+# text of Tiny Shakespeare.
 #
 #   python data/python_char/prepare.py
 #   python train.py config/train_python_char.py
 #   python sample.py --out_dir=out-python-char --start="def "
 #
-# Expect a validation loss of about 1.59 (Python 3.11) after some 75 s on two cores (BENCHMARKS.md has the machine).
+# Expect a validation loss of about 1.59 (Python 3.11) after 75 s on two CPU cores (docs/benchmarks.md).
 
 out_dir = "out-python-char"
 eval_interval = 250
@@ -18,12 +19,12 @@ wandb_run_name = "mini-gpt"
 dataset = "python_char"
 gradient_accumulation_steps = 1
 batch_size = 12
-block_size = 128  # indentation and open brackets want a longer context: 12 x 128 = 1,536 tokens an iteration
+block_size = 128  # indentation and open brackets need a longer context; 12 x 128 = 1,536 tokens per iteration
 
 n_layer = 4
 n_head = 4
 n_embd = 128
-dropout = 0.0  # 2,000 iterations see a third of the text once
+dropout = 0.0  # cannot overfit: 2,000 iterations see only a third of the text
 
 learning_rate = 1e-3
 max_iters = 2000

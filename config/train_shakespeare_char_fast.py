@@ -1,23 +1,23 @@
-# Characters of Shakespeare on a laptop: the model of train_shakespeare_char_cpu.py with what makes it learn sooner, which is
-# Muon, larger batches, and a higher learning rate that falls further.
+# Train the small GPT of train_shakespeare_char_cpu.py to a lower loss: with Muon, larger batches, and a higher learning rate.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char_fast.py
+#   python sample.py --out_dir=out-shakespeare-char-fast
 #
-# Expect a validation loss of about 1.52 after 92 s on two cores (BENCHMARKS.md has the machine).
+# Expect a validation loss of about 1.52 after 92 s on two CPU cores (docs/benchmarks.md).
 
 out_dir = "out-shakespeare-char-fast"
 eval_interval = 250
 eval_iters = 20
 log_interval = 10
-always_save_checkpoint = False  # keep the best
+always_save_checkpoint = False  # keep the best checkpoint
 
 wandb_project = "shakespeare-char"
 wandb_run_name = "mini-gpt-fast"
 
 dataset = "shakespeare_char"
 gradient_accumulation_steps = 1
-batch_size = 32  # 32 x 64 = 2,048 tokens an iteration, among which Muon's 7 ms count for less than among 768
+batch_size = 32  # 32 x 64 = 2,048 tokens per iteration, over which the 7 ms of a Muon step are spread
 block_size = 64
 
 n_layer = 4
@@ -26,7 +26,7 @@ n_embd = 128
 dropout = 0.0
 
 optimizer = "muon"
-learning_rate = 1e-2  # ten times what AdamW stands
+learning_rate = 1e-2  # ten times the rate that suits AdamW
 max_iters = 2000
 lr_decay_iters = 2000
 min_lr = 1e-4

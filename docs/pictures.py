@@ -31,7 +31,7 @@ VAL_WINDOWS = 200  # windows of the validation split on which attention is measu
 GREY, BLUE, ORANGE = "#777777", "#1f5fa8", "#c2560a"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
     bigram: str = "out-bigram-char"  # folder of a run of the bigram model
     gpt: str = "out-shakespeare-char-cpu"  # folder of a run of a GPT on the same dataset

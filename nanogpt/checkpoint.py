@@ -66,8 +66,15 @@ class Checkpoint:
         return None if description is None else conversation.from_dict(description)
 
     def in_memory(self) -> "Checkpoint":
-        """Return the checkpoint with its tensors read from the file, if they were memory-mapped."""
-        return load(self.path) if self.in_file else self
+        """Return the checkpoint with its tensors read from the file; if they were memory-mapped, they are released here."""
+        if not self.in_file:
+            return self
+        self.release()
+        return load(self.path)
+
+    def release(self) -> None:
+        """Drop all tensors: a memory-mapped file takes room on the disk as long as one is used, even if it was replaced."""
+        self.weights, self.optimizer = {}, None
 
 
 # writing

@@ -1,105 +1,108 @@
-"""Text from the network or the disk, tokenized into the token files of a dataset: what each prepare.py stands on."""
+"""Datasets from text: download, read, split, tokenize and write. The building blocks of every prepare.py."""
 
 import hashlib
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from nanogpt.errors import UserError
+from nanogpt.files import atomic_write
 from nanogpt.tokenizer import CharTokenizer, Tokenizer
 
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-TRIES = 3  # for one download
-TIMEOUT = 20  # seconds without a byte
-BLOCK = 1 << 16  # bytes read at once from the network
+DOWNLOAD_TRIES = 3
+DOWNLOAD_TIMEOUT_SECONDS = 20  # without a byte received
+DOWNLOAD_CHUNK_BYTES = 1 << 16
+
+STAGED = ".part"  # suffix of a complete token file that is not yet renamed into its place
 
 
 def download(url: str, path: Path, sha256: str) -> None:
-    """Fetch `url` into `path`, which appears only when it is whole and has the hexadecimal digest `sha256`.
+    """Download `url` to `path` with a progress bar, retrying after a temporary failure.
 
-    Shows a progress bar and tries again after a passing failure. UserError where it cannot be had.
+    `path` appears only once the file is complete and has the hexadecimal digest `sha256`. Raises UserError otherwise.
     """
-    import requests  # takes longer than all of sample.py's other modules, which need none of it
+    import requests  # imported here, since it is slow to import and sample.py does not need it
 
-    part = path.with_name(path.name + ".part")
-    try:
-        for attempt in range(TRIES):
+    with atomic_write(path) as file:
+        for attempt in range(DOWNLOAD_TRIES):
             try:
-                _fetch(url, part)
+                digest = _fetch(url, file, path.stem)
                 break
             except requests.RequestException as error:
                 status = error.response.status_code if error.response is not None else None
-                if attempt == TRIES - 1 or (status is not None and 400 <= status < 500 and status != 429):
+                permanent = status is not None and 400 <= status < 500 and status != 429
+                if permanent or attempt == DOWNLOAD_TRIES - 1:
                     why = f"status {status}" if status else type(error).__name__
-                    raise UserError(f"cannot download {url} ({why}); save that file yourself as {path}") from error
+                    raise UserError(f"cannot download {url} ({why}); download it yourself and save it as {path}") from error
                 time.sleep(2**attempt)
-        found = hashlib.sha256(part.read_bytes()).hexdigest()
-        if found != sha256:
-            raise UserError(f"{url} is not the file that was expected (sha256 {found}, not {sha256})")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        if digest != sha256:
+            raise UserError(f"{url} must have the sha256 {sha256}, got {digest}; save the right file as {path}")
 
 
-def _fetch(url: str, path: Path) -> None:
+def _fetch(url: str, file: BinaryIO, name: str) -> str:
+    """Download `url` into `file`, from its beginning, and return the sha256."""
     import requests
 
-    with requests.get(url, stream=True, timeout=TIMEOUT) as response:
+    file.seek(0)
+    file.truncate()
+    digest, received = hashlib.sha256(), 0
+    with requests.get(url, stream=True, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
         response.raise_for_status()
         length = int(response.headers.get("Content-Length", 0)) or None
-        encoded = "Content-Encoding" in response.headers  # then the length is not that of what arrives here
-        with (
-            open(path, "wb") as file,
-            tqdm(total=None if encoded else length, desc=path.stem, unit="B", unit_scale=True, disable=None) as bar,
-        ):
-            received = 0
-            for block in response.iter_content(BLOCK):
-                received += file.write(block)
-                bar.update(len(block))
-    if length is not None and not encoded and received != length:
-        raise requests.ConnectionError(f"{received} of {length} bytes arrived")
+        if "Content-Encoding" in response.headers:  # compressed: the length is not that of the decoded file
+            length = None
+        with tqdm(total=length, desc=name, unit="B", unit_scale=True, disable=None) as bar:
+            for chunk in response.iter_content(DOWNLOAD_CHUNK_BYTES):
+                received += file.write(chunk)
+                digest.update(chunk)
+                bar.update(len(chunk))
+    if length is not None and received != length:
+        raise requests.ConnectionError(f"received {received:,} of {length:,} bytes")
+    return digest.hexdigest()
 
 
 def tiny_shakespeare(url: str, path: Path) -> str:
-    """Return the text of `path`, which is downloaded from `url` where it is not there yet.
+    """Return the text of `path`, downloading it from `url` first if it does not exist.
 
-    A file that is there may be any text: people put their own in its place.
+    An existing file may hold any text: people put their own in its place.
     """
     if not path.exists():
         download(url, path, TINY_SHAKESPEARE_SHA256)
     elif hashlib.sha256(path.read_bytes()).hexdigest() != TINY_SHAKESPEARE_SHA256:
-        print(f"{shown_path(path)} is not Tiny Shakespeare; taking it as it is")
+        print(f"{shown_path(path)} is not Tiny Shakespeare; using it as it is")
     return read_text(path)
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file, character for character but for a byte-order mark; UserError where it is none."""
+    """Read a UTF-8 file without translating line ends; drops a byte-order mark. Raises UserError if it is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8 first") from error
 
 
-def read_json(line: bytes, where: str) -> Any:
-    """Return the value in a line of a JSONL file; UserError, which says `where` that is, for one that is damaged."""
+def read_json(line: bytes, place: str) -> Any:
+    """Parse one line of a JSONL file. Raises UserError that names `place`, the file and line, if it is damaged."""
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text; convert it to UTF-8 first") from error
+        raise UserError(f"{place}: not UTF-8 text; convert it to UTF-8 first") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
+        raise UserError(f"{place}: not JSON ({error}); correct or remove this line") from error
 
 
 def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """Cut `documents`, read as one text, where the last `val_fraction` of its characters begins."""
-    rest = int(sum(map(len, documents)) * (1 - val_fraction))
+    """Split into train and validation documents: the last `val_fraction` of all characters is for validation."""
+    rest = int(sum(map(len, documents)) * (1 - val_fraction))  # characters left for training
     train, val = [], []
     for document in documents:
         train.append(document[:rest])
@@ -109,9 +112,9 @@ def split_documents(documents: list[str], val_fraction: float) -> tuple[list[str
 
 
 def encode_documents(documents: list[str], tokenizer: Tokenizer, separate: bool) -> np.ndarray:
-    """Return the ids of `documents` in one int32 array, with a progress bar.
+    """Tokenize `documents` into one int32 array, with a progress bar.
 
-    With `separate`, the end-of-text token follows each document, where the tokenizer has one.
+    With `separate`, each document ends with the end-of-text token, if the tokenizer has one.
     """
     end = [] if isinstance(tokenizer, CharTokenizer) or not separate else [tokenizer.end_of_text]
     parts = [np.empty(0, dtype=np.int32)]
@@ -123,17 +126,17 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer, separate: bool)
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Return the numpy name of the smallest type that holds the ids below `vocab_size`."""
+    """Return the smallest numpy dtype that holds all ids below `vocab_size`."""
     return "uint8" if vocab_size <= 1 << 8 else "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def write_dataset(
     folder: Path, train: list[str], val: list[str], tokenizer: Tokenizer, source: str, separate: bool = False
 ) -> None:
-    """Tokenize the documents in `train` and `val`, write train.bin, val.bin and meta.json, and print their counts.
+    """Tokenize documents, write train.bin, val.bin and meta.json, and print the token counts.
 
-    A process that is killed at any moment leaves the dataset that was there before, the new one, or one without a
-    train.bin, which training does not take. `source` names the text; for `separate` see `encode_documents`.
+    `source` names the text in meta.json; see `encode_documents` for `separate`. A process killed at any moment leaves the old
+    dataset, the new one, or one without train.bin, which training refuses.
     """
     splits = {name: encode_documents(texts, tokenizer, separate) for name, texts in (("train", train), ("val", val))}
     digest = hashlib.sha256()
@@ -151,10 +154,10 @@ def write_tokens(
     masks: dict[str, np.ndarray] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write the ids of the splits train and val as a dataset, as safely as `write_dataset`, and print their counts.
+    """Write the token ids of "train" and "val" as a dataset, as safely as `write_dataset`, and print the token counts.
 
-    `masks` holds for each split a flag an id, whether it is to be learned; `extra` goes into meta.json. `sha256` is the
-    source's hexadecimal digest.
+    `masks` holds a loss mask for each split: a flag per id, nonzero if it is to be learned. `sha256` is the hexadecimal digest
+    of the source, and `extra` is added to meta.json.
     """
     counts = {split: len(ids) for split, ids in splits.items()}
     check_counts(counts)
@@ -167,10 +170,10 @@ def write_tokens(
 
 
 def check_counts(counts: dict[str, int]) -> None:
-    """Raise UserError where a split has too few tokens to learn from."""
+    """Raise UserError if a split is too short to train on."""
     for split, count in counts.items():
         if count < 2:
-            raise UserError(f"the text is too short: it leaves {count} tokens for {split}.bin, which needs at least 2")
+            raise UserError(f"the text is too short: {split}.bin must have at least 2 tokens, got {count}; add text")
 
 
 def finish(
@@ -182,9 +185,9 @@ def finish(
     sha256: str,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Put token files, by name, and their meta.json in the place of the dataset in `folder`, and print `counts`, of tokens.
+    """Replace the dataset in `folder` with `files`, by name, and their meta.json; print the token counts.
 
-    None stands for the content of a file that is written already, beside its place, with ".tmp" after its name.
+    A content of None means that the file is already written, under its name plus STAGED.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     meta = {
@@ -204,33 +207,37 @@ def finish(
 
 
 def _replace_files(folder: Path, files: dict[str, bytes | None]) -> None:
-    """Put `files`, the whole content of a dataset by name (see `finish`), in the place of the dataset in `folder`."""
+    """Replace the dataset in `folder` with `files` (see `finish`), so that files of two datasets are never taken for one."""
     folder.mkdir(parents=True, exist_ok=True)
+    staged = {name: folder / f"{name}{STAGED}" for name in files}
     try:
+        # 1) write all files beside the old ones: a full disk leaves the old dataset
         for name, content in files.items():
-            if content is None:
-                continue
-            with open(folder / f"{name}.tmp", "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            if content is not None:
+                with atomic_write(staged[name]) as file:
+                    file.write(content)
+
+        # 2) remove what makes the old dataset: training refuses a folder without train.bin
         for stale in ("train.bin", "train.mask.bin", "val.mask.bin"):
             (folder / stale).unlink(missing_ok=True)
-        for name in sorted(files, key="train.bin".__eq__):  # train.bin last: without it there is no dataset
-            os.replace(folder / f"{name}.tmp", folder / name)
+
+        # 3) rename, train.bin last
+        for name in sorted(files, key="train.bin".__eq__):
+            os.replace(staged[name], folder / name)
     finally:
-        for name in files:
-            (folder / f"{name}.tmp").unlink(missing_ok=True)
+        for path in staged.values():
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def check_name(name: str, folder: Path) -> None:
-    """Raise UserError where data/<name> is no place for what the prepare.py in `folder` writes."""
+    """Raise UserError if the prepare.py in `folder` must not write to data/<name>."""
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
-        raise UserError(f"--name={name}: a name is made of letters, digits, '-', '_' and '.'")
+        raise UserError(f"--name={name}: a name must be made of letters, digits, '-', '_' and '.', and not start with '.'")
     if name != folder.name and (folder.parent / name / "prepare.py").exists():
-        raise UserError(f"--name={name}: that is a dataset with a prepare.py of its own; choose another name")
+        raise UserError(f"--name={name}: that dataset has its own prepare.py; choose another name")
 
 
 def shown_path(path: Path) -> str:
-    """Return `path` as people read it best: from the current folder where it lies below that."""
+    """Return `path` relative to the current folder if it is inside it."""
     return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)

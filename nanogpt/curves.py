@@ -1,8 +1,6 @@
-"""The loss curves of one or several runs, read from metrics.csv or from logs, as a picture."""
+"""Loss curves of one or more runs, read from metrics.csv or printed logs and drawn with matplotlib."""
 
-import contextlib
 import math
-import os
 import re
 import time
 import warnings
@@ -14,11 +12,13 @@ import numpy as np
 
 from nanogpt import errors, metrics
 from nanogpt.errors import UserError
+from nanogpt.files import atomic_write
 
-LOSS = re.compile(r"iter (\d+): loss ([\d.]+|nan|inf),")  # nanoGPT's lines, and ours
-LOSSES = re.compile(r"step (\d+): train loss (?:[\d.]+|nan|inf), val loss ([\d.]+|nan|inf)")
-TOKENS = re.compile(r"tokens per iteration(?: will be)?: ([\d,]+)")
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # told apart by all (Okabe & Ito 2008)
+# printed lines of train.py and of nanoGPT
+ITER_LINE = re.compile(r"iter (\d+): loss ([\d.]+|nan|inf),")
+STEP_LINE = re.compile(r"step (\d+): train loss (?:[\d.]+|nan|inf), val loss ([\d.]+|nan|inf)")
+TOKENS_LINE = re.compile(r"tokens per iteration(?: will be)?: ([\d,]+)")
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # colorblind-safe (Okabe & Ito 2008)
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -39,48 +39,49 @@ RING = {"linestyle": "", "marker": "o", "markersize": 8, "markerfacecolor": "whi
 
 @dataclass
 class Run:
-    """The losses of one run, in nats a token, and where on the x axis they stand."""
+    """The losses of one run, in nats per token, and their positions on the x axis."""
 
     name: str
     train_x: np.ndarray  # (n,)
-    train: np.ndarray  # (n,) of the batches; not a number where it was none
+    train: np.ndarray  # (n,) training loss of each logged batch; NaN if it was not finite
     val_x: np.ndarray  # (m,)
-    val: np.ndarray  # (m,) of the evaluations
+    val: np.ndarray  # (m,) validation loss of each evaluation
 
 
 class NothingToDraw(UserError):
-    """A file without losses, or no file, as of a run that has only begun."""
+    """The file is missing or has no losses, as when a run has only just started."""
 
 
 class Curves:
-    """Keeps the picture of a run that goes on up to date: inside its `with` block where that costs little, and at its end."""
+    """Keeps a run's loss.png up to date: redraws it during the run while that is cheap, and at the end of the `with` block."""
 
-    SHARE = 0.01  # of the time so far is what drawing may take before the end
-    FIRST = 1.0  # seconds that the first drawing is taken to need, since it imports matplotlib
+    MAX_SHARE = 0.01  # of the run's time so far that drawing may take
+    FIRST_DRAW_SECONDS = 1.0  # assumed cost of the first drawing, which imports matplotlib
 
     def __init__(self, out_dir: Path, is_main: bool = True):
-        """Draw the metrics.csv of `out_dir`; in all processes but the main one, do nothing."""
+        """Draw the metrics.csv in `out_dir`. Only the main process (rank 0) draws; in the others this does nothing."""
         self._out_dir, self._is_main = out_dir, is_main
-        self._began, self._spent, self._expected, self._has_failed = time.perf_counter(), 0.0, self.FIRST, False
+        self._started, self._spent, self._has_failed = time.perf_counter(), 0.0, False
+        self._expected = self.FIRST_DRAW_SECONDS
 
     def update(self) -> None:
-        """Draw, if the time allows for it."""
-        if self._spent + self._expected < self.SHARE * (time.perf_counter() - self._began):
+        """Draw if it keeps within MAX_SHARE of the time."""
+        if self._spent + self._expected < self.MAX_SHARE * (time.perf_counter() - self._started):
             self.draw()
 
     def draw(self) -> None:
-        """Draw what there is; a failure is a warning, the first time."""
-        began = time.perf_counter()
+        """Draw the losses so far. A failure is a warning, once: no picture is worth a run."""
+        started = time.perf_counter()
         try:
             if self._is_main:
                 draw([read(self._out_dir)], self._out_dir / "loss.png")
         except NothingToDraw:
             pass
-        except Exception as error:  # no picture is worth a run
+        except Exception as error:
             if not self._has_failed:
                 errors.warn(f"{self._out_dir / 'loss.png'} is not drawn: {error or type(error).__name__}")
             self._has_failed = True
-        self._expected = time.perf_counter() - began
+        self._expected = time.perf_counter() - started
         self._spent += self._expected
 
     def __enter__(self) -> "Curves":
@@ -91,7 +92,10 @@ class Curves:
 
 
 def read(path: Path, x: str = "iterations") -> Run:
-    """Read the run in a folder, a metrics.csv or a log; `x` is what its losses stand against. UserError where it has none."""
+    """Read a run from its folder, its metrics.csv or its printed log, with `x` on the x axis.
+
+    Raises NothingToDraw, a UserError, if there are no losses.
+    """
     file = path / "metrics.csv" if path.is_dir() else path
     if not file.is_file():
         raise NothingToDraw(f"{file}: no such file; name run folders, metrics.csv files or logs")
@@ -107,42 +111,43 @@ def read(path: Path, x: str = "iterations") -> Run:
     else:
         train, val = read_log(file, x)
     if not any(math.isfinite(loss) for _, loss in train + val):
-        raise NothingToDraw(f"{file}: no losses in it (yet); a metrics.csv has them, or what train.py or nanoGPT prints")
+        raise NothingToDraw(f"{file}: no losses in it yet; give a metrics.csv, or the printed log of train.py or nanoGPT")
     return Run(name, *np.array(train, ndmin=2).reshape(-1, 2).T, *np.array(val, ndmin=2).reshape(-1, 2).T)
 
 
 def read_log(path: Path, x: str) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """Return (x, loss) of each batch and of each evaluation of the validation split that a log tells of.
+    """Return (x, loss) of each logged batch and of each evaluation in a printed log.
 
-    Where a run went on from an earlier iteration, what it had done beyond that counts as undone.
+    A resumed run repeats iterations; only the last time counts. Raises UserError if the log does not contain `x`.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
-    found = []
-    for pattern in (LOSS, LOSSES):
+    curves = []
+    for pattern in (ITER_LINE, STEP_LINE):
         points: list[tuple[float, float]] = []
         for iteration, loss in pattern.findall(text):
             while points and points[-1][0] >= int(iteration):
                 points.pop()
             points.append((int(iteration), float(loss)))
-        found.append(points)
-    if x == "iterations" or found == [[], []]:
-        return found[0], found[1]
-    tokens = TOKENS.search(text)
+        curves.append(points)
+    if x == "iterations" or curves == [[], []]:
+        return curves[0], curves[1]
+    tokens = TOKENS_LINE.search(text)
     if x == "seconds" or tokens is None:
-        raise UserError(f"{path}: a log that does not tell the {x}: draw it with --x=iterations")
-    each = int(tokens[1].replace(",", ""))
-    return tuple([(iteration * each, loss) for iteration, loss in points] for points in found)
+        raise UserError(f"{path}: this log does not contain the {x}; use --x=iterations")
+    tokens_per_iteration = int(tokens[1].replace(",", ""))
+    return tuple([(iteration * tokens_per_iteration, loss) for iteration, loss in points] for points in curves)
 
 
 def best_of(run: Run) -> int | None:
-    """Return which evaluation has the lowest validation loss; None where there is none."""
+    """Return the index of the evaluation with the lowest validation loss, or None if there is none."""
     return int(np.nanargmin(run.val)) if np.isfinite(run.val).any() else None
 
 
 def smooth(values: np.ndarray, half: int) -> np.ndarray:
-    """Return the mean over up to `half` neighbours on either side, (n,), which is no number where most of them are none.
+    """Centered moving average of (n,) values over up to `half` neighbors on each side, ignoring NaN.
 
-    Near the beginning they are fewer, so that its fall is not flattened; none comes from the right where none is.
+    The window grows from the start, so that the steep first part of a loss curve is not flattened, and is cut at the end.
+    Where fewer than half of the window's values are finite, the result is NaN.
     """
     n, good = len(values), np.isfinite(values)
     i = np.arange(n)
@@ -155,7 +160,7 @@ def smooth(values: np.ndarray, half: int) -> np.ndarray:
 
 
 def envelope(x: np.ndarray, y: np.ndarray, count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
-    """Return a line that looks like that of many points: through the lowest and the highest of every few."""
+    """Thin out a long line to about 2 * `count` points: the lowest and the highest of each group of neighbors."""
     each = -(-len(x) // count)
     if each <= 2:
         return x, y
@@ -166,56 +171,56 @@ def envelope(x: np.ndarray, y: np.ndarray, count: int = 2000) -> tuple[np.ndarra
 
 
 def draw(runs: list[Run], path: Path, x: str = "iterations", log: str = "none") -> None:
-    """Draw the losses of `runs`, which `read` has read against `x`, to a PNG or SVG file, which is always whole."""
+    """Draw runs, which `read` has read with the same `x`, to a PNG or SVG file; the file is written atomically."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from PIL import Image  # which matplotlib stands on
+        from PIL import Image  # a dependency of matplotlib
     except ImportError as error:
         raise UserError("curves need the package matplotlib: pip install matplotlib") from error
-    part = path.with_name(path.name + ".tmp")
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a letter that the font lacks
-        matplotlib.rcdefaults()  # the same picture for everyone
+        warnings.simplefilter("ignore")  # of characters that the font lacks
+        matplotlib.rcdefaults()  # the same picture whatever the user's own settings
         matplotlib.rcParams.update(STYLE)
         figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
         fill(figure.add_subplot(), runs, x, log)
-        try:
+        with atomic_write(path, durable=False) as file:
             if path.suffix.lower() == ".png":
                 canvas = FigureCanvasAgg(figure)
                 canvas.draw()
                 pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-                pixels.quantize(128).save(part, "PNG")  # a third of the bytes, and nobody sees it
+                pixels.quantize(128).save(file, "PNG")  # 128 colors: a third of the size, with no visible difference
             else:
-                figure.savefig(part, format=path.suffix[1:].lower())
-            os.replace(part, path)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+                figure.savefig(file, format=path.suffix[1:].lower())
 
 
 def fill(axes: Any, runs: list[Run], x: str, log: str) -> None:
-    """Draw the runs into a matplotlib Axes."""
+    """Draw runs into a matplotlib Axes."""
     from matplotlib import ticker
     from matplotlib.lines import Line2D
 
     alone = len(runs) == 1
-    unit, label = (1, x) if "x" in log else _unit(runs, x)  # powers of ten need no other
-    losses: list[np.ndarray] = []  # what must be in the picture; the worst batches may be beyond its edge
-    entries: list[tuple[Any, str]] = []
+    unit, label = (1, x) if "x" in log else _unit(runs, x)  # a log axis shows powers of ten, and needs no other unit
+    losses: list[np.ndarray] = []  # what the y axis must show; outliers among single batches may lie outside
+    entries: list[tuple[Any, str]] = []  # of the legend
     smoothed_label = "training"
     for number, run in enumerate(runs):
+        # colors, smoothing and y range
         color = COLORS[number % len(COLORS)]
         val_color = COLORS[1] if alone else color
         half = len(run.train) // 50
         smoothed, best = smooth(run.train, half), best_of(run)
         smoothed_label = "training, smoothed" if half else smoothed_label
         losses += [smoothed, run.val, np.nanpercentile(run.train, [1, 99]) if np.isfinite(run.train).any() else run.val]
+
+        # curves: single batches (faint), smoothed training loss, validation loss
         raw_x, raw = (run.train_x, run.train) if "x" in log else envelope(run.train_x, run.train)
         axes.plot(raw_x / unit, raw, color=color, alpha=0.25 if half else 1.0, linewidth=0.7)
         (train,) = axes.plot(run.train_x / unit, smoothed, color=color, linewidth=1.8 if alone else 1.0)
         (val,) = axes.plot(run.val_x / unit, run.val, color=val_color, **DOTS if len(run.val) <= 50 else {"linewidth": 2})
+
+        # legend, and a ring around the best evaluation
         if not alone:
             entries.append((val, run.name if best is None else f"{run.name}, best {run.val[best]:.3f}"))
         else:
@@ -226,6 +231,8 @@ def fill(axes: Any, runs: list[Run], x: str, log: str) -> None:
     if not alone:
         entries.append((Line2D([], [], color="#777777", linewidth=1), smoothed_label))
         entries.append((Line2D([], [], color="#777777", **DOTS), "validation"))
+
+    # axes, title and legend
     _scale(axes, np.concatenate(losses), log)
     axes.set_xlabel(label)
     axes.set_ylabel("loss (nats per token)")
@@ -236,11 +243,11 @@ def fill(axes: Any, runs: list[Run], x: str, log: str) -> None:
         axes.set_title(runs[0].name, loc="left", parse_math=False)
     handles, labels = zip(*entries, strict=True)
     for text in axes.legend(handles, labels, loc="lower left" if "x" in log else "upper right").get_texts():
-        text.set_parse_math(False)  # a name may have dollar signs
+        text.set_parse_math(False)  # a name may contain dollar signs
 
 
 def _scale(axes: Any, losses: np.ndarray, log: str) -> None:
-    """Set the scales of the axes, and the limits of the losses so that `losses` are within them."""
+    """Set linear or logarithmic scales, and the y limits to the range of `losses` plus a margin."""
     from matplotlib import ticker
 
     losses = losses[np.isfinite(losses) & ((losses > 0) | ("y" not in log))]
@@ -262,7 +269,7 @@ def _scale(axes: Any, losses: np.ndarray, log: str) -> None:
 
 
 def _unit(runs: list[Run], x: str) -> tuple[float, str]:
-    """Return the number that is 1 on the x axis, and its label."""
+    """Return the unit of the x axis, as a divisor, and its label: hours instead of thousands of seconds."""
     last = max(value for run in runs for value in (*run.train_x[-1:], *run.val_x[-1:]))
     units = {"seconds": [(3600, "hours"), (60, "minutes")], "tokens": [(1e9, "billion tokens"), (1e6, "million tokens")]}
     return next(((unit, label) for unit, label in units.get(x, []) if last >= unit), (1, x))

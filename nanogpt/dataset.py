@@ -1,8 +1,8 @@
-"""Token files, checked, and the batches that are drawn from them.
+"""Datasets: checks token files and draws random batches from them.
 
-The windows of a batch are a pure function of (seed, stream, iteration): there is no state to save, and one process or
-eight, interrupted or not, see the same tokens. They are read rather than memory-mapped: that is quicker for so small parts,
-and where a file gets shorter in the meantime it is an error message rather than the end of the process.
+The windows of a batch are a pure function of (seed, stream, iteration): there is no state to save, and every world size sees
+the same tokens, interrupted or not. Windows are read with plain file reads instead of a memory map: reads are faster for
+pieces this small, and a file that shrinks during the run raises an error instead of killing the process (SIGBUS).
 """
 
 import os
@@ -15,12 +15,12 @@ import torch
 
 from nanogpt import conversation, tokenizer
 from nanogpt.conversation import ChatFormat
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, shown
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 DTYPES = ("uint8", "uint16", "uint32")
-CHECKED_TOKENS = 1 << 24  # at either end of a token file; further in, each batch is checked as it is read
-CHECKED_AT_ONCE = 1 << 20  # so that a large file takes no more memory than a small one
+CHECKED_TOKENS = 1 << 24  # ids checked at each end of a token file; every batch is checked again when it is read
+CHECK_CHUNK_TOKENS = 1 << 20  # ids checked at a time, so that a large file needs no more memory than a small one
 
 Split = Literal["train", "val"]
 Stream = Literal["train", "eval_train", "eval_val"]
@@ -28,22 +28,24 @@ STREAMS = {"train": 0, "eval_train": 1, "eval_val": 2}
 
 
 class FileLost(UserError):
-    """A token file that is gone, or another one, since the dataset was opened."""
+    """A token file has disappeared or changed since the dataset was opened."""
 
 
 class Dataset:
-    """One dataset's folder: its tokenizer, its chat format and the token files of its two splits."""
+    """A prepared dataset: the token files of its two splits, its tokenizer and its chat format."""
 
     def __init__(self, name: str):
-        """Open data/<name>, or the folder `name` where that is a path; UserError where it is missing or damaged."""
+        """Open data/<name>, or the folder `name` if it is a path. Raises UserError if it is missing or damaged."""
         self.name = name
         self.folder = DATA / name
         for split in ("train", "val"):
             if not (self.folder / f"{split}.bin").is_file():
                 raise UserError(_missing(name, self.folder, split))
+
+        # tokenizer and description
         self.tokenizer = tokenizer.from_folder(self.folder)
-        self.dtype = np.dtype("<u2")  # nanoGPT's, whose folders have no meta.json
-        self.chat_format: ChatFormat | None = None  # that of a dataset of conversations
+        self.dtype = np.dtype("<u2")  # nanoGPT's folders have no meta.json
+        self.chat_format: ChatFormat | None = None  # set for a dataset of conversations
         counts = {}
         if (self.folder / "meta.json").is_file():
             meta = tokenizer.read_meta(self.folder)
@@ -56,49 +58,59 @@ class Dataset:
                     self.chat_format = conversation.from_dict(meta["chat_format"])
                 except UserError as error:
                     raise self._damaged("meta.json", str(error)) from error
+
+        # token files
         self.tokens: dict[Split, int] = {}
         for split in ("train", "val"):
             size = (self.folder / f"{split}.bin").stat().st_size
             if size % self.dtype.itemsize:
-                raise self._damaged(f"{split}.bin", f"its {size} bytes are no whole number of {self.dtype.name} tokens")
+                raise self._damaged(f"{split}.bin", f"its {size:,} bytes are not a whole number of {self.dtype.name} tokens")
             self.tokens[split] = size // self.dtype.itemsize
-            if counts.get(split, self.tokens[split]) != self.tokens[split]:
-                raise self._damaged(f"{split}.bin", f"{self.tokens[split]:,} tokens where meta.json counts {counts[split]}")
+            expected = counts.get(split, self.tokens[split])
+            if expected != self.tokens[split]:
+                expected = f"{expected:,}" if isinstance(expected, int) else shown(expected)
+                raise self._damaged(f"{split}.bin", f"it has {self.tokens[split]:,} tokens, but meta.json says {expected}")
+
+        # loss masks
         self.masks = [split for split in self.tokens if (self.folder / f"{split}.mask.bin").is_file()]
         for split in self.masks:
             flags = (self.folder / f"{split}.mask.bin").stat().st_size
             if flags != self.tokens[split]:
-                raise self._damaged(f"{split}.mask.bin", f"{flags} flags for {self.tokens[split]} tokens")
+                raise self._damaged(f"{split}.mask.bin", f"it has {flags:,} flags for {self.tokens[split]:,} tokens")
 
     def check(self, block_size: int, vocab_size: int) -> None:
-        """Raise UserError where the splits are too short for `block_size` or hold ids that are not below `vocab_size`."""
+        """Raise UserError if a split is too short for `block_size`, or has ids that are not below `vocab_size`.
+
+        Ids in the middle of a large file are left to `windows`, which checks each batch.
+        """
         for split, count in self.tokens.items():
             if count <= block_size:
-                advice = f"give --block_size={count - 1} or less, or more text" if count > 1 else "give more text"
+                advice = f"lower it to --block_size={count - 1} or add text" if count > 1 else "add text"
                 raise UserError(
-                    f"{self.folder.name}/{split}.bin has {count:,} tokens, too few for block_size={block_size}: {advice}"
+                    f"{self.folder.name}/{split}.bin must have more tokens than block_size={block_size}, got {count:,}; "
+                    f"{advice}"
                 )
             for end in {min(count, CHECKED_TOKENS), count}:
-                for start in range(max(0, end - CHECKED_TOKENS), end, CHECKED_AT_ONCE):
-                    part = self._read(split, "", self.dtype, np.array([start]), min(CHECKED_AT_ONCE, end - start))
-                    self._check_ids(split, part, vocab_size)
+                for start in range(max(0, end - CHECKED_TOKENS), end, CHECK_CHUNK_TOKENS):
+                    chunk = self._read(split, "", self.dtype, np.array([start]), min(CHECK_CHUNK_TOKENS, end - start))
+                    self._check_ids(split, chunk, vocab_size)
 
     def describe(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the dataset, so that its text can be generated without it."""
+        """Return what a checkpoint stores, so that sampling works without the dataset: tokenizer and chat format."""
         formats = {} if self.chat_format is None else {"chat_format": conversation.to_dict(self.chat_format)}
         return {"tokenizer": self.tokenizer.to_dict(), **formats}
 
     def draw(self, split: Split, stream: Stream, seed: int, iteration: int, count: int, block_size: int) -> np.ndarray:
-        """Return where `count` random windows of `block_size` + 1 tokens start: (count,) int64.
+        """Return the starts of `count` random windows of `block_size` + 1 tokens: (count,) int64.
 
-        The numbers are those of Philox (Salmon et al. 2011), a generator whose n-th output needs none before it.
+        Uses the counter-based generator Philox (Salmon et al. 2011): any iteration can be drawn without those before it.
         """
         philox = np.random.Philox(key=[seed, STREAMS[stream]], counter=[0, 0, iteration, 0])
         starts = philox.random_raw(count) % np.uint64(self.tokens[split] - block_size)
         return starts.astype(np.int64)
 
     def consecutive(self, split: Split, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield (starts, length) of batches that cover a split with each target once; only the last window is shorter."""
+        """Yield (starts, length) of batches that cover each target of a split once; only the last window is shorter."""
         targets = self.tokens[split] - 1
         starts = np.arange(0, targets - block_size + 1, block_size)
         for i in range(0, len(starts), batch_size):
@@ -107,9 +119,9 @@ class Dataset:
             yield np.array([targets - targets % block_size]), targets % block_size
 
     def windows(self, split: Split, starts: np.ndarray, length: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs and targets, each (len(starts), length) int64: the windows at `starts`, and the same one further on.
+        """Return inputs and targets, each (len(starts), length) int64; targets are the inputs shifted by one token.
 
-        Targets that a mask file leaves out are -1. UserError where an id is not below `vocab_size`.
+        Targets that the loss mask leaves out are -1. Raises UserError if an id is not below `vocab_size`.
         """
         rows = self._read(split, "", self.dtype, starts, length + 1)  # (B, T + 1)
         self._check_ids(split, rows, vocab_size)
@@ -120,7 +132,7 @@ class Dataset:
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def _read(self, split: Split, suffix: str, dtype: np.dtype, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return what a file of the split holds at `starts`: (len(starts), length); FileLost where it has changed."""
+        """Read windows from a file of the split: (len(starts), length). Raises FileLost if the file has changed."""
         path = self.folder / f"{split}{suffix}.bin"
         rows = np.empty((len(starts), length), dtype)
         expected = self.tokens[split] * dtype.itemsize
@@ -131,29 +143,29 @@ class Dataset:
                     file.seek(start * dtype.itemsize)
                     whole = whole and file.readinto(row) == row.nbytes
         except OSError as error:
-            raise FileLost(f"{path}: cannot be read any more ({error.strerror})") from error
+            raise FileLost(f"{path} can no longer be read ({error.strerror})") from error
         if not whole:
-            raise FileLost(f"{path} has changed during the run: it no longer has its {expected:,} bytes")
+            raise FileLost(f"{path} has changed during the run: it no longer has {expected:,} bytes")
         return rows
 
     def _check_ids(self, split: Split, ids: np.ndarray, vocab_size: int) -> None:
         if ids.max() >= vocab_size:
             raise UserError(
-                f"{self.folder.name}/{split}.bin holds the token id {ids.max()}, beyond the model's {vocab_size} tokens: "
-                "the dataset and the model do not belong together, or the file is damaged"
+                f"{self.folder.name}/{split}.bin: token ids must be below the model's vocabulary size {vocab_size:,}, got "
+                f"{ids.max():,}; prepare the dataset again, or choose the dataset that belongs to the model"
             )
 
-    def _damaged(self, file: str, what: str) -> UserError:
-        return UserError(f"{self.folder / file} is damaged ({what}); prepare the dataset again")
+    def _damaged(self, file: str, why: str) -> UserError:
+        return UserError(f"{self.folder / file} is damaged ({why}); prepare the dataset again")
 
 
 def _missing(name: str, folder: Path, split: str) -> str:
     if (folder / "prepare.py").is_file():
-        return f"dataset '{name}' is not prepared yet (no {split}.bin): run python data/{name}/prepare.py"
+        return f"dataset '{name}' is not prepared yet (no {split}.bin); run python data/{name}/prepare.py"
     if folder.is_dir():
-        return f"dataset '{name}': {folder} holds no {split}.bin"
-    ready = sorted(path.parent.name for path in DATA.glob("*/train.bin"))
+        return f"dataset '{name}': no {split}.bin in {folder}; run the prepare.py that makes it"
+    prepared = sorted(path.parent.name for path in DATA.glob("*/train.bin"))
     return (
-        f"dataset '{name}': no such folder in data/; prepared are: {', '.join(ready) or 'none'}; "
-        "python data/text/prepare.py --input=FILE --name=NAME makes one of your own text"
+        f"dataset '{name}' not found; prepared datasets: {', '.join(prepared) or 'none'}; "
+        "python data/text/prepare.py --input=FILE --name=NAME prepares your own text"
     )

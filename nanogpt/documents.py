@@ -1,4 +1,4 @@
-"""Documents of local files or of the Hugging Face Hub, read one after the other, from any of them on."""
+"""Document sources: local files or the Hugging Face Hub, read one document after another, from any position on."""
 
 import gzip
 import hashlib
@@ -10,70 +10,70 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nanogpt import corpus
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, first_line, shown
 
-ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
-BATCH = 1024  # rows of a Parquet file that are turned into strings at once
+FILE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+PARQUET_BATCH_ROWS = 1024
 
-Position = list  # [index of a file, place in it], as JSON holds it; the place is that of the file's own reader
+Position = list  # [index of the file, place in it], which JSON can hold; each file format has its own kind of place
 BEGINNING: Position = [0, None]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files of documents in their order."""
+    """Files of documents, in order."""
 
-    name: str  # for people
-    files: list[str]  # paths, or addresses on the Hub
+    name: str  # shown to people
+    files: list[str]  # paths, or URLs on the Hub
     sizes: list[int]  # bytes
-    identity: str  # other files have another one
+    identity: str  # a digest that changes when the files do
 
 
 def local(path: str) -> Source:
-    """Return the file `path`, or the visible files below the folder `path` in the order of their names.
+    """Return the file `path`, or all visible files below the folder `path`, sorted by path.
 
-    A Parquet file has its documents in the column "text", a JSONL file in the field "text" of its lines, and a text file is
-    one document. UserError where there is none of these.
+    Documents are the column "text" of a Parquet file, the field "text" of each line of a JSONL file, and a text file as a
+    whole. Raises UserError if there is no such file.
     """
     top = Path(path)
     if not top.exists():
         raise UserError(f"--input={path}: no such file or folder")
     found = sorted(top.rglob("*")) if top.is_dir() else [top]
     found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(top).parts)]
-    files = [file for file in found if file.name.lower().endswith(ENDINGS) and file.is_file()]
+    files = [file for file in found if file.name.lower().endswith(FILE_SUFFIXES) and file.is_file()]
     if not files:
-        raise UserError(f"--input={path}: {'no file in it' if top.is_dir() else 'no name that'} ends with {', '.join(ENDINGS)}")
+        raise UserError(f"--input={path}: no file{' in it' if top.is_dir() else ''} that ends with {', '.join(FILE_SUFFIXES)}")
     states = [file.stat() for file in files]
     identity = [[str(file.resolve()), state.st_size, state.st_mtime_ns] for file, state in zip(files, states, strict=True)]
     return Source(top.resolve().name, list(map(str, files)), [state.st_size for state in states], _digest(identity))
 
 
 def hub(path: str, name: str, revision: str) -> Source:
-    """Return the Parquet files of the split train of a dataset on the Hub, or of a folder in that layout.
+    """Return the Parquet files of the train split of a Hub dataset, or of a local folder with the Hub's layout.
 
-    The datasets library finds them, and runs no code from there. They are read here, since its cache would need all of them
-    for a sample, and its streams have lost documents when they went on (its issues 7538, 8145, 8308). UserError where they
-    cannot be had.
+    `name` is the subset. The datasets library only lists the files, and runs no code of the dataset. They are read here,
+    since its cache would download everything for a small sample, and its streams can lose documents when they are resumed
+    (its issues 7538, 8145, 8308). Raises UserError if the files are out of reach.
     """
-    advice = "or give local files: --input=FILE_OR_FOLDER (Parquet, JSONL or text)"
+    advice = "or use local files: --input=FILE_OR_FOLDER (Parquet, JSONL or text)"
     try:
         import datasets
         import fsspec
     except ImportError as error:
-        raise UserError(f"{path} comes by the datasets library: pip install datasets; {advice}") from error
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each of its retries in two lines
+        raise UserError(f"downloading {path} needs the datasets library: pip install datasets; {advice}") from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs two lines for each retry
     try:
         files = list(datasets.load_dataset_builder(path, name, revision=revision).config.data_files["train"])
         sizes = [system.size(file) for system, file in map(fsspec.core.url_to_fs, files)]
-    except Exception as error:  # what a network and four libraries raise has no common class
-        raise UserError(f"cannot get {path} from the Hugging Face Hub ({error}); try again, {advice}") from error
+    except Exception as error:  # a network and four libraries: their errors share no base class
+        raise UserError(f"cannot get {path} from the Hugging Face Hub ({first_line(error)}); try again, {advice}") from error
     return Source(f"{path}, {name}, {revision}", files, sizes, _digest([files, sizes]))
 
 
 def read(source: Source, position: Position) -> Iterator[tuple[Position, int, str]]:
-    """Yield (position after it, bytes read so far, text) of each document from a position on.
+    """Yield (position after it, bytes read so far, text) for each document from `position` on.
 
-    UserError, with the file and the line or row, for one that is damaged.
+    Raises UserError with the file and the line or row if a document is damaged.
     """
     first, start = position
     for index in range(first, len(source.files)):
@@ -84,35 +84,37 @@ def read(source: Source, position: Position) -> Iterator[tuple[Position, int, st
                 yield [index, place], before + done, text
         except UserError:
             raise
-        except Exception as error:  # nor have gzip's, pyarrow's and the network's
-            advice = "; the same command goes on where this one stops" if "://" in file else ""
-            raise UserError(f"{file}: cannot be read ({type(error).__name__}: {error}){advice}") from error
+        except Exception as error:  # nor do the errors of gzip, pyarrow and the network share a base class
+            advice = "; run the same command again to continue" if "://" in file else ""
+            raise UserError(f"{file}: cannot be read ({type(error).__name__}: {first_line(error)}){advice}") from error
 
 
 def _parquet(file: str, start: int | None, size: int) -> Iterator[tuple[int, int, str]]:
+    """Read a Parquet file; a place is the number of rows read."""
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow") from error
     with _open(file) as opened, pyarrow.parquet.ParquetFile(opened) as table:
         if "text" not in table.schema_arrow.names:
-            raise UserError(f"{file}: no column 'text' among {', '.join(table.schema_arrow.names)}")
+            raise UserError(f"{file}: no column 'text', only {', '.join(table.schema_arrow.names)}; rename the column of texts")
         row, total = 0, table.metadata.num_rows
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
             if row + rows <= (start or 0):
                 row += rows
                 continue
-            for batch in table.iter_batches(BATCH, [group], ["text"]):
+            for batch in table.iter_batches(PARQUET_BATCH_ROWS, [group], ["text"]):
                 for text in batch.column(0).to_pylist():
                     row += 1
                     if not isinstance(text, str):
-                        raise UserError(f"{file}, row {row}: the column 'text' holds {text!r}")
+                        raise UserError(f"{file}, row {row}: column 'text' must be a string, got {shown(text)}")
                     if row > (start or 0):
                         yield row, size * row // total, text
 
 
 def _jsonl(file: str, start: list[int] | None, size: int) -> Iterator[tuple[list[int], int, str]]:
+    """Read a JSONL file, compressed or not; a place is [bytes, lines] read, before compression."""
     offset, number = start or (0, 0)
     with open(file, "rb") as opened, gzip.open(opened) if file.lower().endswith(".gz") else opened as lines:
         lines.seek(offset)
@@ -120,14 +122,15 @@ def _jsonl(file: str, start: list[int] | None, size: int) -> Iterator[tuple[list
             offset, number = offset + len(line), number + 1
             if not line.strip():
                 continue
-            where = f"{file}, line {number}"
-            value = corpus.read_json(line.removeprefix(b"\xef\xbb\xbf"), where)
+            place = f"{file}, line {number}"
+            value = corpus.read_json(line.removeprefix(b"\xef\xbb\xbf"), place)
             if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-                raise UserError(f'{where}: no field "text" that holds a string')
+                raise UserError(f'{place}: must be an object with a string in the field "text", got {shown(value)}')
             yield [offset, number], opened.tell(), value["text"]
 
 
 def _text(file: str, start: bool | None, size: int) -> Iterator[tuple[bool, int, str]]:
+    """Read a text file as one document; a place is whether it has been read."""
     if not start:
         yield True, size, corpus.read_text(Path(file))
 

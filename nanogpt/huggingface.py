@@ -1,14 +1,14 @@
-"""GPT-2 weights from and to the layout of files that Hugging Face's libraries share.
+"""GPT-2 weights from and to the folder layout of Hugging Face transformers.
 
     pretrained = load("gpt2")           # a name on the Hub, or a local folder
-    save(Path("folder"), model, tokenizer, torch.float32)
+    save(Path("folder"), model.state_dict(), model_args, gelu, tokenizer, torch.float32)
 
-A folder in that layout holds `config.json` and the weights: `model.safetensors`, or pieces of it that
-`model.safetensors.index.json` lists, or the older `pytorch_model.bin`, whole or in pieces. What `save` writes has one more key
-in its config.json, `nanogpt`: the tokenizer's description, and whether the model has biases.
+Such a folder holds config.json and the weights: model.safetensors, or shards listed in model.safetensors.index.json, or the
+older pytorch_model.bin, whole or in shards. `save` adds one key to config.json, `nanogpt`: whether the model has biases, and
+its tokenizer.
 
-Theirs differs from ours in names (the prefix `transformer.` may be missing) and in the matrices of `Conv1D` layers, which are
-transposed.
+Two things differ from our state dicts: the prefix `transformer.` may be missing from names, and the matrices of `Conv1D`
+layers are transposed.
 """
 
 import errno
@@ -19,44 +19,44 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model import GPT, GPTConfig
-from nanogpt import tokenizer as tokenizers
-from nanogpt.errors import UserError, one_line
+from nanogpt.errors import UserError, first_line, shown
 from nanogpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, CharTokenizer, TiktokenTokenizer, Tokenizer
+from nanogpt.tokenizer import from_dict as tokenizer_from_dict
 
-NAMES = {
+NAMES = {  # short names of models on the Hub
     "gpt2": "openai-community/gpt2",
     "gpt2-medium": "openai-community/gpt2-medium",
     "gpt2-large": "openai-community/gpt2-large",
     "gpt2-xl": "openai-community/gpt2-xl",
     "huggingface": "openai-community/gpt2",
 }
-DESCRIPTION = ["config.json", "vocab.json", "tokenizer.json"]
+CONFIG_FILES = ["config.json", "vocab.json", "tokenizer.json"]
 SAFETENSORS = ["model.safetensors", "model.safetensors.index.json"]
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json"]
 EXPORTED = {  # every file that `save` may write
-    *DESCRIPTION,
+    *CONFIG_FILES,
     "generation_config.json",
     "merges.txt",
     "model.safetensors",
     "tokenizer_config.json",
 }
-LARGEST_JSON = 64 << 20  # bytes
-SIZES = {  # of a config: our name, their two names, and what they take where it has neither
+MAX_JSON_BYTES = 64 << 20
+MAX_SIZE = (1 << 24) - 1  # of any number in SIZES
+SIZES = {  # our name: (their name, its synonym, its default)
     "n_layer": ("n_layer", "num_hidden_layers", 12),
     "n_head": ("n_head", "num_attention_heads", 12),
     "n_embd": ("n_embd", "hidden_size", 768),
     "block_size": ("n_positions", "max_position_embeddings", 1024),
     "vocab_size": ("vocab_size", "vocab_size", GPT2_VOCAB_SIZE),
 }
-GELUS = {  # the activations that are one of our two, by whatever formula they are computed
+GELUS = {  # their activation functions that equal one of our two GELUs
     "gelu_new": "tanh",
     "gelu_fast": "tanh",
     "gelu_pytorch_tanh": "tanh",
@@ -64,7 +64,7 @@ GELUS = {  # the activations that are one of our two, by whatever formula they a
     "gelu": "erf",
     "gelu_python": "erf",
 }
-ONE_WAY = {  # settings that this model has in one way alone, which is also their default
+FIXED_SETTINGS = {  # settings for which our model supports one value only, which is also their default
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
@@ -74,25 +74,25 @@ ONE_WAY = {  # settings that this model has in one way alone, which is also thei
 }
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants of the attention, which older files hold
+MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks, which older files hold as buffers
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-AT_ONCE = 64 << 20  # bytes of a file that are mapped before it is opened anew
-GPT2_DIGEST = "069daad39dc37a5e524fa56dabd4e3721844e429140b8e9bc13c8049f4759894"  # by `vocabulary_digest`
+MAX_MAPPED_BYTES = 64 << 20  # of float32 weights to read before a mapped file is opened anew
+GPT2_DIGEST = "069daad39dc37a5e524fa56dabd4e3721844e429140b8e9bc13c8049f4759894"  # GPT-2's vocabulary_digest
 
 
 @dataclass
 class Pretrained:
-    """Weights in our layout, and all that is needed to build their model."""
+    """Weights under our names, and everything needed to build their model."""
 
-    path: Path  # the folder that they lie in
-    weights: dict[str, torch.Tensor]  # float32, on the CPU; the head is the token embedding itself
+    path: Path  # their folder
+    weights: dict[str, torch.Tensor]  # float32, on the CPU; the head and the token embedding are one tensor
     model_args: dict[str, Any]  # nanoGPT's seven
     gelu: str  # "tanh" or "erf"
     tokenizer: dict[str, Any]  # for nanogpt.tokenizer.from_dict
 
 
 def is_name(init_from: str) -> bool:
-    """Whether `init_from` is a name of GPT-2's, or has the form of a model's id on the Hub, owner/name."""
+    """Return whether `init_from` is a short name of GPT-2 or has the form of a Hub id, owner/name."""
     if init_from in NAMES:
         return True
     parts = init_from.split("/")
@@ -105,16 +105,16 @@ def is_name(init_from: str) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder in the Hugging Face layout, and not of a run, whose config.json is another thing."""
+    """Return whether `path` is a folder in the Hugging Face layout; a run folder, whose config.json is ours, is not."""
     held = {name for name in ("config.json", "ckpt.pt", "last.pt", *SAFETENSORS, *PICKLED) if (path / name).is_file()}
     return "config.json" in held and len(held) > 1 and not held & {"ckpt.pt", "last.pt"}
 
 
 def load(name_or_folder: str) -> Pretrained:
-    """Return the weights of a name on the Hub, downloaded unless they are in its cache, or those in a folder.
+    """Load weights from a local folder or from the Hub, which is asked only for what is not in its cache.
 
-    The peak of memory is about one copy of the weights in float32. UserError where there are none, or where they are of a
-    model that GPT is not.
+    Peak memory is about one float32 copy of the weights. Raises UserError if there are no weights, or if GPT cannot
+    reproduce their model.
     """
     try:
         if name_or_folder not in NAMES and Path(name_or_folder).is_dir():
@@ -122,36 +122,51 @@ def load(name_or_folder: str) -> Pretrained:
         elif is_name(name_or_folder):
             folder = _download(name_or_folder)
         else:
-            raise UserError(f"{name_or_folder}: no such folder, and no name of a model on the Hub, which is owner/name")
+            raise UserError(f"{name_or_folder}: no such folder, and not a Hub id of the form owner/name")
         return _load_folder(folder)
     except OSError as error:
-        raise UserError(f"{error.filename or name_or_folder}: {error.strerror or _first_line(error)}") from error
+        raise UserError(f"{error.filename or name_or_folder}: {error.strerror or first_line(error)}") from error
 
 
-def save(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    """Write `folder` so that transformers loads the model, with the same logits, and its tokenizer.
+def save(
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    model_args: Mapping[str, Any],
+    gelu: str,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+) -> None:
+    """Write a GPT's state dict and tokenizer to `folder`, for transformers to load with the same logits.
 
-    A model without biases gets zero ones. Rows of the token embedding that stand for no token are left out. The folder
-    appears when it is whole; an earlier export in its place is replaced. UserError where anything else is there, or where
-    transformers cannot have the like of the tokenizer.
+    `model_args` are nanoGPT's seven, `gelu` is "erf" or "tanh". A model without biases gets zero biases; padding rows of the
+    token embedding are left out. The folder appears once it is complete, and replaces an earlier export.
+
+    Raises UserError if anything but an earlier export is in its place, or if transformers has no such tokenizer.
     """
+    # what may be replaced: an earlier export, and the remains of one that was killed
     folder = folder.resolve()
     if not folder.name:
-        raise UserError(f"{folder}: name a folder of its own for the export")
+        raise UserError(f"{folder}: the export needs a folder of its own; choose another")
     part, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     for place in (folder, part, old):
         _check_replaceable(place)
-    files = _tokenizer_files(tokenizer, model.config.block_size)
+
+    # the JSON files, in memory
+    files = _tokenizer_files(tokenizer, model_args["block_size"])
     end = tokenizer.end_of_text if isinstance(tokenizer, TiktokenTokenizer) else None
-    files["config.json"] = _json(_config(model.config, tokenizer, end, dtype))
+    files["config.json"] = _json(_config(model_args, gelu, tokenizer, end, dtype))
     files["generation_config.json"] = _json({"bos_token_id": end, "eos_token_id": end})
+
+    # write everything beside the folder; config.json first, since it marks the remains of a killed export as ours
     for place in (part, old):
         if place.exists():
             shutil.rmtree(place)
     part.mkdir(parents=True)
-    for name in sorted(files):  # config.json comes first: by it a folder that was left half-written is known
+    for name in sorted(files):
         (part / name).write_text(files[name], encoding="utf-8", newline="\n")
-    _write_weights(part / "model.safetensors", model, tokenizer.vocab_size, dtype)
+    _write_weights(part / "model.safetensors", weights, model_args, tokenizer.vocab_size, dtype)
+
+    # swap it in
     if folder.exists():
         folder.rename(old)
     part.rename(folder)
@@ -160,52 +175,52 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> 
 
 
 def vocabulary_digest(vocabulary: dict[str, int]) -> str:
-    """Return the sha256 of a vocabulary, whatever the order and the spacing of the file that it was read from."""
+    """Return the sha256 of a vocabulary, independent of its file's order and spacing."""
     lines = (f"{index} {token}\n" for token, index in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])))
     return hashlib.sha256("".join(lines).encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
-# from the Hub
+# download from the Hub
 
 
 def _download(name: str) -> Path:
-    """Return the folder of the Hub's cache that holds the model `name`, after downloading what is not there yet."""
+    """Download what the Hub's cache lacks of a model; return the model's folder in the cache."""
     import huggingface_hub
 
     repository = NAMES.get(name, name)
     try:
         for weights in (SAFETENSORS, PICKLED):
-            pieces = weights[0].replace(".", "-*.")  # they have numbers in their names
-            folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=[*DESCRIPTION, *weights, pieces]))
+            shards = weights[0].replace(".", "-*.")  # model-00001-of-00002.safetensors
+            folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=[*CONFIG_FILES, *weights, shards]))
             if any((folder / file).is_file() for file in weights):
                 break
-    except Exception as error:  # of the network, the Hub or the disk: it can be anything
-        raise UserError(f"{name}: {_why_not_downloaded(name, error)}") from error
+    except Exception as error:  # network, Hub and disk errors have no common class
+        raise UserError(f"{name}: {_download_failure(name, error)}") from error
     return folder
 
 
-def _why_not_downloaded(name: str, error: Exception) -> str:
-    """Return what went wrong in downloading a model, and what to do."""
+def _download_failure(name: str, error: Exception) -> str:
+    """Return why a download failed, and what to do about it."""
     from huggingface_hub import constants, errors
 
     link = f"{constants.ENDPOINT}/{NAMES.get(name, name)}"
     here = "" if name in NAMES else "no such folder here, and "
     if isinstance(error, errors.GatedRepoError):
-        return f"its owner has to let you in: ask for it at {link}, then set HF_TOKEN to a token of yours"
+        return f"the model is gated: request access at {link}, then set HF_TOKEN to your access token"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{here}no such model at {link}, unless it is private: then set HF_TOKEN to a token of yours"
+        return f"{here}no such model at {link}; if it is private, set HF_TOKEN to your access token"
     if isinstance(error, errors.LocalEntryNotFoundError):
         here += f"not all of it is in {constants.HF_HUB_CACHE}, and"
         if constants.HF_HUB_OFFLINE:
-            return f"{here} HF_HUB_OFFLINE is set: unset it once to download it"
-        cause = f"{type(error.__cause__).__name__}: {_first_line(error.__cause__)}" if error.__cause__ else _first_line(error)
-        return f"{here} {link} cannot be reached ({cause}): connect to the internet once, or name a folder that holds it"
+            return f"{here} HF_HUB_OFFLINE is set: unset it once to download the model"
+        cause = f"{type(error.__cause__).__name__}: {first_line(error.__cause__)}" if error.__cause__ else first_line(error)
+        return f"{here} {link} cannot be reached ({cause}): connect to the internet once, or give a folder that holds the model"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM):
-        return f"cannot be written to {constants.HF_HUB_CACHE} ({error.strerror}): set HF_HOME to a folder that has room"
-    return f"cannot be downloaded from {link} ({type(error).__name__}: {_first_line(error)}): try again"
+        return f"cannot write to {constants.HF_HUB_CACHE} ({error.strerror}): set HF_HOME to a writable folder with free space"
+    return f"cannot download it from {link} ({type(error).__name__}: {first_line(error)}): try again"
 
 
-# from a folder
+# load from a folder
 
 
 def _load_folder(folder: Path) -> Pretrained:
@@ -219,60 +234,56 @@ def _load_folder(folder: Path) -> Pretrained:
         _check_vocabulary(folder, args["vocab_size"])
     weights = _read_weights(folder, args)
     biases = [name for name in weights if name.endswith(".bias")]
-    if not bias and not any(weights[name].any() for name in biases):  # others may have trained it since
+    if not bias and not any(weights[name].any() for name in biases):  # unless transformers has trained them since
         weights = {name: tensor for name, tensor in weights.items() if name not in biases}
         args["bias"] = False
     return Pretrained(folder, weights, args, gelu, tokenizer)
 
 
 def _model_args(settings: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
-    """Return nanoGPT's arguments and the GELU of a config; UserError for what this model does not have."""
+    """Return nanoGPT's model arguments and the GELU. Raises UserError for settings that our model does not support."""
     if settings.get("model_type") != "gpt2":
-        raise UserError(f"{path}: model_type = {_shown(settings.get('model_type'))}: only GPT-2's kind of model can be loaded")
+        raise UserError(f"{path}: model_type must be 'gpt2', got {shown(settings.get('model_type'))}")
     args: dict[str, Any] = {}
     for name, (key, synonym, default) in SIZES.items():
         key = synonym if key not in settings and synonym in settings else key
         value = settings.get(key, default)
-        if type(value) is not int or not 0 < value < 1 << 24:
-            raise UserError(f"{path}: {key} = {_shown(value)} is no size of a model")
+        if type(value) is not int or not 0 < value <= MAX_SIZE:
+            raise UserError(f"{path}: {key} must be a whole number from 1 to {MAX_SIZE:,}, got {shown(value)}")
         args[name] = value
     if args["n_embd"] % args["n_head"]:
-        raise UserError(f"{path}: n_head = {args['n_head']} does not divide n_embd = {args['n_embd']}")
+        raise UserError(f"{path}: n_embd must be a multiple of n_head, got {args['n_embd']} and {args['n_head']}")
     if settings.get("n_inner") not in (None, 4 * args["n_embd"]):
-        raise UserError(f"{path}: n_inner = {_shown(settings['n_inner'])}: this model has 4 * n_embd = {4 * args['n_embd']}")
-    for key, only in ONE_WAY.items():
+        raise UserError(f"{path}: n_inner must be 4 * n_embd = {4 * args['n_embd']}, got {shown(settings['n_inner'])}")
+    for key, only in FIXED_SETTINGS.items():
         if settings.get(key, only) != only:
-            raise UserError(f"{path}: {key} = {_shown(settings[key])}: this model has {only}")
+            raise UserError(f"{path}: {key} must be {only}, got {shown(settings[key])}")
     activation = settings.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in GELUS:
-        known = ", ".join(GELUS)
-        raise UserError(f"{path}: activation_function = {_shown(activation)}: this model has {known}")
+        raise UserError(f"{path}: activation_function must be one of {', '.join(GELUS)}, got {shown(activation)}")
     return args | {"bias": True, "dropout": 0.0}, GELUS[activation]
 
 
 def _own_settings(own: Any, vocab_size: int, path: Path) -> tuple[bool, dict[str, Any]]:
-    """Return the two things that `save` adds to a config: whether the model has biases, and its tokenizer's description."""
+    """Return what `save` adds to a config: whether the model has biases, and its tokenizer's description."""
     if not isinstance(own, dict) or type(own.get("bias")) is not bool:
-        raise UserError(f"{path}: damaged: nanogpt = {_shown(own)}")
+        raise UserError(f"{path}: damaged: nanogpt = {shown(own)}")
     try:
-        tokenizer = tokenizers.from_dict(own.get("tokenizer"))
+        tokenizer = tokenizer_from_dict(own.get("tokenizer"))
     except UserError as error:
         raise UserError(f"{path}: damaged: {error}") from error
     if tokenizer.vocab_size != vocab_size:
-        raise UserError(f"{path}: its tokenizer ({tokenizer}) does not belong to a model with vocab_size = {vocab_size}")
+        raise UserError(f"{path}: vocab_size must be that of its tokenizer ({tokenizer}), got {vocab_size}")
     return own["bias"], tokenizer.to_dict()
 
 
 def _check_vocabulary(folder: Path, vocab_size: int) -> None:
-    """Raise UserError where a model's tokens are not GPT-2's: there are such of the same number, in other languages.
+    """Raise UserError if a model's vocabulary is not GPT-2's; models for other languages may have as many tokens.
 
-    A folder without the files of a tokenizer is taken at its number of tokens.
+    A folder without tokenizer files is judged by the number of its tokens.
     """
     if vocab_size != GPT2_VOCAB_SIZE:
-        raise UserError(
-            f"{folder / 'config.json'}: vocab_size = {vocab_size}: another vocabulary than GPT-2's, "
-            f"which has {GPT2_VOCAB_SIZE} tokens"
-        )
+        raise UserError(f"{folder / 'config.json'}: vocab_size must be GPT-2's {GPT2_VOCAB_SIZE}, got {vocab_size}")
     for name in ("vocab.json", "tokenizer.json"):
         path = folder / name
         if not path.is_file():
@@ -283,21 +294,22 @@ def _check_vocabulary(folder: Path, vocab_size: int) -> None:
                 case {"model": {"vocab": dict(tokens)}, **rest}:
                     added = rest.get("added_tokens") or []
                 case _:
-                    raise UserError(f"{path}: not a tokenizer's description")
+                    raise UserError(f"{path}: not a tokenizer file")
             if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
-                raise UserError(f"{path}: not a tokenizer's description")
+                raise UserError(f"{path}: not a tokenizer file")
             vocabulary = tokens | {str(token.get("content")): token.get("id") for token in added}
         if not all(type(index) is int for index in vocabulary.values()):
             raise UserError(f"{path}: not a vocabulary")
-        known = {token: index for token, index in vocabulary.items() if index < vocab_size}  # the model has no others
+        known = {token: index for token, index in vocabulary.items() if index < vocab_size}  # others the model cannot know
         if vocabulary_digest(known) != GPT2_DIGEST:
-            raise UserError(f"{path}: another vocabulary than GPT-2's, the only one that models of others can have here")
+            raise UserError(f"{path}: not GPT-2's vocabulary, the only one supported for models that export.py did not write")
 
 
 def _read_weights(folder: Path, args: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the weights in a folder under our names, in our model's order; UserError where they do not fit `args`."""
+    """Return a folder's weights under our names, in our model's order. Raises UserError if they do not fit `args`."""
+    # 1) list the tensors in all files, without reading them
     source, files = _weight_files(folder)
-    found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+    found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}  # our name: (file, their name, their shape)
     for file in files:
         for theirs, shape in _shapes(file).items():
             bare = theirs.removeprefix("transformer.")
@@ -305,30 +317,33 @@ def _read_weights(folder: Path, args: dict[str, Any]) -> dict[str, torch.Tensor]
             if MASK.fullmatch(bare):
                 continue
             if name in found:
-                raise UserError(f"{file}: {_shown(theirs)} is there a second time, after that in {found[name][0].name}")
+                raise UserError(f"{file}: {shown(theirs)} is a duplicate, already found in {found[name][0].name}")
             found[name] = (file, theirs, shape)
-    if args["n_layer"] > len(found):  # not to be built, even without memory for its weights
-        raise UserError(f"{source}: weights for n_layer = {args['n_layer']} are not all there")
+
+    # 2) compare names and shapes with the config
+    if args["n_layer"] > len(found):  # before a list of so many layers is built
+        raise UserError(f"{source}: weights are missing: config.json has n_layer = {args['n_layer']}")
     wanted = _parameter_shapes(args)
     for name, (file, theirs, shape) in found.items():
         if name not in wanted:
-            raise UserError(f"{file}: {_shown(theirs)} is no part of a GPT-2 of {args['n_layer']} layers")
+            raise UserError(f"{file}: {shown(theirs)} is not part of a GPT-2 with {args['n_layer']} layers")
         want = wanted[name][::-1] if name.endswith(CONV1D) else wanted[name]
         if shape != want:
-            raise UserError(f"{file}: {_shown(theirs)} is {shape} where its config.json needs {want}")
+            raise UserError(f"{file}: {shown(theirs)} must have shape {want} by its config.json, got {shape}")
     for name in wanted:
         if name not in found and not (name in (WTE, HEAD) and {WTE, HEAD} & found.keys()):
             raise UserError(f"{source}: {name.removeprefix('transformer.')!r} is missing")
 
+    # 3) read and convert them; the head and the token embedding become one tensor
     weights: dict[str, torch.Tensor] = {}
     for file, names in _groups(found):
         for name, tensor in zip(names, _tensors(file, [found[name][1] for name in names]), strict=True):
             twin = {WTE: HEAD, HEAD: WTE}.get(name)
             if twin in weights:
                 if not torch.equal(weights[twin], tensor.float()):
-                    raise UserError(f"{file}: {HEAD!r} differs from the token embedding: in this model they are one")
+                    raise UserError(f"{file}: {HEAD!r} differs from the token embedding; this model ties the two")
             else:
-                weights[name] = _converted(tensor, name, _is_mapped(file))
+                weights[name] = _converted(tensor, name, _can_map(file))
             del tensor
     embedding = weights.get(WTE, weights.get(HEAD))
     weights |= {WTE: embedding, HEAD: embedding}
@@ -336,7 +351,7 @@ def _read_weights(folder: Path, args: dict[str, Any]) -> dict[str, torch.Tensor]
 
 
 def _converted(tensor: torch.Tensor, name: str, mapped: bool) -> torch.Tensor:
-    """Return a tensor of theirs as ours: float32, matrices turned around, in memory of its own."""
+    """Return a tensor in our layout: float32, Conv1D matrices transposed, in memory of its own."""
     if name.endswith(CONV1D):
         tensor = tensor.t()
     elif not mapped and tensor.dtype == torch.float32 and tensor.untyped_storage().nbytes() == tensor.nbytes:
@@ -344,10 +359,10 @@ def _converted(tensor: torch.Tensor, name: str, mapped: bool) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
 
 
-def _parameter_shapes(args: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all parameters that our model has with biases, by name, in its order.
+def _parameter_shapes(args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every parameter of our model with biases, in its order.
 
-    They are written down here since a model of no memory, on the "meta" device, takes a second to import.
+    A table, since building the model, even on the "meta" device, would take a second of imports.
     """
     C = args["n_embd"]
     layer = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
@@ -361,38 +376,40 @@ def _parameter_shapes(args: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _weight_files(folder: Path) -> tuple[Path, list[Path]]:
-    """Return the file that stands for all weights in a folder, and the files that hold them."""
+    """Return the file to name in errors about a folder's weights (an index, if there is one), and the files that hold them."""
     for name in (*SAFETENSORS, *PICKLED):
         path = folder / name
         if not path.is_file():
             continue
         if not name.endswith(".index.json"):
             return path, [path]
-        pieces = _read_json(path).get("weight_map")
-        if not isinstance(pieces, dict) or not pieces or not all(isinstance(piece, str) for piece in pieces.values()):
-            raise UserError(f"{path}: not a list of the files of a model")
-        for piece in pieces.values():
-            if piece in ("", ".", "..") or set(piece) & set("/\\:\0"):
-                raise UserError(f"{path}: refused: it names {_shown(piece)}, which is not a file in its folder")
-            if not (folder / piece).is_file():
-                raise UserError(f"{folder / piece}: missing, although {name} names it; download the model again")
-        return path, [folder / piece for piece in sorted(set(pieces.values()))]
+        shards = _read_json(path).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+            raise UserError(f"{path}: not an index of weight files")
+        for shard in shards.values():
+            if shard in ("", ".", "..") or set(shard) & set("/\\:\0"):
+                raise UserError(f"{path}: refused: it names {shown(shard)}, which is not a file in its folder")
+            if not (folder / shard).is_file():
+                raise UserError(f"{folder / shard}: missing, but listed in {name}; download the model again")
+        return path, [folder / shard for shard in sorted(set(shards.values()))]
     raise UserError(f"{folder}: no weights in it: neither {SAFETENSORS[0]} nor {PICKLED[0]}")
 
 
 def _groups(found: dict[str, tuple[Path, str, tuple[int, ...]]]) -> Iterator[tuple[Path, list[str]]]:
-    """Yield names to be read from one file at once, in the order that keeps the peak of memory low.
+    """Yield (file, names to read from it at once), in the order that keeps peak memory low.
 
-    A mapped file's pages stay in memory while it is open, so few are read at a time, the largest first: then they add least
-    to the peak, which is at the end. A file that cannot be mapped is all in memory at any rate, and is read once.
+    The pages of a mapped file stay in memory while it is open, so it is read in small groups. The largest come first: the
+    peak is at the end, where the pages of small tensors add little. A file that cannot be mapped is in memory as a whole
+    anyway, and is read once.
     """
-    mapped = {file: _is_mapped(file) for file, _, _ in found.values()}
-    sizes = {name: 4 * torch.Size(shape).numel() for name, (_, _, shape) in found.items()}
+    mapped = {file: _can_map(file) for file, _, _ in found.values()}
+    sizes = {name: 4 * torch.Size(shape).numel() for name, (_, _, shape) in found.items()}  # bytes in float32
     order = sorted(found, key=lambda name: (mapped[found[name][0]], -sizes[name] * mapped[found[name][0]], found[name][0]))
     group: list[str] = []
     for name in order:
         file = found[name][0]
-        if group and (file != found[group[0]][0] or (mapped[file] and sum(sizes[n] for n in group) + sizes[name] > AT_ONCE)):
+        is_full = mapped[file] and sum(sizes[n] for n in group) + sizes[name] > MAX_MAPPED_BYTES
+        if group and (file != found[group[0]][0] or is_full):
             yield found[group[0]][0], group
             group = []
         group.append(name)
@@ -400,7 +417,7 @@ def _groups(found: dict[str, tuple[Path, str, tuple[int, ...]]]) -> Iterator[tup
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors in a file, by their names there."""
+    """Return the name and shape of each tensor in a file."""
     if file.suffix != ".safetensors":
         return {name: tuple(tensor.shape) for name, tensor in _unpickled(file).items()}
     import safetensors
@@ -409,31 +426,32 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safetensors.safe_open(file, framework="pt") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
     except safetensors.SafetensorError as error:
-        raise UserError(f"{file}: not a safetensors file, or damaged ({_first_line(error)})") from error
+        raise UserError(f"{file}: not a safetensors file, or damaged ({first_line(error)})") from error
 
 
 def _tensors(file: Path, names: list[str]) -> Iterator[torch.Tensor]:
-    """Yield the tensors in a file that have these names there, without holding on to them."""
+    """Yield the tensors of these names in a file, keeping no reference to them."""
     if file.suffix != ".safetensors":
         state = _unpickled(file)
         state = {name: state[name] for name in names}
         for name in names:
-            yield _floating(state.pop(name), name, file)
+            yield _checked(state.pop(name), name, file)
         return
     import safetensors
 
     with safetensors.safe_open(file, framework="pt") as opened:
         for name in names:
-            yield _floating(opened.get_tensor(name), name, file)
+            yield _checked(opened.get_tensor(name), name, file)
 
 
 def read_pickled(file: Path, what: str, mmap: bool) -> Any:
-    """Return what `torch.save` has written to a file, without running code from it; UserError where that is not `what`.
+    """Load a file of `torch.save` without running code from it. Raises UserError, which says it is not `what`, if it fails.
 
-    With `mmap`, tensors stay in the file until they are used, if its format, that since PyTorch 1.6, allows it.
+    With `mmap`, tensors stay in the file until they are used; the file format before PyTorch 1.6 does not allow that, and is
+    read at once.
     """
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and _is_mapped(file))
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and _can_map(file))
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError as error:
@@ -441,112 +459,115 @@ def read_pickled(file: Path, what: str, mmap: bool) -> Any:
         why = f"it names {named[1]}, which could run code" if named else f"not {what}, or damaged"
         raise UserError(f"{file}: refused: {why}") from error
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{file}: not {what}, or damaged ({_first_line(error)})") from error
+        raise UserError(f"{file}: not {what}, or damaged ({first_line(error)})") from error
 
 
 def _unpickled(file: Path) -> dict[str, torch.Tensor]:
-    """Return the dictionary of tensors in a file of `torch.save`, memory-mapped where it can be."""
+    """Return the state dict in a file of `torch.save`, memory-mapped if possible."""
     state = read_pickled(file, "a file of weights", mmap=True)
     if not isinstance(state, dict) or not state:
         raise UserError(f"{file}: not a file of weights")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{file}: not a file of weights: it has {_shown(name)}")
+            raise UserError(f"{file}: not a file of weights: it has {shown(name)}")
     return state
 
 
-def _floating(tensor: torch.Tensor, name: str, file: Path) -> torch.Tensor:
-    """Return `tensor`, checked to be of floating-point numbers that are all in its file."""
+def _checked(tensor: torch.Tensor, name: str, file: Path) -> torch.Tensor:
+    """Return `tensor` if it is dense, floating-point and stored in full; else raise UserError."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in DTYPES
     if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        raise UserError(f"{file}: {_shown(name)} is no plain matrix of floating-point numbers ({tensor.dtype})")
+        raise UserError(f"{file}: {shown(name)} must be a dense floating-point tensor, stored in full, got {tensor.dtype}")
     return tensor
 
 
-def _is_mapped(file: Path) -> bool:
-    """Whether a file can be memory-mapped: all but those of `torch.save` before PyTorch 1.6."""
+def _can_map(file: Path) -> bool:
+    """Return whether a file can be memory-mapped: all but those of `torch.save` before PyTorch 1.6."""
     with open(file, "rb") as opened:
         return file.suffix == ".safetensors" or opened.read(4) == b"PK\x03\x04"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return the dictionary in a JSON file; UserError where there is none in it."""
+    """Return the JSON object in a file. Raises UserError if there is none."""
     try:
-        if path.stat().st_size > LARGEST_JSON:
+        if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError("too large")
         content = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file ({_first_line(error)})") from error
+        raise UserError(f"{path}: not a JSON file ({first_line(error)})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not what its name says: it holds no dictionary")
+        raise UserError(f"{path}: must hold a JSON object, got {shown(content)}")
     return content
 
 
-# to a folder
+# save to a folder
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise UserError where a folder holds anything but an earlier export."""
+    """Raise UserError if `folder` exists and is anything but an earlier export."""
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise UserError(f"{folder}: is there already, and no folder; name another")
+        raise UserError(f"{folder}: exists and is not a folder; choose another name")
     held = sorted(path.name for path in folder.iterdir())
     others = [name for name in held if name not in EXPORTED]
     if others:
-        raise UserError(f"{folder}: holds {_shown(others[0])}, which is no part of an export; name another folder")
+        raise UserError(f"{folder}: holds {shown(others[0])}, which is not part of an export; choose another folder")
     if held and ("config.json" not in held or "nanogpt" not in _read_json(folder / "config.json")):
-        raise UserError(f"{folder}: holds a model that was not exported from here; name another folder")
+        raise UserError(f"{folder}: holds a model that export.py did not write; choose another folder")
 
 
-def _config(config: GPTConfig, tokenizer: Tokenizer, end: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what config.json says of a model."""
+def _config(
+    model_args: Mapping[str, Any], gelu: str, tokenizer: Tokenizer, end: int | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return the content of config.json."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
+        "activation_function": "gelu_new" if gelu == "tanh" else "gelu",
         "vocab_size": tokenizer.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
+        "n_positions": model_args["block_size"],
+        "n_ctx": model_args["block_size"],
+        "n_embd": model_args["n_embd"],
+        "n_layer": model_args["n_layer"],
+        "n_head": model_args["n_head"],
         "n_inner": None,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "layer_norm_epsilon": ONE_WAY["layer_norm_epsilon"],
+        "resid_pdrop": model_args["dropout"],
+        "embd_pdrop": model_args["dropout"],
+        "attn_pdrop": model_args["dropout"],
+        "layer_norm_epsilon": FIXED_SETTINGS["layer_norm_epsilon"],
         "bos_token_id": end,
         "eos_token_id": end,
         "tie_word_embeddings": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "nanogpt": {"bias": config.bias, "tokenizer": tokenizer.to_dict()},
+        "nanogpt": {"bias": model_args["bias"], "tokenizer": tokenizer.to_dict()},
     }
 
 
-def _write_weights(path: Path, model: GPT, rows: int, dtype: torch.dtype) -> None:
-    """Write a model's weights in their layout, with `rows` rows of its token embedding, and zeros for biases it has not."""
+def _write_weights(
+    path: Path, weights: Mapping[str, torch.Tensor], model_args: Mapping[str, Any], vocab_size: int, dtype: torch.dtype
+) -> None:
+    """Write weights in their layout: `vocab_size` rows of the token embedding, no head, zeros for missing biases."""
     import safetensors
     import safetensors.torch
 
-    weights = model.state_dict()
-    weights[WTE] = weights[WTE][:rows]
     theirs: dict[str, torch.Tensor] = {}
-    for name, size in _parameter_shapes(vars(model.config)).items():
+    for name, shape in _parameter_shapes(model_args).items():
         if name == HEAD:
             continue
-        tensor = weights[name].detach().cpu() if name in weights else torch.zeros(size)
+        tensor = weights[name].detach().cpu() if name in weights else torch.zeros(shape)
+        tensor = tensor[:vocab_size] if name == WTE else tensor
         theirs[name] = (tensor.t() if name.endswith(CONV1D) else tensor).to(dtype).contiguous()
         if tensor.isfinite().all() and not theirs[name].isfinite().all():
-            raise UserError(f"{name!r} has numbers beyond {dtype}; --dtype=bfloat16 can hold them")
+            raise UserError(f"{name!r} has values too large for {dtype}; use --dtype=bfloat16")
     try:
         safetensors.torch.save_file(theirs, path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:  # of the system: a full disk
-        raise UserError(f"{path}: cannot be written ({_first_line(error)})") from error
+    except safetensors.SafetensorError as error:  # such as a full disk
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
 def _tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
-    """Return the content of a tokenizer's files by their names; UserError for an encoding other than GPT-2's."""
+    """Return a tokenizer's files, content by name. Raises UserError for an encoding other than GPT-2's."""
     if isinstance(tokenizer, CharTokenizer):
         description = _character_table(tokenizer)
         about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -556,7 +577,7 @@ def _tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         about = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
         about |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     else:
-        raise UserError(f"the encoding {tokenizer.name} cannot be exported: characters and gpt2 can")
+        raise UserError(f"the tokenizer must be a character table or gpt2 to be exported, got {tokenizer.name}")
     about |= {"model_max_length": block_size, "clean_up_tokenization_spaces": False}
     frame = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
     frame |= {"pre_tokenizer": None, "post_processor": None, "decoder": None}
@@ -564,10 +585,10 @@ def _tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
 
 
 def _character_table(tokenizer: CharTokenizer) -> dict[str, Any]:
-    """Return the parts of a tokenizer.json that make each character a word; others are an error there, as they are here."""
+    """Return the parts of tokenizer.json that make each character a token; unknown ones raise an error, as they do here."""
     for character in tokenizer.characters:
         if 0xD800 <= ord(character) < 0xE000:
-            raise UserError(f"the character table has {character!r}, a half of a character, which transformers cannot have")
+            raise UserError(f"the character table has {character!r}, an unpaired surrogate, which transformers cannot encode")
     return {
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
         "decoder": {"type": "Fuse"},
@@ -580,15 +601,16 @@ def _character_table(tokenizer: CharTokenizer) -> dict[str, Any]:
 
 
 def _byte_pairs(tokenizer: TiktokenTokenizer) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the parts of a tokenizer.json that stand for GPT-2's encoding, and the files that came before it."""
-    end = tokenizer.end_of_text  # loads the encoding, or says why it cannot be
+    """Return the parts of tokenizer.json for GPT-2's encoding, and the older vocab.json and merges.txt."""
+    end = tokenizer.end_of_text  # loads the encoding, with a UserError if that fails
     import tiktoken
 
-    ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks  # which tiktoken has under no public name
+    ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks  # tiktoken has no public name for it
     letters = _letters()
-    shown = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    vocabulary = {shown[token]: index for token, index in sorted(ranks.items(), key=lambda item: item[1])} | {END_OF_TEXT: end}
-    merges = [(shown[left], shown[right]) for left, right in _merges(ranks)]
+    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    vocabulary = {spelled[token]: index for token, index in sorted(ranks.items(), key=lambda item: item[1])}
+    vocabulary |= {END_OF_TEXT: end}
+    merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False}
@@ -608,14 +630,14 @@ def _byte_pairs(tokenizer: TiktokenTokenizer) -> tuple[dict[str, Any], dict[str,
 
 
 def _letters() -> list[str]:
-    """Return GPT-2's letter for each byte: itself where it can be seen, else the next of those from U+0100 on."""
-    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    unseen = [byte for byte in range(256) if byte not in seen]
-    return [chr(byte) if byte in seen else chr(0x100 + unseen.index(byte)) for byte in range(256)]
+    """Return the letter that GPT-2 writes for each byte: its own if that is printable, else the next from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    rest = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(0x100 + rest.index(byte)) for byte in range(256)]
 
 
 def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the pairs that byte-pair encoding joins, in order: for each token the two that tokens of lower ranks leave."""
+    """Yield the merges of byte-pair encoding in order: each token's two halves, as lower-ranked merges leave them."""
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
             continue
@@ -629,11 +651,3 @@ def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
-
-
-def _shown(value: Any) -> str:
-    return one_line(repr(value))[:60]

@@ -1,8 +1,9 @@
-"""Corpora that do not fit into memory, tokenized into the token files of a dataset; what is interrupted goes on.
+"""Datasets from corpora larger than memory: tokenized in parallel, and resumed after an interruption.
 
-First all documents are tokenized, in their order, into tokens.part, by threads: tiktoken works outside of Python's lock.
-progress.part notes how far that has come. Then the documents are put in the order of the splits. Memory holds some chunks of
-text or a block of tokens, and at the end some 30 bytes a document; the disk holds the tokens twice.
+1. Threads tokenize the documents, in order, into tokens.part (tiktoken releases the GIL). progress.part saves the position.
+2. The documents are copied from there into train.bin and val.bin, in the order of the splits.
+
+Memory holds a few chunks of text or one block of tokens, plus about 30 bytes per document; the disk holds the tokens twice.
 """
 
 import functools
@@ -14,41 +15,60 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from nanogpt import corpus, documents, errors
+import configurator
+from configurator import NonNegativeInt, PositiveInt
+from nanogpt import corpus, documents
 from nanogpt.documents import Position, Source
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, warn
+from nanogpt.files import atomic_write, lock
 from nanogpt.tokenizer import TiktokenTokenizer
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 TOKENS, PROGRESS = "tokens.part", "progress.part"
-CHUNK = 1 << 20  # characters that a thread tokenizes at a time
-NOTE = 1 << 24  # tokens between two notes of the progress
-BLOCK, BLOCK_DOCUMENTS = 1 << 25, 1 << 17  # tokens, and documents, that are put in order at a time
+CHUNK_CHARACTERS = 1 << 20  # tokenized by a thread at a time
+DOCUMENT_OVERHEAD = 50  # counted as characters: the memory of an empty string
+SAVE_INTERVAL_TOKENS = 1 << 24  # between two saves of the progress
+BLOCK_TOKENS, BLOCK_DOCUMENTS = 1 << 25, 1 << 17  # at most, copied into a split at a time
+LOCKED_BYTE = 1 << 40  # Windows locks single bytes, and no other handle may read one: lock far beyond the tokens
+
+Split = Callable[[int], tuple[np.ndarray, np.ndarray]]  # number of documents -> those of train, those of val, in order
+
+
+@dataclass(frozen=True)
+class HubConfig(configurator.Config):
+    """The keys of a prepare.py that takes a corpus from the Hub; each sets its own `revision` and `name`."""
+
+    input: str = ""  # a .parquet, .jsonl, .jsonl.gz or .txt file, or a folder of them; empty downloads from the Hub
+    revision: str = "main"  # version of the dataset on the Hub: a commit, or main for the newest
+    tokenizer: Literal["gpt2", "cl100k_base", "o200k_base"] = "gpt2"  # byte-pair encoding
+    workers: PositiveInt = os.cpu_count() or 1  # threads that tokenize
+    max_tokens: NonNegativeInt = 0  # stop after this many tokens; 0 takes the whole corpus
+    name: str = ""  # write the dataset to data/<name>, for train.py --dataset=<name>
+
+
+def prepare_from_hub(config: HubConfig, folder: Path, path: str, subset: str, split: Split) -> None:
+    """What a prepare.py in `folder` does: prepare `subset` of the Hub dataset `path`, or the files of --input."""
+    corpus.check_name(config.name, folder)
+    tokenizer = TiktokenTokenizer(config.tokenizer)
+    source = documents.local(config.input) if config.input else documents.hub(path, subset, config.revision)
+    prepare(folder.parent / config.name, source, tokenizer, split, config.workers, config.max_tokens)
+    print(f"next: python train.py config/train_gpt2.py --dataset={config.name}")
 
 
 def prepare(
-    folder: Path,
-    source: Source,
-    tokenizer: TiktokenTokenizer,
-    split: Callable[[int], tuple[np.ndarray, np.ndarray]],
-    workers: int,
-    max_tokens: int = 0,
+    folder: Path, source: Source, tokenizer: TiktokenTokenizer, split: Split, workers: int, max_tokens: int = 0
 ) -> None:
-    """Write the documents of `source` as a dataset, or go on where the same call has ended before, however it did.
+    """Write the documents of `source` as a dataset, continuing an interrupted call with the same arguments.
 
-    The end-of-text token follows each document. `split` takes their count and returns which to train and to validate on, in
-    order. With `max_tokens`, so many of the first tokens are taken. The number of `workers`, threads, changes nothing of the
-    result. The sha256 in meta.json is that of the source's tokens. UserError where a document is damaged or the disk full.
+    Each document ends with the end-of-text token. `max_tokens` takes only the first tokens; 0 takes all. `workers`, the number
+    of threads, does not change the result. The sha256 in meta.json is that of the source's tokens. Raises UserError if a
+    document is damaged or the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -57,19 +77,19 @@ def prepare(
             try:
                 _prepare(folder, file, source, tokenizer, split, workers, max_tokens)
             finally:
-                if not (folder / PROGRESS).exists():  # nothing to go on from
+                if not (folder / PROGRESS).exists():  # nothing to continue from
                     with suppress(OSError):
                         (folder / TOKENS).unlink()
                         folder.rmdir()
     except KeyboardInterrupt:
-        print("\nthe same command goes on where this one stops", file=sys.stderr)
+        print("\nrun the same command again to continue", file=sys.stderr)
         raise
     except OSError as error:
-        for name in ("train.bin.tmp", "val.bin.tmp"):
-            (folder / name).unlink(missing_ok=True)
+        for name in ("train.bin", "val.bin"):
+            (folder / f"{name}{corpus.STAGED}").unlink(missing_ok=True)
         if error.filename is not None:
             raise
-        raise UserError(f"{folder}: {error.strerror}; make room, and the same command goes on where this one stops") from error
+        raise UserError(f"{folder}: {error.strerror}; make room, then run the same command again to continue") from error
     for name in (PROGRESS, TOKENS):
         (folder / name).unlink()
 
@@ -79,58 +99,65 @@ def _prepare(
     file: BinaryIO,
     source: Source,
     tokenizer: TiktokenTokenizer,
-    split: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    split: Split,
     workers: int,
     max_tokens: int,
 ) -> None:
     dtype = np.dtype(corpus.token_dtype(tokenizer.vocab_size)).newbyteorder("<")
+
+    # 1) tokenize
     recipe = {"files": source.identity, "tokenizer": tokenizer.name, "max_tokens": max_tokens}
-    state = _begin(folder, file, recipe, dtype)
+    state = _load_progress(folder, file, recipe, dtype)
     _tokenize(folder, file, state, source, tokenizer, dtype, workers)
+
+    # 2) split
     bounds, sha256 = _bounds(folder / TOKENS, tokenizer.end_of_text, dtype)
     lengths = np.diff(bounds)
     try:
         if len(lengths) < 2:
-            raise UserError(f"at least 2 documents are needed, and there are {len(lengths)}; data/text splits a single one")
+            raise UserError(f"at least 2 documents are needed, got {len(lengths)}; data/text/prepare.py splits a single one")
         splits = dict(zip(("train", "val"), split(len(lengths)), strict=True))
         counts = {name: int(lengths[chosen].sum()) for name, chosen in splits.items()}
         corpus.check_counts(counts)
-    except UserError:  # no use in going on from here
+    except UserError:  # continuing would fail again
         (folder / PROGRESS).unlink(missing_ok=True)
         raise
+
+    # 3) copy
     with tqdm(total=int(bounds[-1]), desc="arranging", unit="token", unit_scale=True, disable=None) as bar:
         for name, chosen in splits.items():
-            _arrange(folder / TOKENS, folder / f"{name}.bin.tmp", bounds, chosen, dtype, bar)
+            _arrange(folder / TOKENS, folder / f"{name}.bin{corpus.STAGED}", bounds, chosen, dtype, bar)
     extra = {"documents": {name: len(chosen) for name, chosen in splits.items()}}
     corpus.finish(folder, {"train.bin": None, "val.bin": None}, counts, tokenizer, source.name, sha256, extra)
 
 
 def _lock(file: BinaryIO, folder: Path) -> None:
-    """Keep other processes out of the folder for as long as `file` is open, where the system can."""
-    if fcntl is not None:
-        with suppress(OSError):  # of some network disks, which cannot
-            try:
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"another prepare.py is at work in {folder}: wait for it, or stop it first") from error
+    """Keep other processes out of `folder` while `file` is open. Raises UserError if one is at work there."""
+    file.seek(LOCKED_BYTE)  # writes append all the same
+    try:
+        lock(file.fileno())
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"another prepare.py is writing to {folder}; wait for it, or stop it first") from error
+    except OSError:
+        pass  # some network disks have no locks
 
 
 # Tokenizing
 
 
-def _begin(folder: Path, file: BinaryIO, recipe: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
-    """Return the state that the same recipe has reached before, or the first one; cut `file` to what belongs to it."""
+def _load_progress(folder: Path, file: BinaryIO, recipe: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """Return the state that an earlier call with the same recipe has saved, or a fresh one; cut `file` to its tokens."""
     state = {"recipe": recipe, "tokens": 0, "position": documents.BEGINNING}
     if (folder / PROGRESS).exists():
-        noted = None
-        with suppress(ValueError):  # a disk that lost power
-            noted = json.loads((folder / PROGRESS).read_bytes())
+        saved = None
+        with suppress(ValueError):  # damaged, as by a power failure
+            saved = json.loads((folder / PROGRESS).read_bytes())
         size = os.fstat(file.fileno()).st_size
-        if noted is not None and noted["recipe"] == recipe and size >= noted["tokens"] * dtype.itemsize:
-            state = noted
-            print(f"going on after {state['tokens']:,} tokens")
+        if saved is not None and saved["recipe"] == recipe and size >= saved["tokens"] * dtype.itemsize:
+            state = saved
+            print(f"continuing after {state['tokens']:,} tokens")
         else:
-            errors.warn(f"what was begun in {folder} had other keys or files, or is damaged; beginning anew")
+            warn(f"the unfinished dataset in {folder} has other settings or files, or is damaged; starting over")
     file.truncate(state["tokens"] * dtype.itemsize)
     return state
 
@@ -144,46 +171,50 @@ def _tokenize(
     dtype: np.dtype,
     workers: int,
 ) -> None:
-    """Append the tokens of the documents from `state` on to `file`, and note the progress."""
+    """Append the tokens of all documents after `state` to `file`, saving the progress."""
     encode = functools.partial(_encode, tokenizer=tokenizer, dtype=dtype)
-    noted, limit = state["tokens"], state["recipe"]["max_tokens"]
+    saved, limit = state["tokens"], state["recipe"]["max_tokens"]
     with (
         closing(_ahead(encode, _chunks(source, state["position"]), workers)) as chunks,
-        tqdm(initial=noted, desc="tokenizing", unit="token", unit_scale=True, smoothing=0.1, disable=None) as bar,
+        tqdm(initial=saved, desc="tokenizing", unit="token", unit_scale=True, smoothing=0.1, disable=None) as bar,
     ):
         try:
             for (position, read), ids in chunks:
+                # append, up to the limit
                 ids = ids[: limit - state["tokens"]] if limit else ids
                 file.write(ids)
                 state = state | {"tokens": state["tokens"] + len(ids), "position": position}
+
+                # progress bar: estimate the total from the bytes read so far
                 expected = state["tokens"] * sum(source.sizes) // max(1, read)
                 bar.total = min(expected, limit) if limit else expected
                 bar.update(len(ids))
+
                 if limit and state["tokens"] == limit:
                     break
-                if state["tokens"] - noted >= NOTE:
-                    noted = state["tokens"]
-                    _note(folder, file, state)
-        finally:  # at the end, and where a document is damaged, the network is lost or Ctrl-C was pressed
-            if state["tokens"] > noted:
-                _note(folder, file, state)
+                if state["tokens"] - saved >= SAVE_INTERVAL_TOKENS:
+                    saved = state["tokens"]
+                    _save_progress(folder, file, state)
+        finally:  # at the end, but also after Ctrl-C, a damaged document or a lost network
+            if state["tokens"] > saved:
+                _save_progress(folder, file, state)
 
 
-def _note(folder: Path, file: BinaryIO, state: dict[str, Any]) -> None:
-    """Write down the state of `file`, with what is in it safe on the disk."""
+def _save_progress(folder: Path, file: BinaryIO, state: dict[str, Any]) -> None:
+    """Save `state`, after flushing the tokens that it counts to the disk."""
     file.flush()
     os.fsync(file.fileno())
-    (folder / f"{PROGRESS}.tmp").write_text(json.dumps(state))
-    os.replace(folder / f"{PROGRESS}.tmp", folder / PROGRESS)
+    with atomic_write(folder / PROGRESS, durable=False) as progress:
+        progress.write(json.dumps(state).encode())
 
 
 def _chunks(source: Source, start: Position) -> Iterator[tuple[tuple[Position, int], list[str]]]:
-    """Yield ((position after them, bytes read so far), documents) from a position on; the last may be none."""
+    """Yield ((position after them, bytes read so far), documents) from `start` on; the last list may be empty."""
     position, read, texts, size = start, 0, [], 0
     for position, read, text in documents.read(source, start):
         texts.append(text)
-        size += len(text) + 50  # what a string takes at least
-        if size >= CHUNK:
+        size += len(text) + DOCUMENT_OVERHEAD
+        if size >= CHUNK_CHARACTERS:
             yield (position, read), texts
             texts, size = [], 0
     yield (position, read), texts
@@ -196,7 +227,7 @@ def _encode(texts: list[str], tokenizer: TiktokenTokenizer, dtype: np.dtype) -> 
 
 
 def _ahead(function: Callable, items: Iterator[tuple[Any, Any]], workers: int) -> Iterator[tuple[Any, Any]]:
-    """Yield (mark, function(item)) for each (mark, item), in order, from threads that are a little ahead."""
+    """Yield (mark, function(item)) for each (mark, item), in order, while threads compute a few items ahead."""
     pool, pending = ThreadPoolExecutor(workers), deque()
     try:
         for mark, item in items:
@@ -215,27 +246,29 @@ def _ahead(function: Callable, items: Iterator[tuple[Any, Any]], workers: int) -
 
 
 def _bounds(path: Path, end_of_text: int, dtype: np.dtype) -> tuple[np.ndarray, str]:
-    """Return where each document of a file of tokens begins, and last where the file ends; and the file's digest.
+    """Return where each document of a token file begins, followed by the file's length, and the file's sha256.
 
-    The id `end_of_text` comes from no text, and so stands at the end of a document alone.
+    No text encodes to the id `end_of_text`, so it occurs only at the end of a document.
     """
     found, count, digest = [np.zeros(1, np.int64)], 0, hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(BLOCK * dtype.itemsize):
+        while block := file.read(BLOCK_TOKENS * dtype.itemsize):
             ids = np.frombuffer(block, dtype)
             found.append(count + 1 + np.flatnonzero(ids == end_of_text))
             count += len(ids)
             digest.update(block)
     bounds = np.concatenate(found)
-    return bounds if bounds[-1] == count else np.append(bounds, count), digest.hexdigest()  # max_tokens may cut the last one
+    if bounds[-1] != count:  # max_tokens has cut the last document
+        bounds = np.append(bounds, count)
+    return bounds, digest.hexdigest()
 
 
 def _arrange(source: Path, target: Path, bounds: np.ndarray, chosen: np.ndarray, dtype: np.dtype, bar: tqdm) -> None:
-    """Copy the documents `chosen` of a file of tokens, with these bounds, into the file `target`, in their order.
+    """Copy the documents `chosen` of the token file `source` to the file `target`, in that order.
 
-    The target is put together block by block, each in one sweep through the source.
+    Each block of the target is filled in memory, in a single forward pass over the source, and then written.
     """
-    with open(source, "rb", buffering=0) as tokens, open(target, "wb") as file:
+    with open(source, "rb", buffering=0) as tokens, atomic_write(target) as file:
         for first, last in _blocks(bounds, chosen):
             starts = bounds[chosen[first:last]]
             lengths = bounds[chosen[first:last] + 1] - starts
@@ -245,21 +278,19 @@ def _arrange(source: Path, target: Path, bounds: np.ndarray, chosen: np.ndarray,
                 row = ids[int(ends[index] - lengths[index]) : int(ends[index])]
                 tokens.seek(int(starts[index]) * dtype.itemsize)
                 if tokens.readinto(row) != row.nbytes:
-                    raise UserError(f"{source} has changed while it was read; run the same command again")
+                    raise UserError(f"{source} changed while it was being read; run the same command again")
             file.write(ids)
             bar.update(len(ids))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _blocks(bounds: np.ndarray, chosen: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield the first and the one after the last of the documents `chosen` that make up each block: BLOCK tokens or fewer.
+    """Cut the documents `chosen` into blocks of at most BLOCK_TOKENS; yield (first, one past the last) of each.
 
-    A document that is longer is a block of its own.
+    A longer document is a block of its own.
     """
     first = 0
     while first < len(chosen):
         some = chosen[first : first + BLOCK_DOCUMENTS]
-        count = int(np.searchsorted(np.cumsum(bounds[some + 1] - bounds[some]), BLOCK, side="right"))
+        count = int(np.searchsorted(np.cumsum(bounds[some + 1] - bounds[some]), BLOCK_TOKENS, side="right"))
         yield first, first + max(1, count)
         first += max(1, count)

@@ -89,7 +89,7 @@ def orthogonalize(matrices: list[torch.Tensor], group: dict[str, Any]) -> tuple[
     """Return matrices of one shape with their singular values near 1, by the Newton-Schulz iteration.
 
     `group` is one of Muon's parameter groups. Under FSDP, where each rank holds some rows of every matrix, each rank
-    orthogonalises some whole matrices, so that the work is shared.
+    orthogonalizes some whole matrices, so that the work is shared.
     """
     in_bfloat16 = matrices[0].device.type != "cpu" or has_bfloat16_instructions()
     stack = torch.stack(matrices).to(torch.bfloat16 if in_bfloat16 else torch.float32)  # (n, rows, columns)

@@ -1,4 +1,4 @@
-"""bench.py: that its commands run, that what it computes is right, and that the two ways are what their names say."""
+"""bench.py: its measurements run, its arithmetic is right, and the two ways are what their names say."""
 
 import json
 import subprocess
@@ -14,48 +14,56 @@ from model import GPT
 from nanogpt import metrics
 from nanogpt.errors import UserError
 
-
-def results(finished: subprocess.CompletedProcess) -> dict:
-    """The JSON line that ends what a command has printed."""
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout.splitlines()[-1])
+TINY = "--size=laptop --device=cpu --batch_size=2 --block_size=8".split()
 
 
-def test_training_steps_are_timed_both_ways(command: Callable, project: Path) -> None:
-    """Catches ways that are not what they are said to be, a ratio the wrong way round, and a trace that no viewer opens."""
-    flags = "--size=laptop --batch_size=2 --block_size=8 --rounds=2 --steps=2 --dtype=bfloat16 --loss_rows=5".split()
-    finished = command("bench.py", *flags, "--optimizer=muon", "--profile=True", "--device=cpu")
-    found = results(finished)
-    lines = finished.stdout.splitlines()
-    assert "plain: float32, not compiled, AdamW" in lines
-    assert any(line.startswith("fast: bfloat16, not compiled, Muon and AdamW, loss in chunks of 5") for line in lines)
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., dict]:
+    """A function that runs bench.py with these flags in `tmp_path`; returns its last line, JSON, and all "lines"."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def call(*flags: str) -> dict:
+        bench.main(parse(bench.Config, [*flags]))
+        lines = capfd.readouterr().out.splitlines()
+        found = next(json.loads(line) for line in reversed(lines) if line.startswith("{"))
+        return found | {"lines": lines}
+
+    return call
+
+
+def test_training(run: Callable[..., dict], dataset: Path, tmp_path: Path) -> None:
+    """Catches ways that are not what they are said to be, a ratio the wrong way round, and an unreadable trace."""
+    flags = "--rounds=2 --steps=2 --dtype=bfloat16 --loss_rows=5 --optimizer=muon --profile=True --real_data=True".split()
+    found = run(*TINY, *flags, f"--dataset={dataset}")
+    assert "plain: float32, not compiled, AdamW" in found["lines"]
+    fast = "fast: bfloat16, not compiled, Muon and AdamW, loss in chunks of 5"
+    assert any(line.startswith(fast) for line in found["lines"])
     assert found["ratio"] == pytest.approx(found["fast_tokens_per_second"] / found["plain_tokens_per_second"], rel=0.5)
     assert found["fast_megabytes"] > 50
-    assert json.loads((project / "trace.json").read_text())["traceEvents"]
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
-def test_training_takes_windows_of_a_dataset(command: Callable, dataset: Path) -> None:
-    """Catches --real_data that changes nothing, or does not say which dataset is missing."""
-    flags = "--size=laptop --batch_size=2 --rounds=1 --steps=1 --against=nothing --real_data=True --device=cpu".split()
-    assert results(command("bench.py", *flags, f"--dataset={dataset}"))["fast_tokens_per_second"] > 0
-    refused = command("bench.py", *flags, "--dataset=nowhere")
-    assert refused.returncode != 0
-    assert refused.stderr.count("\n") == 1
-    assert "nowhere" in refused.stderr
+def test_real_data(dataset: Path) -> None:
+    """Catches a --real_data without effect, and a missing dataset that is not named."""
+    flags = [*TINY, "--real_data=True", "--keep_memory=False"]
+    x, y = bench.Trainer(parse(bench.Config, [*flags, f"--dataset={dataset}"]), "fast").batch(0)
+    assert x.shape == (2, 8) and torch.equal(x[:, 1:], y[:, :-1])
+    with pytest.raises(UserError, match="nowhere"):
+        bench.main(parse(bench.Config, [*flags, "--dataset=nowhere"]))
 
 
-def test_generation_is_timed_both_ways(command: Callable) -> None:
-    """Catches generation that no longer runs."""
-    found = results(command("bench.py", "--what=generation", "--size=laptop", "--new_tokens=5", "--rounds=1", "--device=cpu"))
+def test_generation(run: Callable[..., dict]) -> None:
+    """Catches generation that fails in either way."""
+    found = run("--what=generation", "--size=laptop", "--new_tokens=5", "--rounds=1", "--device=cpu")
     assert found["against"] == "plain"
     assert found["ratio"] > 0
 
 
 @pytest.mark.parametrize("size, parameters", [("laptop", 803_072 + 8_192), ("gpt2", 124_373_760), ("gpt2-xl", 1_556_609_600)])
-def test_sizing_counts_what_the_model_has(size: str, parameters: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a part that is left out or counted twice, and FLOPs of another context."""
-    bench.main(parse(bench.Config, ["--what=sizing", f"--size={size}"]))
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_sizing(size: str, parameters: int, run: Callable[..., dict]) -> None:
+    """Catches a part that is left out or counted twice, and FLOPs for another context."""
+    found = run("--what=sizing", f"--size={size}")
     config = parse(bench.Config, [f"--size={size}"])
     with torch.device("meta"):
         model = GPT(bench.trained_shape(config))
@@ -65,14 +73,14 @@ def test_sizing_counts_what_the_model_has(size: str, parameters: int, capsys: py
     assert found["optimal_tokens"] == 20 * found["parameters"]
 
 
-def test_flops_are_those_of_the_windows_that_are_timed() -> None:
-    """Catches a share of the peak that counts attention over a context that no window fills."""
+def test_flops_use_the_sequence_length() -> None:
+    """Catches a share of the peak that counts attention over the full context instead of --block_size."""
     long, short = (bench.trained_flops(parse(bench.Config, [f"--block_size={size}"])) for size in (1024, 256))
     assert long - short == 12 * 12 * 768 * (1024 - 256)
 
 
-def test_time_to_loss_counts_training_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches evaluations on the clock, an iteration counted twice, and a crossing read from the wrong row."""
+def test_time_to_loss_excludes_evaluations(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches evaluations that are timed, an iteration counted twice, and a wrong interpolation."""
 
     def train(command: list[str], **_: object) -> None:
         folder = Path(next(flag for flag in command if flag.startswith("--out_dir=")).removeprefix("--out_dir="))
@@ -88,7 +96,7 @@ def test_time_to_loss_counts_training_alone(monkeypatch: pytest.MonkeyPatch, cap
 
 
 @pytest.mark.parametrize("flag", ["--against=transformers", "--block_size=4096", "--what=nothing"])
-def test_what_makes_no_sense_is_refused(flag: str) -> None:
-    """Catches a traceback, or a measurement of something else."""
+def test_impossible_flags_are_refused(flag: str) -> None:
+    """Catches a traceback, or a measurement of something else than asked for."""
     with pytest.raises(UserError, match=flag.partition("=")[0]):
         parse(bench.Config, [flag])

@@ -1,12 +1,15 @@
-"""The chat: conversations in-process against plain generation, and the program in a terminal of its own."""
+"""chat.py: conversations against plain generation, and the program in a terminal."""
 
+import dataclasses
+import io
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,7 @@ SHORT = ChatFormat("short", user="Q", user_end="\n", assistant="A", assistant_en
 
 
 def tiny(tokenizer: Tokenizer = TABLE, block_size: int = 64, seed: int = 1) -> GPT:
-    """A small model whose every parameter is random and large enough to matter."""
+    """A small model whose parameters are all random and large enough to matter."""
     torch.manual_seed(seed)
     shape = {"block_size": block_size, "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": tokenizer.model_vocab_size}
     model = GPT(GPTConfig(**shape))
@@ -37,7 +40,7 @@ def tiny(tokenizer: Tokenizer = TABLE, block_size: int = 64, seed: int = 1) -> G
 
 
 def chain(text: str, block_size: int = 64) -> Bigram:
-    """A model that writes `text` after its first character, each character following from the one before it alone."""
+    """A bigram model that writes `text` after its first character."""
     model = Bigram(GPTConfig(vocab_size=TABLE.vocab_size, block_size=block_size))
     with torch.no_grad():
         model.token_embedding_table.weight.zero_()
@@ -46,8 +49,8 @@ def chain(text: str, block_size: int = 64) -> Bigram:
     return model
 
 
-def talk(model, chat_format: ChatFormat = SHORT, tokenizer: Tokenizer = TABLE, **flags) -> chat.Chat:
-    """A conversation with `model` that has not begun."""
+def start_chat(model, chat_format: ChatFormat = SHORT, tokenizer: Tokenizer = TABLE, **flags) -> chat.Chat:
+    """A new chat with `model`, by default with greedy decoding."""
     flags = {"temperature": 0, "device": "cpu"} | flags
     config = configurator.parse(chat.Config, [f"--{key}={value}" for key, value in flags.items()])
     return chat.Chat(model, tokenizer, chat_format, config, "cpu")
@@ -60,164 +63,164 @@ def seen_by(model: GPT) -> list[int]:
 
 
 def expected_reply(model: GPT, messages: list[dict], length: int) -> str:
-    """The reply after `messages`, the last of them the user's, by plain generation from the text of the conversation."""
+    """Reply to `messages` by plain generation from the text of the whole conversation."""
     text = "".join(f"Q{each['content']}\n" if each["role"] == "user" else f"A{each['content']}." for each in messages)
     idx = torch.tensor([TABLE.encode(text + "A")])
     written = TABLE.decode(model.generate(idx, length, temperature=0)[0, idx.size(1) :])
     return written.split(".")[0]
 
 
-def test_replies_are_those_of_plain_generation():
-    """A turn that the model sees otherwise than in training, or a cache that keeps what is no longer said."""
+def test_replies_match_plain_generation():
+    """Catches a turn encoded differently than in training, and a stale KV cache."""
     model, messages = tiny(block_size=512), []
-    conversation_ = talk(model, max_new_tokens=20)
+    talk = start_chat(model, max_new_tokens=20)
     lengths = seen_by(model)
     for message in ("Hi there", "How are you?", "Good"):
         messages.append({"role": "user", "content": message})
         expected = expected_reply(model, messages, 20)
         del lengths[:]
-        reply = "".join(conversation_.send(message))
+        reply = "".join(talk.send(message))
         assert reply == expected and reply.strip()
-        assert lengths[0] <= len(f"Q{message}\nA") + 2 and set(lengths[1:]) == {1}  # the two that end the reply before it
+        assert lengths[0] <= len(f"Q{message}\nA") + 2 and set(lengths[1:]) == {1}  # and two tokens that end the previous reply
         messages.append({"role": "assistant", "content": reply})
 
 
-def test_the_history_is_what_training_would_have_seen():
-    """Replies that stopped, were cut short or held a part of the stop string, and leave their marks in the history."""
+def test_history_is_encoded_as_in_training():
+    """Catches replies that stopped, were cut short or held part of the stop string, and leave traces in the history."""
     for text, limit in (("Ahi.", 20), ("Ahi.", 2), ("Ahim", 9)):
-        conversation_ = talk(chain(text), max_new_tokens=limit)
+        talk = start_chat(chain(text), max_new_tokens=limit)
         said = []
         for message in ("One", "Two"):
             said += [
                 {"role": "user", "content": message},
-                {"role": "assistant", "content": "".join(conversation_.send(message))},
+                {"role": "assistant", "content": "".join(talk.send(message))},
             ]
-        assert conversation_._ids() == conversation.encode(SHORT, said, TABLE)[0]
+        assert talk._ids() == conversation.encode(SHORT, said, TABLE)[0]
 
 
-def test_a_stop_string_that_ends_in_the_next_header_is_taken_back():
-    """The person's name at the end of a reply, or twice in the history."""
+def test_stop_string_in_the_next_header():
+    """Catches the user's name at the end of a reply, or twice in the history."""
     config = configurator.parse(chat.Config, ["--user_name=Us", "--assistant_name=A"])
     plain = chat.choose_format(config, None)
-    conversation_, said = talk(chain(": hey\nUs:"), plain, max_new_tokens=30), []
+    talk, said = start_chat(chain(": hey\nUs:"), plain, max_new_tokens=30), []
     for message in ("One", "Two"):
-        assert "".join(conversation_.send(message)) == " hey"
+        assert "".join(talk.send(message)) == " hey"
         said += [{"role": "user", "content": message}, {"role": "assistant", "content": "hey"}]
-        assert conversation_._ids() == conversation.encode(plain, said, TABLE)[0]
+        assert talk._ids() == conversation.encode(plain, said, TABLE)[0]
 
 
 def test_undo_retry_and_reset():
-    """A turn that is half taken back, a reply that is asked for again with itself in view, a conversation that lives on."""
+    """Catches a turn half undone, a retry that sees its own earlier reply, and a reset that keeps something."""
     model = tiny(block_size=512)
-    conversation_ = talk(model, max_new_tokens=12)
-    first = "".join(conversation_.send("Hi"))
-    ids = conversation_._ids()
-    second = "".join(conversation_.send("And"))
-    assert "".join(conversation_.retry()) == second
-    conversation_.undo()
-    assert conversation_._ids() == ids
-    assert "".join(conversation_.send("And")) == second
-    conversation_.reset()
-    assert "".join(conversation_.send("Hi")) == first and conversation_._ids() == ids
-    conversation_.undo()
-    for nothing in (conversation_.undo, conversation_.retry):
+    talk = start_chat(model, max_new_tokens=12)
+    first = "".join(talk.send("Hi"))
+    ids = talk._ids()
+    second = "".join(talk.send("And"))
+    assert "".join(talk.retry()) == second
+    talk.undo()
+    assert talk._ids() == ids
+    assert "".join(talk.send("And")) == second
+    talk.reset()
+    assert "".join(talk.send("Hi")) == first and talk._ids() == ids
+    talk.undo()
+    for nothing in (talk.undo, talk.retry):
         with pytest.raises(UserError, match="nothing"):
             nothing()
 
 
-def test_retry_gives_another_reply_where_there_is_chance_and_a_seed_gives_the_same_chat():
-    """A retry that cannot help, or a chat that cannot be had again."""
+def test_retry_and_seed():
+    """Catches a retry that repeats the same reply, and a seed that does not reproduce a chat."""
     texts = []
     for _ in range(2):
-        conversation_ = talk(tiny(block_size=512), temperature=1, max_new_tokens=30)
-        texts.append(["".join(conversation_.send("Hi")), "".join(conversation_.retry())])
+        talk = start_chat(tiny(block_size=512), temperature=1, max_new_tokens=30)
+        texts.append(["".join(talk.send("Hi")), "".join(talk.retry())])
     assert texts[0] == texts[1] and texts[0][0] != texts[0][1]
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7])
-def test_a_reply_that_is_stopped_stays_as_far_as_it_came(tokens):
-    """A stopped reply that is lost, or that leaves the conversation in a state in which nothing fits."""
+def test_stopped_reply_is_kept(tokens):
+    """Catches a stopped reply that is lost, or that breaks the turns after it."""
     model = tiny(block_size=512)
-    conversation_ = talk(model, max_new_tokens=12)
-    whole = "".join(conversation_.send("Hi"))
-    conversation_.reset()
-    pieces = conversation_.send("Hi")
+    talk = start_chat(model, max_new_tokens=12)
+    whole = "".join(talk.send("Hi"))
+    talk.reset()
+    pieces = talk.send("Hi")
     part = "".join(next(pieces) for _ in range(tokens))
     pieces.close()
     assert whole.startswith(part)
     said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": part}]
-    assert conversation_._ids() == conversation.encode(SHORT, said, TABLE)[0]
+    assert talk._ids() == conversation.encode(SHORT, said, TABLE)[0]
     said.append({"role": "user", "content": "More"})
-    assert "".join(conversation_.send("More")) == expected_reply(model, said, 12)
+    assert "".join(talk.send("More")) == expected_reply(model, said, 12)
 
 
-def test_the_oldest_turns_leave_a_conversation_that_outgrows_the_context():
-    """Half a turn in view, an overflow that nobody is told of, one that ends the chat; the opening that leaves with it."""
+def test_overflow_drops_the_oldest_turns():
+    """Catches half a turn in the context, an overflow without a note, and an opening dropped with the oldest turns."""
     model = tiny(block_size=48)
-    conversation_ = talk(model, max_new_tokens=8, context="Be kind.")
+    talk = start_chat(model, max_new_tokens=8, context="Be kind.")
     opening = TABLE.encode("Be kind.\n")
-    told = 0
+    notes = 0
     for message in ("First of all", "The second", "A third one", "Four", "Five is more"):
-        reply = "".join(conversation_.send(message))
-        told += sum("outgrown" in text for text in conversation_.notes)
-        conversation_.notes.clear()
-        ids = conversation_._ids()
+        reply = "".join(talk.send(message))
+        notes += sum("outgrown" in text for text in talk.notes)
+        talk.notes.clear()
+        ids = talk._ids()
         assert len(ids) <= 48 + 1 and ids[: len(opening)] == opening
-        assert conversation_.turns[-1].prompt == TABLE.encode(f"Q{message}\nA")
-        seen = TABLE.decode(ids[: len(ids) - len(conversation_.turns[-1].reply)])
+        assert talk.turns[-1].prompt == TABLE.encode(f"Q{message}\nA")
+        seen = TABLE.decode(ids[: len(ids) - len(talk.turns[-1].reply)])
         idx = torch.tensor([TABLE.encode(seen)])
         assert reply.startswith(TABLE.decode(model.generate(idx, 3, temperature=0)[0, idx.size(1) :]).split(".")[0])
-    assert told >= 2 and 1 <= len(conversation_.turns) < 5
+    assert notes >= 2 and 1 <= len(talk.turns) < 5
 
 
-def test_a_reply_that_outgrows_the_context_goes_on_without_the_oldest_turn():
-    """A long reply that is cut although older turns could go, or that ends in an error."""
+def test_overflow_during_a_reply():
+    """Catches a long reply that is cut although older turns could be dropped, or that ends in an error."""
     model = tiny(block_size=32)
     endless = ChatFormat("endless", "Q", "\n", "A", ".", stop=".")
     with torch.no_grad():
-        model.transformer.wte.weight[TABLE.encode(".")[0]] = 0  # never the likeliest
-    conversation_ = talk(model, endless, max_new_tokens=12)
-    "".join(conversation_.send("Hey"))
-    conversation_.config.max_new_tokens = 25
-    reply = "".join(conversation_.send("Hey"))
-    assert len(reply) == 25 and len(conversation_.turns) == 1
-    assert any("outgrown" in text for text in conversation_.notes)
-    conversation_.config.max_new_tokens = 100
-    reply = "".join(conversation_.send("Hey"))
-    assert len(reply) == 26 and any("filled" in text for text in conversation_.notes)
+        model.transformer.wte.weight[TABLE.encode(".")[0]] = 0  # never the most likely token
+    talk = start_chat(model, endless, max_new_tokens=12)
+    "".join(talk.send("Hey"))
+    talk.config = dataclasses.replace(talk.config, max_new_tokens=25)
+    reply = "".join(talk.send("Hey"))
+    assert len(reply) == 25 and len(talk.turns) == 1
+    assert any("outgrown" in text for text in talk.notes)
+    talk.config = dataclasses.replace(talk.config, max_new_tokens=100)
+    reply = "".join(talk.send("Hey"))
+    assert len(reply) == 26 and any("filled" in text for text in talk.notes)
 
 
-def test_a_message_that_has_no_room_is_refused_and_the_chat_goes_on():
-    """A prompt that is cut in silence, or a turn that stays although it was refused."""
-    conversation_ = talk(tiny(block_size=32), max_new_tokens=5)
+def test_refused_messages_leave_no_turn():
+    """Catches a message that is silently cut, and a turn that stays although it was refused."""
+    talk = start_chat(tiny(block_size=32), max_new_tokens=5)
     with pytest.raises(UserError, match="too long"):
-        conversation_.send("x" * 40)
+        talk.send("x" * 40)
     with pytest.raises(UserError, match="'7'"):
-        conversation_.send("Bee7")
-    assert conversation_.turns == [] and "".join(conversation_.send("Hi"))
+        talk.send("Bee7")
+    assert talk.turns == [] and "".join(talk.send("Hi"))
 
 
-def test_an_empty_reply_is_told_and_forgotten():
-    """A silent model whose silence is then part of the conversation."""
-    conversation_ = talk(chain("A."))
-    assert "".join(conversation_.send("Hi")) == ""
-    assert any("no reply" in text for text in conversation_.notes)
-    "".join(conversation_.send("Hello"))
-    assert len(conversation_.turns) == 1
+def test_empty_reply():
+    """Catches an empty reply without a note, or kept in the conversation."""
+    talk = start_chat(chain("A."))
+    assert "".join(talk.send("Hi")) == ""
+    assert any("no reply" in text for text in talk.notes)
+    "".join(talk.send("Hello"))
+    assert len(talk.turns) == 1
 
 
-def test_bpe_turns(gpt2_vocabulary):
-    """Tokens that merge across turns, a special token that a person can type, an end mark that is cut from the reply."""
+def test_gpt2_turns(gpt2_vocabulary):
+    """Catches tokens that merge across turns, special tokens typed by the user, and a wrong end mark."""
     tokenizer = TiktokenTokenizer("gpt2")
     for name in conversation.FORMATS:
         chat_format = conversation.FORMATS[name]
         model = tiny(tokenizer, block_size=256)
-        conversation_, said = talk(model, chat_format, tokenizer, max_new_tokens=6), []
+        talk, said = start_chat(model, chat_format, tokenizer, max_new_tokens=6), []
         for message in ("Hello <|endoftext|> there", "Naïve café"):
             prompt = conversation.encode_prompt_turn(chat_format, message, tokenizer)
-            before = conversation_._ids()
-            reply = "".join(conversation_.send(message))
-            tokens = conversation_._ids()[len(before + prompt) :]
+            before = talk._ids()
+            reply = "".join(talk.send(message))
+            tokens = talk._ids()[len(before + prompt) :]
             idx = torch.tensor([before + prompt])
             drawn = model.generate(idx, 6, temperature=0, vocab_size=50257)[0, idx.size(1) :].tolist()
             assert tokens[:6] == drawn[: len(tokens)]
@@ -225,8 +228,8 @@ def test_bpe_turns(gpt2_vocabulary):
             said.append(reply)
 
 
-def test_the_format_is_the_checkpoints_unless_another_is_asked_for():
-    """A chat model that is addressed in a format that it has never seen."""
+def test_choice_of_format():
+    """Catches a chat model used with a format it was not trained on."""
     auto = configurator.parse(chat.Config, [])
     assert chat.choose_format(auto, SHORT) == SHORT
     assert chat.choose_format(auto, None) == conversation.FORMATS["plain"]
@@ -248,19 +251,28 @@ def test_the_format_is_the_checkpoints_unless_another_is_asked_for():
         ("/bye", "/help"),
     ],
 )
-def test_mistaken_commands_get_one_line(command, words):
-    """A traceback that ends the conversation for a slip of the finger."""
-    conversation_ = talk(chain("Ahi."))
+def test_mistaken_commands_are_one_line(command, words):
+    """Catches a traceback for a mistyped command."""
+    talk = start_chat(chain("Ahi."))
     with pytest.raises(UserError) as caught:
-        chat.obey(command, conversation_, conversation_.config)
+        chat.obey(command, talk)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_set_changes_replies():
+    """Catches a /set that is confirmed but has no effect, or that changes another key."""
+    talk = start_chat(chain("Ahello."))
+    before = talk.config
+    chat.obey("/set max_new_tokens = 3", talk)
+    assert "".join(talk.send("Hi")) == "hel"
+    assert talk.config == dataclasses.replace(before, max_new_tokens=3) and before.max_new_tokens == 300
 
 
 # the program
 
 
 def write(out_dir: Path, model: GPT | Bigram, table: CharTokenizer = TABLE) -> Path:
-    """A run folder with the checkpoint of `model`, which knows its chat format; returns the folder."""
+    """Write a run folder with a checkpoint of `model`, chat format included; return the folder."""
     extra = {"tokenizer": table.to_dict(), "chat_format": conversation.to_dict(SHORT)}
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     out_dir.mkdir()
@@ -269,10 +281,16 @@ def write(out_dir: Path, model: GPT | Bigram, table: CharTokenizer = TABLE) -> P
 
 
 class Terminal:
-    """chat.py in a pseudo-terminal, of which tests read what a person would see."""
+    """chat.py in a pseudo-terminal, to read what a user would see."""
 
     def __init__(self, *arguments: str):
-        pty = pytest.importorskip("pty")
+        pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+
+        def prepare() -> None:
+            """In the child: take the terminal, and let Ctrl-C through even if the parent process ignores it."""
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
         self.master, slave = pty.openpty()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
         self.process = subprocess.Popen(
@@ -282,7 +300,7 @@ class Terminal:
             stderr=slave,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            preexec_fn=prepare,
         )
         os.close(slave)
         self.text = ""
@@ -292,7 +310,7 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def interrupt(self, pattern: str) -> None:
-        """Press Ctrl-C until `pattern` appears: Python misses one that comes just before it begins to wait for a key."""
+        """Press Ctrl-C until `pattern` appears: Python misses one that comes just before it starts to wait for input."""
         self.text = ""
         for _ in range(60):
             os.write(self.master, b"\x03")
@@ -301,7 +319,7 @@ class Terminal:
         self.read_until(pattern)
 
     def read_until(self, pattern: str) -> str:
-        """Return what appears up to `pattern`, a regular expression; fail if it does not."""
+        """Return the output up to the regular expression `pattern`; fail if it does not come."""
         deadline = time.monotonic() + 60
         while not re.search(pattern, self.text):
             ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
@@ -332,8 +350,8 @@ def terminal() -> Iterator:
         each.close()
 
 
-def test_a_conversation_in_a_terminal(tmp_path, terminal):
-    """A prompt that does not come, a reply that shows its end mark, a command that does nothing, a Ctrl-D that stays."""
+def test_terminal(tmp_path, terminal):
+    """Catches a missing prompt, a visible end mark, a command without effect, and a Ctrl-D that does not leave."""
     out_dir = write(tmp_path / "out", chain("Aoh yes."))
     seen = terminal(f"--out_dir={out_dir}", "--temperature=0")
     assert "short" in seen.read_until("User: $")
@@ -359,9 +377,9 @@ def test_a_conversation_in_a_terminal(tmp_path, terminal):
     assert seen.process.wait(timeout=60) == 0
 
 
-def test_replies_stream_and_ctrl_c_stops_them(tmp_path, terminal):
-    """A reply that comes all at once, or cannot be stopped, or whose stopping ends the chat."""
-    out_dir = write(tmp_path / "out", chain("Axyzx", block_size=1 << 20))  # it never ends
+def test_ctrl_c_stops_a_reply(tmp_path, terminal):
+    """Catches a reply that does not stream, cannot be stopped, or ends the chat when stopped."""
+    out_dir = write(tmp_path / "out", chain("Axyzx", block_size=1 << 20))  # never ends
     seen = terminal(f"--out_dir={out_dir}", "--temperature=0", "--max_new_tokens=100000000")
     seen.read_until("User: $")
     seen.type("Go\n")
@@ -378,41 +396,42 @@ def test_replies_stream_and_ctrl_c_stops_them(tmp_path, terminal):
     assert "Assistant: xyzx\n" in seen.read_until("xyzx\n\nUser: $")
 
 
-def test_overflow_in_a_terminal(tmp_path, terminal):
-    """A context that runs full without a word."""
-    seen = terminal(f"--out_dir={write(tmp_path / 'out', tiny(block_size=40))}", "--max_new_tokens=8")
-    for _ in range(3):
-        seen.read_until("User: $")
-        seen.type("Tell me more\n")
-    seen.read_until("outgrown the context: its oldest")
+@pytest.fixture
+def piped(monkeypatch, capsys) -> Callable[..., tuple[str, str]]:
+    """A function that runs chat.py with these flags and this input on a pipe, and returns its stdout and stderr."""
+
+    def run(text: bytes, *flags: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["chat.py", "--device=cpu", "--dtype=float32", *flags])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+        configurator.run(chat.main, chat.Config)
+        return capsys.readouterr()
+
+    return run
 
 
-def test_piped_input_gives_clean_text(tmp_path):
-    """Prompts, names and notes among the replies of a program that feeds another."""
+def test_overflow_is_told(tmp_path, piped):
+    """Catches a context that overflows without a note."""
+    out_dir = write(tmp_path / "out", tiny(block_size=40))
+    _, notes = piped(b"Tell me more\n" * 3, f"--out_dir={out_dir}", "--max_new_tokens=8")
+    assert "outgrown the context: its oldest" in notes
+
+
+def test_piped_input(tmp_path, piped):
+    """Catches prompts, names or notes on stdout among the replies, and an input line that ends the program."""
     out_dir = write(tmp_path / "out", chain("Aoh yes."))
-    finished = subprocess.run(
-        [sys.executable, str(ROOT / "chat.py"), f"--out_dir={out_dir}", "--device=cpu", "--dtype=float32", "--temperature=0"],
-        input=b"Hello\n\n/set top_k=3\nAgain\nBee7\n\xff\nlast",
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout == b"oh yes\noh yes\noh yes\n"
-    errors = finished.stderr.decode()
-    assert "'7'" in errors and "Traceback" not in errors
+    replies, notes = piped(b"Hello\n\n/set top_k=3\nAgain\nBee7\n\xff\nlast", f"--out_dir={out_dir}", "--temperature=0")
+    assert replies == "oh yes\noh yes\noh yes\n"
+    assert "'7'" in notes and "top_k=3" in notes
 
 
-def test_control_characters_cannot_drive_the_terminal(tmp_path, terminal):
-    """A model that clears the screen, renames the window or types commands for the person who runs it."""
+def test_control_characters_are_replaced(tmp_path, piped, monkeypatch, capsys):
+    """Catches a model that can send control characters to the user's terminal."""
     table = CharTokenizer(sorted("\x07\x1b\x9b\rAQ\n.Hi"))
     model = Bigram(GPTConfig(vocab_size=table.vocab_size, block_size=64))
     with torch.no_grad():
         model.token_embedding_table.weight.zero_()
         model.token_embedding_table.weight[:, table.encode("AQ\n.")] = -100
-    write(tmp_path / "out", model, table)
-    seen = terminal(f"--out_dir={tmp_path / 'out'}", "--max_new_tokens=50")
-    seen.read_until("User: $")
-    seen.type("Hi\n")
-    text = seen.read_until("\n\nUser: $")
-    assert "\ufffd" in text and not set(text) & set("\x07\x1b\x9b\r")
+    out_dir = write(tmp_path / "out", model, table)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    text, _ = piped(b"Hi\n", f"--out_dir={out_dir}", "--max_new_tokens=50")
+    assert "Assistant: " in text and "\ufffd" in text and not set(text) & set("\x07\x1b\x9b\r")

@@ -1,4 +1,4 @@
-"""The command line: what flags and config files mean, and how a person's mistakes are told."""
+"""The command line: flags, config files, --help, one-line errors; and output that is safe for a terminal."""
 
 import inspect
 import io
@@ -26,20 +26,21 @@ RECIPES = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 
 @dataclass
 class Config(configurator.Config):
-    batch_size: PositiveInt = 12  # windows
+    batch_size: PositiveInt = 12  # sequences
     max_iters: int = 100  # updates
-    learning_rate: NonNegativeFloat = 6e-4  # highest
-    min_lr: float = 6e-5  # lowest
-    dropout: Probability = 0.0  # share
-    seed: Annotated[int, Range(at_least=0, below=2**63)] = 1337  # of all
-    decay_lr: bool = True  # along a cosine
+    learning_rate: NonNegativeFloat = 6e-4  # maximum
+    min_lr: float = 6e-5  # minimum
+    dropout: Probability = 0.0  # probability
+    seed: Annotated[int, Range(at_least=0, below=2**63)] = 1337  # random seed
+    decay_lr: bool = True  # cosine schedule
     start: str = "\n"  # prompt
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of products
-    compile: bool | Literal["auto"] = "auto"  # or not
-    top_k: int | None = 200  # likeliest
+    dtype: Literal["float32", "bfloat16"] = "float32"  # number format
+    compile: bool | Literal["auto"] = "auto"  # torch.compile
+    top_k: int | None = 200  # most likely tokens
 
 
 def config_file(folder: Path, source: str | bytes, name: str = "recipe.py") -> str:
+    """Write a config file and return its path, as an argument."""
     path = folder / name
     path.write_bytes(source.encode() if isinstance(source, str) else source)
     return str(path)
@@ -74,15 +75,15 @@ def config_file(folder: Path, source: str | bytes, name: str = "recipe.py") -> s
         ("--seed=9223372036854775807", 2**63 - 1),
     ],
 )
-def test_flag_takes_the_type_of_its_key(flag: str, value: Any) -> None:
-    """A value that is guessed from its looks, and not from the key's type, is caught."""
+def test_flag_has_the_type_of_its_key(flag: str, value: Any) -> None:
+    """Catches a value read by its looks instead of the key's type."""
     key = flag[2:].partition("=")[0]
     found = getattr(parse(Config, [flag]), key)
     assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "words"),
     [
         (["--batch_size=abc"], ["--batch_size=abc", "whole number"]),
         (["--batch_size=3.5"], ["--batch_size=3.5", "whole number"]),
@@ -116,22 +117,22 @@ def test_flag_takes_the_type_of_its_key(flag: str, value: Any) -> None:
         (["config"], ["config", "no such config file"]),
     ],
 )
-def test_wrong_argument_is_refused_by_name(arguments: list[str], told: list[str]) -> None:
-    """A wrong argument that is taken, or told without the key, the value and what would do, is caught."""
-    with pytest.raises(UserError) as refusal:
+def test_wrong_argument_is_refused(arguments: list[str], words: list[str]) -> None:
+    """Catches a wrong argument that is accepted, or an error without the key, the value and the remedy."""
+    with pytest.raises(UserError) as caught:
         parse(Config, arguments)
-    assert [part for part in told if part not in str(refusal.value)] == []
+    assert [word for word in words if word not in str(caught.value)] == []
 
 
 @pytest.mark.parametrize("key", [field.name for field in fields(Config)])
-def test_no_key_can_be_abbreviated(key: str) -> None:
-    """A prefix that is taken for the whole key, as argparse does, is caught."""
+def test_keys_cannot_be_abbreviated(key: str) -> None:
+    """Catches a prefix taken for the whole key, as argparse does."""
     with pytest.raises(UserError, match="unknown key"):
         parse(Config, [f"--{key[:-1]}=1"])
 
 
 def test_arguments_apply_from_left_to_right(tmp_path: Path) -> None:
-    """Files that are read before all flags, or the other way round, are caught."""
+    """Catches all files read before all flags, or the reverse."""
     file = config_file(tmp_path, "batch_size = 2\nmax_iters = 2\n")
     other = config_file(tmp_path, "max_iters = 4\n", "other.py")
     config = parse(Config, ["--batch_size=1", "--max_iters=1", file, "--batch_size=3", other])
@@ -141,14 +142,14 @@ def test_arguments_apply_from_left_to_right(tmp_path: Path) -> None:
 
 
 def test_config_file_sees_the_values_so_far(tmp_path: Path) -> None:
-    """A file that runs on the defaults, and not on what was set before it, is caught."""
+    """Catches a config file that runs on the defaults instead of the values so far."""
     file = config_file(tmp_path, "min_lr = learning_rate / 10\nlearning_rate = learning_rate * 2\nbatch_size += 1\n")
     config = parse(Config, ["--learning_rate=1", file, file])
     assert (config.min_lr, config.learning_rate, config.batch_size) == (0.2, 4.0, 14)
 
 
 def test_config_file_may_compute(tmp_path: Path) -> None:
-    """Imports, functions, classes and _names that are taken for keys are caught."""
+    """Catches imports, functions, classes and _names taken for keys."""
     source = """
 import math
 import os.path as path
@@ -178,13 +179,13 @@ for _i in range(3):
 
 
 def test_config_file_may_assign_in_a_function(tmp_path: Path) -> None:
-    """A value that a file sets through `global`, and that is silently dropped, is caught."""
+    """Catches a value set through `global` that is silently dropped."""
     source = "def shrink():\n    global batch_size\n    batch_size = 3\n\nshrink()\n"
     assert parse(Config, [config_file(tmp_path, source)]).batch_size == 3
 
 
-def test_given_holds_what_was_set_and_nothing_else(tmp_path: Path) -> None:
-    """A default that poses as a wish, or a wish that equals the default and is forgotten, is caught."""
+def test_given_holds_the_keys_that_were_set(tmp_path: Path) -> None:
+    """Catches a default that counts as set, or a set value that equals the default and does not count."""
     file = config_file(tmp_path, "max_iters = 100\nstart = start\n")
     assert parse(Config, []).given == set()
     assert parse(Config, ["--batch_size=12", file]).given == {"batch_size", "max_iters", "start"}
@@ -192,7 +193,7 @@ def test_given_holds_what_was_set_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "words"),
     [
         ("batchsize = 4\n", ["recipe.py", "unknown key 'batchsize'", "did you mean batch_size"]),
         ("batch_size = 4\nhidden = [1]\n", ["recipe.py", "unknown key 'hidden'"]),
@@ -214,15 +215,15 @@ def test_given_holds_what_was_set_and_nothing_else(tmp_path: Path) -> None:
         (b"batch_size = 4\0\n", ["recipe.py"]),
     ],
 )
-def test_wrong_config_file_is_refused_by_name(tmp_path: Path, source: str | bytes, told: list[str]) -> None:
-    """A mistake in a file that is passed over, or told without the file and the line, is caught."""
-    with pytest.raises(UserError) as refusal:
+def test_wrong_config_file_is_refused(tmp_path: Path, source: str | bytes, words: list[str]) -> None:
+    """Catches a mistake in a file that is ignored, or an error without the file and the line."""
+    with pytest.raises(UserError) as caught:
         parse(Config, [config_file(tmp_path, source)])
-    assert [part for part in told if part not in str(refusal.value)] == []
+    assert [word for word in words if word not in str(caught.value)] == []
 
 
 def test_config_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recipe that is found from the repo's root alone, or that hides a file of one's own, is caught."""
+    """Catches a recipe that is only found from the repo's root, or that hides a person's own file."""
     monkeypatch.chdir(tmp_path)
     assert parse(train.Config, ["config/train_shakespeare_char.py"]).dataset == "shakespeare_char"
     (tmp_path / "config").mkdir()
@@ -230,24 +231,24 @@ def test_config_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytes
     assert parse(train.Config, ["config/train_shakespeare_char.py"]).dataset == "mine"
 
 
-def test_heads_must_divide_the_channels() -> None:
-    """A shape that only fails deep in the model, or advice that does not help, is caught."""
-    with pytest.raises(UserError, match=r"n_head=5 .*n_embd=64") as refusal:
+def test_n_head_must_divide_n_embd() -> None:
+    """Catches a shape that fails deep in the model, or advice that does not help."""
+    with pytest.raises(UserError, match=r"n_head=5 .*n_embd=64") as caught:
         parse(train.Config, ["--n_head=5", "--n_embd=64"])
-    for advised in re.findall(r"n_head=(\d+)", str(refusal.value))[1:]:
+    for advised in re.findall(r"n_head=(\d+)", str(caught.value))[1:]:
         assert 64 % int(advised) == 0
     assert parse(train.Config, ["--n_head=5", "--n_embd=64", "--init_from=resume"]).n_head == 5
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_fits_its_script(name: str) -> None:
-    """A recipe with a key that train.py no longer has, or a value that it refuses, is caught."""
+def test_recipe_fits_train_py(name: str) -> None:
+    """Catches a recipe with a key or a value that train.py refuses."""
     config = parse(train.Config, [f"config/{name}"])
     assert {"batch_size", "init_from", "dataset"} & config.given
 
 
-def test_nanogpt_recipes_are_all_there() -> None:
-    """A lost or renamed recipe, for which people's commands ask, is caught."""
+def test_nanogpt_recipes_exist() -> None:
+    """Catches a removed or renamed recipe that people's commands name."""
     assert set(RECIPES) >= {
         "eval_gpt2.py",
         "eval_gpt2_medium.py",
@@ -260,7 +261,7 @@ def test_nanogpt_recipes_are_all_there() -> None:
 
 
 def test_nanogpt_laptop_command() -> None:
-    """A key of nanoGPT's best-known command that is renamed or read otherwise is caught."""
+    """Catches a change that breaks nanoGPT's best-known command."""
     command = (
         "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
         "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
@@ -287,7 +288,7 @@ def test_nanogpt_laptop_command() -> None:
 
 
 def test_nanogpt_defaults() -> None:
-    """A default of nanoGPT's train.py that drifts is caught."""
+    """Catches a default that differs from nanoGPT's train.py."""
     expected = {
         "out_dir": "out",
         "eval_interval": 2000,
@@ -324,8 +325,8 @@ def test_nanogpt_defaults() -> None:
 
 
 @pytest.mark.parametrize("script", [train, sample, plot], ids=["train", "sample", "plot"])
-def test_help_lists_every_key_with_its_comment(script: Any) -> None:
-    """A key without help, or help that lost its key in the layout, is caught."""
+def test_help_lists_every_key(script: Any) -> None:
+    """Catches a key without help, or with the help of another."""
     page = " ".join(configurator.help_text(script.Config, f"{script.__name__}.py").split())
     source = inspect.getsource(script.Config)
     for field in fields(script.Config):
@@ -333,8 +334,8 @@ def test_help_lists_every_key_with_its_comment(script: Any) -> None:
         assert re.search(rf"--{field.name}=<[^>]+>  ?\[[^]]*\] {re.escape(comment)}( |$)", page), field.name
 
 
-def test_arguments_without_dashes_may_be_a_keys() -> None:
-    """A run's folder that is taken for a config file, or that replaces the one before it, is caught."""
+def test_positional_arguments() -> None:
+    """Catches a run folder taken for a config file, or one that replaces the one before it."""
     for arguments in (["a", "b/c"], ["--runs=a", "b/c"], ["--runs=a,b/c"]):
         config = configurator.parse(plot.Config, [*arguments, "--x=tokens"])
         assert (config.runs, config.x, config.given) == ("a,b/c", "tokens", {"runs", "x"})
@@ -342,25 +343,25 @@ def test_arguments_without_dashes_may_be_a_keys() -> None:
 
 
 def test_help_shows_type_and_default() -> None:
-    """A help page with the wrong type or default of a key is caught."""
+    """Catches a --help page with a wrong type or default."""
     page = " ".join(configurator.help_text(Config, "script.py").split())
     assert "usage: python script.py" in page
     for shown in (
-        "--batch_size=<int> [12] windows",
-        "--learning_rate=<float> [0.0006] highest",
-        "--decay_lr=<bool> [True] along a cosine",
+        "--batch_size=<int> [12] sequences",
+        "--learning_rate=<float> [0.0006] maximum",
+        "--decay_lr=<bool> [True] cosine schedule",
         r"--start=<str> ['\n'] prompt",
-        "--dtype=<float32|bfloat16> [float32] of products",
-        "--compile=<bool|auto> [auto] or not",
-        "--top_k=<int|None> [200] likeliest",
+        "--dtype=<float32|bfloat16> [float32] number format",
+        "--compile=<bool|auto> [auto] torch.compile",
+        "--top_k=<int|None> [200] most likely tokens",
     ):
         assert shown in page
 
 
 SCRIPT = '''\
-"""A script that goes wrong on demand.
+"""A script that fails on demand.
 
-And more about it.
+A second paragraph.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -408,22 +409,22 @@ def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         ("a\nb.py", "script.py: error: a b.py: no such config file\n"),
     ],
 )
-def test_persons_mistake_is_one_line(tmp_path: Path, argument: str, line: str) -> None:
-    """A traceback, a second line, or success as the exit status of a mistake is caught."""
+def test_user_error_is_one_line(tmp_path: Path, argument: str, line: str) -> None:
+    """Catches a traceback, a second line, or exit status 0 for a person's mistake."""
     process = run_script(tmp_path, argument)
     assert (process.returncode, process.stderr) == (1, line)
 
 
 @pytest.mark.parametrize("argument", ["--fail=bug", "--fail=system"])
-def test_programs_mistake_keeps_its_traceback(tmp_path: Path, argument: str) -> None:
-    """A bug that is dressed up as a person's mistake is caught."""
+def test_bug_keeps_its_traceback(tmp_path: Path, argument: str) -> None:
+    """Catches a bug reported as a person's mistake."""
     process = run_script(tmp_path, argument)
     assert process.returncode == 1
     assert process.stderr.startswith("Traceback") and "in main" in process.stderr
 
 
 def test_command_runs_and_helps(tmp_path: Path) -> None:
-    """A --help that starts the work, or ends in failure, is caught."""
+    """Catches a --help that starts the work, or fails."""
     process = run_script(tmp_path)
     assert (process.returncode, process.stdout, process.stderr) == (0, "started\n", "")
     process = run_script(tmp_path, "--fail=bug", "--help")
@@ -431,42 +432,42 @@ def test_command_runs_and_helps(tmp_path: Path) -> None:
     assert "started" not in process.stdout and "how to fail" in process.stdout
 
 
-def test_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """A Ctrl-C that prints a traceback, or that reads as success, is caught."""
+def test_interrupt_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Catches a Ctrl-C with a traceback, or with exit status 0."""
 
     def interrupted(config: Config) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["script.py"])
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as caught:
         configurator.run(interrupted, Config)
-    assert end.value.code == 130 and "Traceback" not in capsys.readouterr().err
+    assert caught.value.code == 130 and "Traceback" not in capsys.readouterr().err
 
 
-def test_check_value_reads_a_checkpoints_config() -> None:
-    """A stored value of the wrong type or range that slips through is caught."""
+def test_check_value() -> None:
+    """Catches a value from a checkpoint with a wrong type or range."""
     assert configurator.check_value(Config, "learning_rate", 1, "ckpt.pt") == 1.0
     with pytest.raises(UserError, match=r"ckpt.pt: batch_size = 0: must be at least 1"):
         configurator.check_value(Config, "batch_size", 0, "ckpt.pt")
 
 
-class Screen(io.StringIO):
+class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
 @pytest.mark.parametrize(
-    "stream, shown", [(Screen, "a\n\t\ufffd[2Jb\ufffd\ufffd\ufffdé"), (io.StringIO, "a\n\t\x1b[2Jb\x07\x9b\ré")]
+    "stream, expected", [(Terminal, "a\n\t\ufffd[2Jb\ufffd\ufffd\ufffdé"), (io.StringIO, "a\n\t\x1b[2Jb\x07\x9b\ré")]
 )
-def test_a_terminal_gets_no_control_characters(stream, shown, monkeypatch):
-    """A text that clears the screen of whoever samples it; a file that lacks what the model wrote."""
+def test_terminal_gets_no_control_characters(stream: type, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a sample that clears the screen, and a file without the characters that the model wrote."""
     monkeypatch.setattr("sys.stdout", stream())
     errors.write("a\n\t\x1b[2Jb\x07\x9b\ré")
-    assert sys.stdout.getvalue() == shown
+    assert sys.stdout.getvalue() == expected
 
 
-def test_characters_that_the_output_cannot_encode_do_not_end_the_program(monkeypatch):
-    """A UnicodeEncodeError in the middle of a text, where the terminal is not in UTF-8."""
+def test_unencodable_characters_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a UnicodeEncodeError on a terminal that is not UTF-8."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", out)
     monkeypatch.setattr("sys.argv", ["train.py"])

@@ -1,4 +1,4 @@
-"""Conversations as text: what each format writes, what is learned of it, and a model that learns it by heart."""
+"""Chat formats: the text and loss mask of each, bad conversations, and a tiny model that learns to answer."""
 
 import itertools
 import json
@@ -20,12 +20,12 @@ from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
 
 def talk(*texts: str, system: str = "") -> list[Message]:
     """Return the conversation in which user and assistant say `texts` in turn."""
-    start = [{"role": "system", "content": system}] if system else []
-    return start + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def pieces(ids: list[int], learned: list[bool], tokenizer: Tokenizer) -> list[tuple[bool, str]]:
-    """Return (whether it is learned, text) of each run of equal flags."""
+    """Cut a conversation where its loss mask changes; return (learned, text) for each piece."""
     cuts = [0, *(i for i in range(1, len(ids)) if learned[i] != learned[i - 1]), len(ids)]
     return [(learned[a], tokenizer.decode(ids[a:b])) for a, b in itertools.pairwise(cuts)]
 
@@ -100,8 +100,8 @@ WRITTEN = [
 
 
 @pytest.mark.parametrize(("name", "messages", "expected"), WRITTEN)
-def test_what_is_written_and_what_is_learned(name: str, messages: list[Message], expected: list, gpt2_vocabulary: None) -> None:
-    """Catches another text than the format's, a flag beside its token, and the user's or the system's words as targets."""
+def test_text_and_loss_mask(name: str, messages: list[Message], expected: list, gpt2_vocabulary: None) -> None:
+    """Catches text that is not the format's, a shifted loss mask, and user or system messages as targets."""
     ends = "<|endoftext|>" if name == "plain" else ""
     in_bytes = [(flag, ends + text.removeprefix("\n") if i == 0 else text) for i, (flag, text) in enumerate(expected)]
     tokenizer = TiktokenTokenizer("gpt2")
@@ -112,8 +112,8 @@ def test_what_is_written_and_what_is_learned(name: str, messages: list[Message],
     assert pieces(*conversation.encode(FORMATS[name], messages, table), table) == expected
 
 
-def test_plain_text_has_the_tokens_that_gpt2_was_trained_on(gpt2_vocabulary: None) -> None:
-    """Catches a space that belongs to the header, which splits words as no text in GPT-2's training is split."""
+def test_plain_is_tokenized_as_ordinary_text(gpt2_vocabulary: None) -> None:
+    """Catches a space that belongs to the header, which splits words unlike GPT-2's training text."""
     tokenizer = TiktokenTokenizer("gpt2")
     ids, _ = conversation.encode(FORMATS["plain"], TWO_TURNS, tokenizer)
     text = "User: Hi.\nAssistant: Hello!\nUser: Who are you?\nAssistant: A model.\n"
@@ -122,8 +122,8 @@ def test_plain_text_has_the_tokens_that_gpt2_was_trained_on(gpt2_vocabulary: Non
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("messages", [TWO_TURNS, WITH_SYSTEM, talk(" a\n", "\n\nb ", "<|endoftext|>", "<bot>3'll 🙂")])
-def test_a_chat_turn_by_turn_has_the_ids_of_training(name: str, messages: list[Message], gpt2_vocabulary: None) -> None:
-    """Catches tokens that form across the boundaries at which a chat stops and goes on."""
+def test_chat_turns_have_the_ids_of_training(name: str, messages: list[Message], gpt2_vocabulary: None) -> None:
+    """Catches tokens merged across the boundary between a prompt and a reply."""
     tokenizer, chat_format = TiktokenTokenizer("gpt2"), FORMATS[name]
     turns = [message["content"] for message in messages if message["role"] != "system"]
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
@@ -136,8 +136,8 @@ def test_a_chat_turn_by_turn_has_the_ids_of_training(name: str, messages: list[M
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_people_write_is_never_a_special_token(name: str, gpt2_vocabulary: None) -> None:
-    """Catches a message that ends the document, or another's turn, by naming the special token."""
+def test_messages_cannot_write_special_tokens(name: str, gpt2_vocabulary: None) -> None:
+    """Catches a message that ends the document or a turn by naming the special token."""
     tokenizer, end = TiktokenTokenizer("gpt2"), "<|endoftext|>"
     ids, _ = conversation.encode(FORMATS[name], talk(f"{end} a", f"b {end}", end, end, system=end), tokenizer)
     assert ids.count(50256) == {"plain": 1, "nanochatgpt": 0, "dialogpt": 5}[name]
@@ -145,8 +145,8 @@ def test_what_people_write_is_never_a_special_token(name: str, gpt2_vocabulary: 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_each_reply_is_followed_by_a_stop_that_is_learned(name: str, gpt2_vocabulary: None) -> None:
-    """Catches a model that is never taught to end its reply, within a conversation or at its end."""
+def test_each_reply_ends_with_a_learned_stop(name: str, gpt2_vocabulary: None) -> None:
+    """Catches a loss mask that never teaches the model to end a reply, inside a conversation or at its end."""
     chat_format, messages = FORMATS[name], talk("a", "one", "b", "two")
     text = conversation.render(chat_format, messages)
     for tokenizer in (CharTokenizer.from_text(text), TiktokenTokenizer("gpt2")):
@@ -154,13 +154,13 @@ def test_each_reply_is_followed_by_a_stop_that_is_learned(name: str, gpt2_vocabu
         runs = [text for flag, text in pieces(ids * 2, learned * 2, tokenizer) if flag]
         replies = [run for run in runs if "one" in run or "two" in run]
         assert len(replies) == 4
-        ended = replies[:3]  # the last one is cut off here where a separator would follow
-        stops = (chat_format.stop, "<|endoftext|>")  # a document's end ends the reply as well
+        ended = replies[:3]  # the last one lacks the separator that would follow
+        stops = (chat_format.stop, "<|endoftext|>")  # the end of a document ends a reply, too
         assert all(any(stop in run.replace("\n\n", "\n") for stop in stops) for run in ended), runs
 
 
 def test_separator(gpt2_vocabulary: None) -> None:
-    """Catches documents that run together, and a table without line breaks that is refused for the lack of one."""
+    """Catches documents that run together, and a character table that is refused for lacking a line break."""
     assert conversation.separator(TiktokenTokenizer("gpt2")) == [50256]
     assert conversation.separator(CharTokenizer(["a", "\n"])) == [1]
     assert conversation.separator(CharTokenizer(["a"])) == []
@@ -171,7 +171,7 @@ def test_separator(gpt2_vocabulary: None) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_survive_json(name: str) -> None:
-    """Catches a field that is lost on the way through a checkpoint or meta.json."""
+    """Catches a field that is lost in a checkpoint or meta.json."""
     assert conversation.from_dict(json.loads(json.dumps(conversation.to_dict(FORMATS[name])))) == FORMATS[name]
 
 
@@ -190,15 +190,15 @@ def test_formats_survive_json(name: str) -> None:
     ],
 )
 def test_malformed_formats_are_refused(change: dict) -> None:
-    """Catches a stranger's format that ends in a traceback, never ends a reply, or reaches the terminal."""
+    """Catches an untrusted format that ends in a traceback, never ends a reply, or controls the terminal."""
     with pytest.raises(UserError, match="malformed chat format") as refusal:
         conversation.from_dict(conversation.to_dict(FORMATS["plain"]) | change)
     assert str(refusal.value).isprintable()
 
 
 @pytest.mark.parametrize("description", [None, "plain", [], {}, {"name": "plain"}])
-def test_what_is_no_format_is_refused(description: object) -> None:
-    """Catches a description of another kind that ends in a traceback."""
+def test_other_descriptions_are_refused(description: object) -> None:
+    """Catches a description without a format's keys that ends in a traceback."""
     with pytest.raises(UserError, match="malformed chat format"):
         conversation.from_dict(description)
 
@@ -208,7 +208,7 @@ def test_what_is_no_format_is_refused(description: object) -> None:
 
 @pytest.mark.parametrize("messages", [TWO_TURNS, WITH_SYSTEM, talk("a", "b"), talk("a", "<|endoftext|>")])
 def test_good_conversations_pass(messages: list[Message]) -> None:
-    """Catches a check that refuses what can be learned."""
+    """Catches a check that refuses a good conversation."""
     conversation.check(messages, FORMATS["plain"])
 
 
@@ -218,25 +218,28 @@ def test_good_conversations_pass(messages: list[Message]) -> None:
         (None, "no list of messages"),
         ({}, "no list of messages"),
         ([], "no list of messages"),
-        (["hi"], "message 1: its role is None"),
-        ([{"role": "bot", "content": "x"}], "message 1: its role is 'bot', not system, user or assistant"),
-        ([{"role": ["user"], "content": "x"}], "message 1: its role is ['user']"),
-        ([*talk("a"), {"role": "assistant"}], "message 2: its content is None, not a text"),
-        ([*talk("a"), {"role": "assistant", "content": [{"text": "b"}]}], "message 2: its content is [{'text': 'b'}]"),
-        (talk("a", " \n"), "message 2: its content is empty"),
-        (talk("a", "b\ud83d"), "message 2: its content has half a character"),
-        (talk("a"), "ends with a message of the user"),
-        (talk("a", "b", "c"), "ends with a message of the user"),
-        ([{"role": "system", "content": "x"}], "ends with a message of the system"),
-        (talk("a", "b")[1:], "message 1 is of the assistant, where one of the user is due"),
-        (talk("a", "b") + talk("c", "d")[1:], "message 3 is of the assistant, where one of the user is due"),
-        (talk("a", "b", system="x")[::2], "message 2 is of the assistant, where one of the user is due"),
-        (talk("a", "b") + talk("c", "d", system="x"), "message 3 is of the system, where one of the user is due"),
-        (talk("a", "b\nUser: c"), "message 2: the reply holds '\\nUser:', which ends replies in the format plain"),
+        (["hi"], "message 1: role must be system, user or assistant, got None"),
+        ([{"role": "bot", "content": "x"}], "message 1: role must be system, user or assistant, got 'bot'"),
+        ([{"role": ["user"], "content": "x"}], "message 1: role must be system, user or assistant, got ['user']"),
+        ([*talk("a"), {"role": "assistant"}], "message 2: content must be a string, got None"),
+        (
+            [*talk("a"), {"role": "assistant", "content": [{"text": "b"}]}],
+            "message 2: content must be a string, got [{'text': 'b'}]",
+        ),
+        (talk("a", " \n"), "message 2: content is empty"),
+        (talk("a", "b\ud83d"), "message 2: content has half a character"),
+        (talk("a"), "the last message must be from the assistant, got one from the user"),
+        (talk("a", "b", "c"), "the last message must be from the assistant, got one from the user"),
+        ([{"role": "system", "content": "x"}], "the last message must be from the assistant, got one from the system"),
+        (talk("a", "b")[1:], "message 1: must be from the user, got one from the assistant"),
+        (talk("a", "b") + talk("c", "d")[1:], "message 3: must be from the user, got one from the assistant"),
+        (talk("a", "b", system="x")[::2], "message 2: must be from the user, got one from the assistant"),
+        (talk("a", "b") + talk("c", "d", system="x"), "message 3: must be from the user, got one from the system"),
+        (talk("a", "b\nUser: c"), "message 2: a reply must not contain '\\nUser:', which ends replies in the format plain"),
     ],
 )
-def test_what_is_no_conversation_is_refused(messages: object, told: str) -> None:
-    """Catches a mistake that is learned, or told of another message."""
+def test_bad_conversations_are_refused(messages: object, told: str) -> None:
+    """Catches a mistake that is accepted, or reported for another message."""
     with pytest.raises(UserError) as refusal:
         conversation.check(messages, FORMATS["plain"])
     assert told in str(refusal.value)
@@ -254,8 +257,8 @@ def write(folder: Path, chat_format: ChatFormat, conversations: list[list[Messag
     corpus.write_tokens(folder, {"train": ids, "val": ids}, table, "test", "0", {"train": mask, "val": mask}, extra)
 
 
-def test_dataset_knows_its_format(tmp_path: Path, dataset: Path) -> None:
-    """Catches a format that gets lost between prepare.py and training, and one that plain text is given."""
+def test_dataset_has_its_format(tmp_path: Path, dataset: Path) -> None:
+    """Catches a format that is lost between prepare.py and training, and a format for plain text."""
     write(tmp_path / "chat", FORMATS["plain"], [TWO_TURNS])
     assert Dataset(str(tmp_path / "chat")).chat_format == FORMATS["plain"]
     assert Dataset(str(dataset)).chat_format is None
@@ -263,7 +266,7 @@ def test_dataset_knows_its_format(tmp_path: Path, dataset: Path) -> None:
 
 @pytest.mark.parametrize("found", ["plain", {"name": "plain"}, 3])
 def test_dataset_with_a_malformed_format_is_refused(tmp_path: Path, found: object) -> None:
-    """Catches a traceback on another's dataset."""
+    """Catches a traceback for a damaged dataset."""
     write(tmp_path, FORMATS["plain"], [TWO_TURNS], {"chat_format": found})
     with pytest.raises(UserError, match=r"meta\.json is damaged \(malformed chat format"):
         Dataset(str(tmp_path))
@@ -278,27 +281,28 @@ LEARNED = [
 
 
 @pytest.mark.parametrize("name", ["plain", "nanochatgpt"])
-def test_a_tiny_model_answers_what_it_was_taught(name: str, tmp_path: Path) -> None:
-    """Catches masks that are a token off, prompts that differ from those of training, replies that do not end, and a model
-    that a chat addresses otherwise than it was trained, since its checkpoint has not kept the format.
-    """
+def test_tiny_model_answers_what_it_learned(name: str, tmp_path: Path) -> None:
+    """Catches a shifted loss mask, prompts that differ from training, endless replies, and a checkpoint without its format."""
     chat_format = FORMATS[name]
     write(tmp_path / "chat", chat_format, LEARNED * 4)
     flags = (
-        "--n_layer=2 --n_head=4 --n_embd=64 --block_size=128 --batch_size=12 --gradient_accumulation_steps=1 --device=cpu "
-        "--max_iters=250 --learning_rate=5e-3 --beta2=0.99 --warmup_iters=20 --lr_decay_iters=250 --eval_interval=250 "
-        "--eval_iters=1 --log_interval=50"
+        "--n_layer=2 --n_head=4 --n_embd=48 --block_size=112 --batch_size=12 --gradient_accumulation_steps=1 --device=cpu "
+        "--optimizer=muon --learning_rate=2e-2 --beta2=0.99 --max_iters=150 --warmup_iters=10 --lr_decay_iters=150 "
+        "--eval_interval=150 --eval_iters=1 --log_interval=50"
     )
     paths = [f"--dataset={tmp_path / 'chat'}", f"--out_dir={tmp_path / 'out'}"]
     train.main(configurator.parse(train.Config, [*flags.split(), *paths]))
-    model, tokenizer, start = checkpoint.load_model("resume", str(tmp_path / "out"))
+    model, tokenizer, ckpt = checkpoint.load_model("resume", str(tmp_path / "out"))
     model.eval()
-    assert start.chat_format == chat_format
+    assert ckpt.chat_format == chat_format
     for messages in LEARNED:
-        config = configurator.parse(chat.Config, ["--temperature=0", "--max_new_tokens=40"])
-        talk = chat.Chat(model, tokenizer, start.chat_format, config, "cpu")
+        # as a chat
+        config = configurator.parse(chat.Config, ["--temperature=0", "--max_new_tokens=24"])
+        talk = chat.Chat(model, tokenizer, ckpt.chat_format, config, "cpu")
         for user, assistant in zip(messages[::2], messages[1::2], strict=True):
             assert "".join(talk.send(user["content"])).strip() == assistant["content"]
+
+        # by plain generation
         ids = conversation.encode_opening(chat_format, tokenizer)
         for user, assistant in zip(messages[::2], messages[1::2], strict=True):
             ids += conversation.encode_prompt_turn(chat_format, user["content"], tokenizer)

@@ -1,4 +1,4 @@
-"""Text from the network and the disk, and token files that a killed process cannot leave half written."""
+"""Downloads, text files, and token files that a killed process cannot leave half written."""
 
 import hashlib
 import http.server
@@ -24,7 +24,7 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 class Server:
-    """A web server on this machine; `answers` holds (status, headers, body) of each request to come, the last for all after."""
+    """A local web server; `answers` holds (status, headers, body) per request, the last one for all further requests."""
 
     def __init__(self) -> None:
         self.answers: list[tuple[int, dict[str, str], bytes]] = []
@@ -64,7 +64,7 @@ CUT = (200, {"Content-Length": str(len(BODY))}, BODY[: len(BODY) // 2])
 
 @pytest.fixture
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that downloads would have slept; no proxy stands between them and this machine."""
+    """The seconds that downloads would have slept; no proxy is used."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     slept: list[float] = []
@@ -82,8 +82,8 @@ def server(naps: list[float]) -> Iterator[Server]:
 # downloads
 
 
-def test_download_is_whole(tmp_path: Path, server: Server, naps: list[float]) -> None:
-    """A file that differs from the server's, or a part left beside it, is caught."""
+def test_download_is_complete(tmp_path: Path, server: Server, naps: list[float]) -> None:
+    """Catches a file that differs from the server's, or a temporary file left beside it."""
     server.answers = [whole()]
     corpus.download(server.url, tmp_path / "input.txt", SHA256)
     assert (tmp_path / "input.txt").read_bytes() == BODY
@@ -92,14 +92,14 @@ def test_download_is_whole(tmp_path: Path, server: Server, naps: list[float]) ->
 
 
 def test_download_without_a_length(tmp_path: Path, server: Server) -> None:
-    """A server that does not say how much it sends, taken for one that failed, is caught."""
+    """Catches a response without Content-Length taken for a failure."""
     server.answers = [(200, {}, BODY)]
     corpus.download(server.url, tmp_path / "input.txt", SHA256)
     assert (tmp_path / "input.txt").read_bytes() == BODY
 
 
 def test_other_file_is_refused(tmp_path: Path, server: Server) -> None:
-    """A login page saved as the text, or a good file replaced by a wrong one, is caught."""
+    """Catches a login page saved as the text, or a good file replaced by a wrong one."""
     server.answers = [whole(b"<html>please log in</html>")]
     with pytest.raises(UserError, match=r"input\.txt.*sha256.*" + SHA256):
         corpus.download(server.url, tmp_path / "input.txt", SHA256)
@@ -111,8 +111,8 @@ def test_other_file_is_refused(tmp_path: Path, server: Server) -> None:
 
 
 @pytest.mark.parametrize("failure", [CUT, (503, {}, b""), (429, {}, b"")], ids=["cut", "unavailable", "too many"])
-def test_passing_failure_is_tried_again(tmp_path: Path, server: Server, naps: list[float], failure: tuple) -> None:
-    """A download that gives up at the first hitch, or joins the halves of two tries, is caught."""
+def test_temporary_failure_is_retried(tmp_path: Path, server: Server, naps: list[float], failure: tuple) -> None:
+    """Catches a download that gives up at once, or joins the parts of two tries."""
     server.answers = [failure, failure, whole()]
     corpus.download(server.url, tmp_path / "input.txt", SHA256)
     assert (tmp_path / "input.txt").read_bytes() == BODY
@@ -122,8 +122,8 @@ def test_passing_failure_is_tried_again(tmp_path: Path, server: Server, naps: li
 
 
 @pytest.mark.parametrize("failure", [CUT, (503, {}, b"")], ids=["cut", "unavailable"])
-def test_lasting_failure_ends(tmp_path: Path, server: Server, naps: list[float], failure: tuple) -> None:
-    """Endless tries, half a file under the final name, or a rest of one are caught."""
+def test_permanent_failure_ends(tmp_path: Path, server: Server, naps: list[float], failure: tuple) -> None:
+    """Catches endless retries, and a partial file under the final name or beside it."""
     server.answers = [failure]
     with pytest.raises(UserError, match=r"cannot download http.*input\.txt") as refusal:
         corpus.download(server.url, tmp_path / "input.txt", SHA256)
@@ -132,8 +132,8 @@ def test_lasting_failure_ends(tmp_path: Path, server: Server, naps: list[float],
     assert server.requests == 3 and len(naps) == 2
 
 
-def test_missing_file_is_told_at_once(tmp_path: Path, server: Server, naps: list[float]) -> None:
-    """A wrong address that is asked for again and again is caught."""
+def test_404_is_not_retried(tmp_path: Path, server: Server, naps: list[float]) -> None:
+    """Catches a wrong URL that is requested again and again."""
     server.answers = [(404, {}, b"nothing here")]
     with pytest.raises(UserError, match=r"404"):
         corpus.download(server.url, tmp_path / "input.txt", SHA256)
@@ -142,7 +142,7 @@ def test_missing_file_is_told_at_once(tmp_path: Path, server: Server, naps: list
 
 
 def test_unreachable_server(tmp_path: Path, naps: list[float]) -> None:
-    """A machine without a network that shows a traceback is caught."""
+    """Catches a traceback on a machine without a network."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/input.txt"
@@ -152,8 +152,8 @@ def test_unreachable_server(tmp_path: Path, naps: list[float]) -> None:
     assert len(naps) == 2
 
 
-def test_own_text_in_place_of_shakespeare_stays(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A person's own input.txt that is replaced, or taken without a word, is caught."""
+def test_own_input_txt_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Catches a person's own input.txt that is replaced, or used without a notice."""
     (tmp_path / "input.txt").write_bytes(b"mine\r\n")
     assert corpus.tiny_shakespeare("http://127.0.0.1:9/none", tmp_path / "input.txt") == "mine\r\n"
     assert "not Tiny Shakespeare" in capsys.readouterr().out
@@ -172,15 +172,15 @@ def test_own_text_in_place_of_shakespeare_stays(tmp_path: Path, capsys: pytest.C
         (b"a\x00b", "a\x00b"),
     ],
 )
-def test_text_is_read_as_it_is(tmp_path: Path, content: bytes, text: str) -> None:
-    """Line ends that are translated, or a byte-order mark that becomes a character to learn, are caught."""
+def test_text_is_not_translated(tmp_path: Path, content: bytes, text: str) -> None:
+    """Catches translated line ends, or a byte-order mark that becomes a character to learn."""
     (tmp_path / "text.txt").write_bytes(content)
     assert corpus.read_text(tmp_path / "text.txt") == text
 
 
 @pytest.mark.parametrize("before", [b"", b"abc", "é🙂".encode(), b"\xef\xbb\xbfabc"], ids=["start", "ascii", "wide", "mark"])
-def test_text_that_is_no_utf8_is_refused_by_byte(tmp_path: Path, before: bytes) -> None:
-    """Latin-1 text that is taken, or whose first wrong byte is told at the wrong place, is caught."""
+def test_text_that_is_not_utf8(tmp_path: Path, before: bytes) -> None:
+    """Catches Latin-1 text that is accepted, or whose first bad byte is misplaced."""
     (tmp_path / "latin.txt").write_bytes(before + b"\xe9t\xe9")
     with pytest.raises(UserError, match=rf"latin\.txt: not UTF-8 text \(byte {len(before)}\)"):
         corpus.read_text(tmp_path / "latin.txt")
@@ -198,12 +198,12 @@ def test_text_that_is_no_utf8_is_refused_by_byte(tmp_path: Path, before: bytes) 
     ],
 )
 def test_last_part_is_for_validation(documents: list[str], val_fraction: float, train: list[str], val: list[str]) -> None:
-    """Text that is lost, doubled or shared by both splits, and documents that are joined, are caught."""
+    """Catches text that is lost, duplicated or in both splits, and documents that are joined."""
     assert corpus.split_documents(documents, val_fraction) == (train, val)
 
 
-def test_documents_end_in_the_end_of_text_token(gpt2_vocabulary: None) -> None:
-    """Documents that run into each other, and a lone text that ends in a token nobody wrote, are caught."""
+def test_documents_end_with_end_of_text(gpt2_vocabulary: None) -> None:
+    """Catches documents that run together, and a single text that gets an end-of-text token."""
     tokens = TiktokenTokenizer("gpt2")
     assert corpus.encode_documents(["Hello", " world"], tokens, separate=True).tolist() == [15496, 50256, 995, 50256]
     assert corpus.encode_documents(["Hello world"], tokens, separate=False).tolist() == [15496, 995]
@@ -218,14 +218,14 @@ def test_documents_end_in_the_end_of_text_token(gpt2_vocabulary: None) -> None:
     [(1, "uint8"), (256, "uint8"), (257, "uint16"), (50257, "uint16"), (65536, "uint16"), (65537, "uint32")],
 )
 def test_token_dtype_holds_the_largest_id(vocab_size: int, dtype: str) -> None:
-    """A type that is one id too small, or twice as large as it must be, is caught."""
+    """Catches a type that is one id too small, or twice as large as needed."""
     assert corpus.token_dtype(vocab_size) == dtype
     assert np.iinfo(dtype).max >= vocab_size - 1
 
 
 @pytest.mark.parametrize(("vocab_size", "width"), [(256, 1), (257, 2), (65536, 2), (65537, 4)])
 def test_token_files_are_raw_and_little_endian(tmp_path: Path, vocab_size: int, width: int) -> None:
-    """A header, another byte order, or a largest id that wraps around is caught."""
+    """Catches a header, another byte order, or a largest id that wraps around."""
     table = [chr(0x10000 + i) for i in range(vocab_size)]
     ids = [0, vocab_size - 1, 1, vocab_size - 2]
     train, val = "".join(table[i] for i in ids), "".join(table[i] for i in reversed(ids))
@@ -234,8 +234,8 @@ def test_token_files_are_raw_and_little_endian(tmp_path: Path, vocab_size: int, 
     assert (tmp_path / "new" / "val.bin").read_bytes() == b"".join(i.to_bytes(width, "little") for i in reversed(ids))
 
 
-def test_meta_json_says_what_the_files_are(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A description that does not fit its files, or counts that the reader is not shown, are caught."""
+def test_meta_json_describes_the_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Catches a meta.json that does not fit its files, or counts that are not printed."""
     train, val = ["héllo ", "wörld "], ["hé"]
     corpus.write_dataset(tmp_path, train, val, CharTokenizer.from_text("".join(train)), "greetings")
     assert json.loads((tmp_path / "meta.json").read_text(encoding="utf-8")) == {
@@ -253,15 +253,15 @@ def test_meta_json_says_what_the_files_are(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize(("train", "val"), [([], ["ab"]), (["ab"], []), (["a"], ["ab"]), (["ab"], ["a"])])
 def test_split_without_a_target_is_refused(tmp_path: Path, train: list[str], val: list[str]) -> None:
-    """A dataset from which no single token can be predicted, and which replaces a good one, is caught."""
+    """Catches a dataset with nothing to predict that replaces a good one."""
     folder = tmp_path / "dataset"
     with pytest.raises(UserError, match="too short"):
         corpus.write_dataset(folder, train, val, CharTokenizer(["a", "b"]), "nothing")
     assert not folder.exists()
 
 
-def test_masks_and_further_keys_are_written(tmp_path: Path) -> None:
-    """Masks of another width or order than their tokens', and a description that lacks what it was given, are caught."""
+def test_masks_and_extra_keys_are_written(tmp_path: Path) -> None:
+    """Catches masks in another width or order than their tokens, and extra keys that are lost."""
     splits = {"train": np.array([2, 1, 0, 1]), "val": np.array([1, 2, 0])}
     masks = {"train": np.array([True, False, False, True]), "val": np.array([0, 1, 1])}
     corpus.write_tokens(tmp_path, splits, CharTokenizer(["a", "b", "c"]), "letters", "12ab", masks, {"chat_format": None})
@@ -284,7 +284,7 @@ def write(folder: Path, content: tuple[str, str, str]) -> None:
 
 
 def read(folder: Path) -> tuple[str, str, str] | None:
-    """Return the table and the texts of a dataset, or None where training would refuse it."""
+    """Return a dataset's table and texts, or None if training would refuse it."""
     try:
         data = Dataset(str(folder))
     except UserError:
@@ -298,7 +298,7 @@ class Killed(BaseException):
 
 
 def kill_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `steps` calls that touch the disk pass; the process is dead at the one after, and for all that follow."""
+    """Let `steps` disk calls pass; every later one raises Killed, as if the process were dead."""
     count = itertools.count()
 
     def dying(call: Callable) -> Callable:
@@ -315,7 +315,7 @@ def kill_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("before", [OLD, None], ids=["replacing", "first"])
 def test_kill_at_any_moment_leaves_no_mixture(tmp_path: Path, before: tuple | None) -> None:
-    """New tokens under an old description, or the masks of other tokens, which training would take, are caught."""
+    """Catches new tokens with an old meta.json or old masks, which training would accept."""
     outcomes = []
     for steps in itertools.count():
         folder = tmp_path / str(steps)
@@ -344,8 +344,8 @@ def test_kill_at_any_moment_leaves_no_mixture(tmp_path: Path, before: tuple | No
     assert len(outcomes) > 7
 
 
-def test_kill_at_any_moment_leaves_no_tokens_without_their_masks(tmp_path: Path) -> None:
-    """A conversation of which training would learn the user's words, for want of its masks, is caught."""
+def test_kill_at_any_moment_keeps_tokens_and_masks_together(tmp_path: Path) -> None:
+    """Catches conversations without their masks, of which training would learn the user's words."""
     splits = {"train": np.array([0, 1, 2, 3] * 9), "val": np.array([3, 2, 1] * 3)}
     masks = {split: ids % 2 for split, ids in splits.items()}
     for steps in itertools.count():
@@ -369,8 +369,8 @@ def test_kill_at_any_moment_leaves_no_tokens_without_their_masks(tmp_path: Path)
     assert found not in (OLD, None) and steps > 7
 
 
-def test_failed_write_keeps_the_dataset_and_leaves_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk that costs the dataset that was there, or leaves half files lying about, is caught."""
+def test_full_disk_keeps_the_old_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a full disk that destroys the old dataset, or leaves partial files."""
     write(tmp_path, OLD)
 
     def full(descriptor: int) -> None:

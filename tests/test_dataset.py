@@ -1,4 +1,4 @@
-"""Token files: opened, checked, and cut into the windows that training and evaluation see."""
+"""Token files: checks, random draws, and the windows that training and evaluation see."""
 
 import json
 import os
@@ -24,7 +24,7 @@ STATUS = Path("/proc/self/status")
 
 
 def write(folder: Path, train: list[int], val: list[int], dtype: str = "uint8", meta: dict | None = None) -> Path:
-    """Write a dataset by hand, with a table of 100 characters (of 70,000 where ids need 32 bits)."""
+    """Write a dataset by hand, with a table of 100 characters (70,000 for uint32)."""
     folder.mkdir(parents=True, exist_ok=True)
     np.array(train, dtype).tofile(folder / "train.bin")
     np.array(val, dtype).tofile(folder / "val.bin")
@@ -40,7 +40,7 @@ def write(folder: Path, train: list[int], val: list[int], dtype: str = "uint8", 
 
 
 def counting(folder: Path, train: int = 50, val: int = 20) -> Dataset:
-    """Return a dataset in which each token is its own place in the file."""
+    """Return a dataset in which each token is its own position in the file."""
     return Dataset(str(write(folder, list(range(train)), list(range(val)))))
 
 
@@ -49,7 +49,7 @@ def counting(folder: Path, train: int = 50, val: int = 20) -> Dataset:
 
 @pytest.mark.parametrize(("dtype", "scale"), [("uint8", 1), ("uint16", 600), ("uint32", 700)])
 def test_windows_are_slices_of_the_file(tmp_path: Path, dtype: str, scale: int) -> None:
-    """Targets that are not the next tokens, or ids that wrap around in a smaller type, are caught."""
+    """Catches targets that are not the next tokens, or ids that wrap around in a smaller type."""
     tokens = [(scale * i) % 65521 if dtype != "uint8" else i for i in range(99)]
     data = Dataset(str(write(tmp_path, tokens, tokens, dtype)))
     starts = [0, 91, 5, 5, 40]
@@ -60,14 +60,14 @@ def test_windows_are_slices_of_the_file(tmp_path: Path, dtype: str, scale: int) 
 
 
 def test_large_ids_keep_their_value(tmp_path: Path) -> None:
-    """An id above 65,535, or one that reads as negative, is caught."""
+    """Catches an id above 65,535 that is cut or read as negative."""
     data = Dataset(str(write(tmp_path, [0, 65535, 65536, 69999], [1, 2], "uint32")))
     x, y = data.windows("train", np.array([0]), 3, 70_000)
     assert (x.tolist(), y.tolist()) == ([[0, 65535, 65536]], [[65535, 65536, 69999]])
 
 
 def test_windows_can_be_written_to(tmp_path: Path) -> None:
-    """A batch that is a view of the file, so that changing it changes or crashes something else, is caught."""
+    """Catches a batch that is a view of the file."""
     data = counting(tmp_path)
     x, y = data.windows("train", np.array([0]), 4, 100)
     x.fill_(9), y.fill_(9)
@@ -76,7 +76,7 @@ def test_windows_can_be_written_to(tmp_path: Path) -> None:
 
 
 def test_splits_are_not_mixed_up(tmp_path: Path) -> None:
-    """Validation on the training text is caught."""
+    """Catches validation on the training text."""
     data = Dataset(str(write(tmp_path, [1] * 30, [2] * 20)))
     assert data.tokens == {"train": 30, "val": 20}
     assert data.windows("train", np.array([3]), 4, 100)[0].unique().tolist() == [1]
@@ -85,7 +85,7 @@ def test_splits_are_not_mixed_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_masked_targets_are_left_out(tmp_path: Path, split: str) -> None:
-    """A mask that is one token off, or that blanks inputs too, is caught."""
+    """Catches a loss mask that is off by one token, or that masks inputs too."""
     write(tmp_path, list(range(30)), list(range(30)))
     mask = [int(i % 3 == 0 or i > 20) for i in range(30)]
     (tmp_path / f"{split}.mask.bin").write_bytes(bytes(mask))
@@ -103,7 +103,7 @@ def test_masked_targets_are_left_out(tmp_path: Path, split: str) -> None:
 
 @pytest.mark.parametrize(("tokens", "block_size"), [(2, 1), (9, 8), (10, 8), (11, 1), (40, 33)])
 def test_draw_reaches_both_ends_and_never_beyond(tmp_path: Path, tokens: int, block_size: int) -> None:
-    """A first or last window that is never seen, or one that reads past the end, is caught."""
+    """Catches a first or last window that is never drawn, or one that reads past the end."""
     data = counting(tmp_path, train=tokens, val=2)
     starts = data.draw("train", "train", 1337, 0, 500, block_size)
     assert starts.dtype == np.int64 and starts.shape == (500,)
@@ -112,15 +112,15 @@ def test_draw_reaches_both_ends_and_never_beyond(tmp_path: Path, tokens: int, bl
     assert y.max() == tokens - 1
 
 
-def test_draw_is_even(tmp_path: Path) -> None:
-    """A draw that favours a part of the file is caught: within 5 standard deviations of the same count everywhere."""
+def test_draw_is_uniform(tmp_path: Path) -> None:
+    """Catches a draw that favors part of the file: counts differ by more than 5 standard deviations."""
     starts = counting(tmp_path).draw("train", "train", 1, 2, 40_000, 10)
     counts = np.bincount(starts, minlength=40)
     assert abs(counts - 1000).max() < 5 * 1000**0.5
 
 
 def test_draw_is_a_function_of_seed_stream_and_iteration(tmp_path: Path) -> None:
-    """A draw that depends on what was drawn before, on numpy's state or on the object is caught."""
+    """Catches a draw that depends on earlier draws, on numpy's global state, or on the object."""
     data, again = counting(tmp_path / "a"), counting(tmp_path / "b")
     first = data.draw("train", "train", 1337, 5, 64, 8).tolist()
     data.draw("train", "train", 1337, 4, 10, 8)
@@ -130,7 +130,7 @@ def test_draw_is_a_function_of_seed_stream_and_iteration(tmp_path: Path) -> None
 
 
 def test_draw_differs_in_seed_stream_and_iteration(tmp_path: Path) -> None:
-    """Two seeds, streams or iterations that see the same windows, in part or shifted, are caught."""
+    """Catches seeds, streams or iterations that share windows, even in part or shifted."""
     data = Dataset(str(write(tmp_path, [0] * 60_000, [0] * 60_000)))
     drawn: list[set[int]] = []
     for seed in (0, 1, 2**63 - 1):
@@ -143,14 +143,14 @@ def test_draw_differs_in_seed_stream_and_iteration(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 63])
-def test_smaller_draw_is_the_beginning_of_a_larger_one(tmp_path: Path, count: int) -> None:
-    """Windows that depend on how many others are drawn with them are caught."""
+def test_smaller_draw_is_a_prefix(tmp_path: Path, count: int) -> None:
+    """Catches windows that depend on how many are drawn at once."""
     data = counting(tmp_path)
     assert (data.draw("val", "eval_val", 7, 3, count, 4) == data.draw("val", "eval_val", 7, 3, 64, 4)[:count]).all()
 
 
 def philox(seed: int, stream: int, iteration: int, block: int) -> list[int]:
-    """Return the four numbers of a block of Philox4x64-10, written down from Salmon et al. 2011."""
+    """Return the four numbers of a block of Philox4x64-10, written from Salmon et al. 2011."""
     word = (1 << 64) - 1
     k0, k1, c = seed, stream, [block, 0, iteration, 0]
     for _ in range(10):
@@ -163,7 +163,7 @@ def philox(seed: int, stream: int, iteration: int, block: int) -> list[int]:
 
 @pytest.mark.parametrize(("seed", "iteration"), [(0, 0), (1337, 3), (2**63 - 1, 600_000)])
 def test_drawn_numbers_are_philox(tmp_path: Path, seed: int, iteration: int) -> None:
-    """Another generator, or another use of it, after which no run goes on as it would have, is caught."""
+    """Catches another generator, or another use of it, which would change every resumed run."""
     data = counting(tmp_path)
     for number, stream in enumerate(("train", "eval_train", "eval_val")):
         expected = [random % 42 for block in (1, 2) for random in philox(seed, number, iteration, block)]
@@ -173,7 +173,7 @@ def test_drawn_numbers_are_philox(tmp_path: Path, seed: int, iteration: int) -> 
 @pytest.mark.parametrize("tokens", [2, 5, 8, 9, 10, 16, 17, 18, 50])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_consecutive_windows_score_each_target_once(tmp_path: Path, tokens: int, batch_size: int) -> None:
-    """A target that whole-split evaluation misses or counts twice is caught."""
+    """Catches a target that whole-split evaluation misses or counts twice."""
     data = counting(tmp_path, train=2, val=tokens)
     scored, lengths = [], []
     for starts, length in data.consecutive("val", 8, batch_size):
@@ -190,7 +190,7 @@ def test_consecutive_windows_score_each_target_once(tmp_path: Path, tokens: int,
 
 
 def test_nanogpt_folder_with_pickle(tmp_path: Path) -> None:
-    """A character dataset that nanoGPT prepared, read in bytes or with GPT-2's vocabulary, is caught."""
+    """Catches nanoGPT's character dataset read as bytes or with GPT-2's vocabulary."""
     np.array([0, 1, 2, 1, 0], "<u2").tofile(tmp_path / "train.bin")
     np.array([2, 1, 0], "<u2").tofile(tmp_path / "val.bin")
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}}))
@@ -201,7 +201,7 @@ def test_nanogpt_folder_with_pickle(tmp_path: Path) -> None:
 
 
 def test_nanogpt_folder_without_description(tmp_path: Path) -> None:
-    """A dataset in GPT-2 tokens that nanoGPT prepared, refused or read in the wrong type, is caught."""
+    """Catches nanoGPT's GPT-2 dataset that is refused or read in the wrong type."""
     np.array([50256, 0, 300, 65], "<u2").tofile(tmp_path / "train.bin")
     np.array([1, 2], "<u2").tofile(tmp_path / "val.bin")
     data = Dataset(str(tmp_path))
@@ -209,21 +209,21 @@ def test_nanogpt_folder_without_description(tmp_path: Path) -> None:
     assert data.windows("train", np.array([0]), 3, 50304)[1].tolist() == [[0, 300, 65]]
 
 
-# what is wrong with a dataset
+# damaged and missing datasets
 
 
 @pytest.mark.parametrize(("split", "train", "val"), [("train", 8, 50), ("val", 50, 8)])
-def test_split_too_short_for_the_context(tmp_path: Path, split: str, train: int, val: int) -> None:
-    """A split without a single window that fails in mid-run, or advice that does not help, is caught."""
+def test_split_shorter_than_block_size(tmp_path: Path, split: str, train: int, val: int) -> None:
+    """Catches a split without a single window that fails in mid-run, or a remedy that does not work."""
     data = counting(tmp_path, train, val)
-    with pytest.raises(UserError, match=rf"{split}\.bin has 8 tokens.*--block_size=7 "):
+    with pytest.raises(UserError, match=rf"{split}\.bin must have more tokens than block_size=8, got 8; .*--block_size=7 "):
         data.check(8, 100)
     data.check(7, 100)
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_split_without_a_target(tmp_path: Path, tokens: int) -> None:
-    """Advice to take a context of no or fewer tokens is caught."""
+    """Catches advice to take a block_size below 1."""
     data = counting(tmp_path, val=tokens)
     with pytest.raises(UserError, match=r"val\.bin") as refusal:
         data.check(8, 100)
@@ -232,34 +232,34 @@ def test_split_without_a_target(tmp_path: Path, tokens: int) -> None:
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("place", [0, 7, 8, 19, 30, 49])
-def test_id_beyond_the_vocabulary_at_either_end(
+def test_id_outside_the_vocabulary_at_either_end(
     tmp_path: Path, split: str, place: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An id that would read past the embedding table in mid-run is caught."""
+    """Catches an id outside the embedding that would fail in mid-run."""
     monkeypatch.setattr(dataset, "CHECKED_TOKENS", 20)
-    monkeypatch.setattr(dataset, "CHECKED_AT_ONCE", 8)
+    monkeypatch.setattr(dataset, "CHECK_CHUNK_TOKENS", 8)
     tokens = {"train": [1] * 50, "val": [1] * 50}
     tokens[split][place] = 65
     data = Dataset(str(write(tmp_path, **tokens)))
-    with pytest.raises(UserError, match=rf"{split}\.bin holds the token id 65, .* 65 tokens"):
+    with pytest.raises(UserError, match=rf"{split}\.bin: token ids must be below .* 65, got 65;"):
         data.check(8, 65)
     data.check(8, 66)
 
 
-def test_id_beyond_the_vocabulary_far_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An id that lies where the first check does not look, taken as input or target, is caught."""
+def test_id_outside_the_vocabulary_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an id outside the first check that is taken as an input or target."""
     monkeypatch.setattr(dataset, "CHECKED_TOKENS", 10)
     data = Dataset(str(write(tmp_path, [1] * 25 + [65] + [1] * 24, [1] * 20)))
     data.check(8, 65)
     data.windows("train", np.array([16, 26]), 8, 65)
     for start in (17, 20, 25):
-        with pytest.raises(UserError, match=r"train\.bin holds the token id 65"):
+        with pytest.raises(UserError, match=r"train\.bin: token ids must be below .* 65, got 65;"):
             data.windows("train", np.array([0, start]), 8, 65)
 
 
 @pytest.mark.parametrize(("dtype", "split"), [("uint16", "train"), ("uint16", "val"), ("uint32", "train")])
-def test_size_that_is_no_number_of_tokens(tmp_path: Path, dtype: str, split: str) -> None:
-    """A file that lost its last byte is caught."""
+def test_partial_token(tmp_path: Path, dtype: str, split: str) -> None:
+    """Catches a file that lost its last byte."""
     folder = write(tmp_path, [1] * 30, [1] * 30, dtype, {"tokens": None})
     path = folder / f"{split}.bin"
     path.write_bytes(path.read_bytes()[:-1])
@@ -284,8 +284,8 @@ def test_size_that_is_no_number_of_tokens(tmp_path: Path, dtype: str, split: str
         (r"(val\.bin|meta\.json)", {"tokens": {"train": 30, "val": None}}),
     ],
 )
-def test_description_that_does_not_fit_its_files(tmp_path: Path, named: str, meta: dict[str, Any]) -> None:
-    """Tokens that are read in the wrong type, and files of two preparations, are caught."""
+def test_meta_json_of_other_files(tmp_path: Path, named: str, meta: dict[str, Any]) -> None:
+    """Catches tokens read in the wrong type, and files of two different datasets."""
     write(tmp_path, [1] * 30, [1] * 20, meta=meta)
     with pytest.raises(UserError, match=named):
         Dataset(str(tmp_path))
@@ -293,7 +293,7 @@ def test_description_that_does_not_fit_its_files(tmp_path: Path, named: str, met
 
 @pytest.mark.parametrize("flags", [0, 29, 31])
 def test_mask_of_another_length(tmp_path: Path, flags: int) -> None:
-    """A mask of other tokens is caught."""
+    """Catches a loss mask of other tokens."""
     write(tmp_path, [1] * 30, [1] * 20)
     (tmp_path / "train.mask.bin").write_bytes(bytes(flags))
     with pytest.raises(UserError, match=r"train\.mask\.bin"):
@@ -302,7 +302,7 @@ def test_mask_of_another_length(tmp_path: Path, flags: int) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 10, 21, 58, 62])
 def test_file_that_changes_during_the_run(tmp_path: Path, size: int) -> None:
-    """Tokens of a dataset prepared anew in mid-run, or a traceback where the file is shorter, are caught."""
+    """Catches tokens of a dataset prepared again in mid-run, or a traceback if the file is now shorter."""
     data = Dataset(str(write(tmp_path, [1] * 30, [1] * 20, "uint16")))
     data.windows("train", np.array([0]), 8, 100)
     (tmp_path / "train.bin").write_bytes(bytes(size))
@@ -312,7 +312,7 @@ def test_file_that_changes_during_the_run(tmp_path: Path, size: int) -> None:
 
 @pytest.mark.parametrize("size", [0, 5, 29, 31])
 def test_mask_that_changes_during_the_run(tmp_path: Path, size: int) -> None:
-    """A mask of other tokens that is taken in mid-run, or ends it with a traceback, is caught."""
+    """Catches a loss mask replaced in mid-run that is used, or ends in a traceback."""
     write(tmp_path, [1] * 30, [1] * 20)
     (tmp_path / "train.mask.bin").write_bytes(bytes(30))
     data = Dataset(str(tmp_path))
@@ -322,28 +322,28 @@ def test_mask_that_changes_during_the_run(tmp_path: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train.mask.bin"])
-def test_file_that_vanishes_during_the_run(tmp_path: Path, name: str) -> None:
-    """A run that ends with a traceback, or goes on to learn what its mask leaves out, is caught."""
+def test_file_deleted_during_the_run(tmp_path: Path, name: str) -> None:
+    """Catches a traceback, or a run that goes on without its loss mask."""
     write(tmp_path, [1] * 30, [1] * 20)
     (tmp_path / "train.mask.bin").write_bytes(bytes(30))
     data = Dataset(str(tmp_path))
     (tmp_path / name).unlink()
-    with pytest.raises(dataset.FileLost, match=rf"{re.escape(name)}: cannot be read any more"):
+    with pytest.raises(dataset.FileLost, match=rf"{re.escape(name)} can no longer be read"):
         data.windows("train", np.array([0]), 8, 100)
 
 
-def test_file_that_gets_shorter_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever memory held, taken for tokens where the file ended before a window did, is caught."""
+def test_file_truncated_during_a_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches uninitialized memory taken for tokens when a file ends inside a window."""
     data = Dataset(str(write(tmp_path, [1] * 30, [1] * 20)))
     (tmp_path / "train.bin").write_bytes(b"\1" * 25)
-    monkeypatch.setattr(os, "fstat", lambda descriptor: types.SimpleNamespace(st_size=30))  # it was whole a moment ago
+    monkeypatch.setattr(os, "fstat", lambda descriptor: types.SimpleNamespace(st_size=30))  # it was complete a moment ago
     assert data.windows("train", np.array([0, 16]), 8, 100)[0].tolist() == [[1] * 8] * 2
     with pytest.raises(dataset.FileLost, match=r"train\.bin has changed"):
         data.windows("train", np.array([0, 17]), 8, 100)
 
 
 def test_missing_dataset_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing dataset that shows a path in place of the command that makes it is caught."""
+    """Catches a missing dataset whose error does not say which command makes it."""
     monkeypatch.setattr(dataset, "DATA", tmp_path)
     (tmp_path / "poems").mkdir()
     (tmp_path / "poems" / "prepare.py").touch()
@@ -354,7 +354,8 @@ def test_missing_dataset_says_what_to_run(tmp_path: Path, monkeypatch: pytest.Mo
         Dataset("empty")
     write(tmp_path / "ready", [1] * 30, [1] * 20)
     with pytest.raises(
-        UserError, match=r"'nowhere'.*prepared are: ready;.*python data/text/prepare\.py --input=FILE --name=NAME"
+        UserError,
+        match=r"'nowhere'.*not found; prepared datasets: ready;.*python data/text/prepare\.py --input=FILE --name=NAME",
     ):
         Dataset("nowhere")
     assert Dataset("ready").tokens == {"train": 30, "val": 20}
@@ -362,7 +363,7 @@ def test_missing_dataset_says_what_to_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_half_a_dataset_is_refused(tmp_path: Path, split: str) -> None:
-    """A folder with one of the two splits, taken for a dataset, is caught."""
+    """Catches a folder with only one of the two splits."""
     folder = write(tmp_path, [1] * 30, [1] * 20)
     (folder / f"{split}.bin").unlink()
     with pytest.raises(UserError, match=rf"no {split}\.bin"):
@@ -370,7 +371,7 @@ def test_half_a_dataset_is_refused(tmp_path: Path, split: str) -> None:
 
 
 def test_written_dataset_is_read_back(tmp_path: Path) -> None:
-    """A writer and a reader that do not agree are caught."""
+    """Catches a writer and a reader that disagree."""
     train, val = "to be or not to be", "or not"
     corpus.write_dataset(tmp_path, [train], [val], CharTokenizer.from_text(train), "Hamlet")
     data = Dataset(str(tmp_path))
@@ -384,9 +385,9 @@ def resident() -> int:
     return int(line.split()[1]) << 10
 
 
-@pytest.mark.skipif(not STATUS.exists(), reason="this system does not tell a process's memory")
+@pytest.mark.skipif(not STATUS.exists(), reason="no /proc/self/status")
 def test_resident_memory_does_not_grow(tmp_path: Path) -> None:
-    """Pages of the token file that stay in memory for good, or a copy of the file, are caught."""
+    """Catches pages of the token file, or a copy of it, that stay in memory."""
     for split in ("train", "val"):
         with open(tmp_path / f"{split}.bin", "wb") as file:
             file.truncate(2 << 30)
@@ -400,7 +401,7 @@ def test_resident_memory_does_not_grow(tmp_path: Path) -> None:
 
 
 def sparse(folder: Path, size: int) -> Path:
-    """A dataset of 100 characters, whose train.bin has so many bytes, zeros that take no room on the disk."""
+    """Write a dataset of 100 characters with a train.bin of `size` zero bytes, which take no disk space."""
     write(folder, [0], [0] * 100_000, meta={"tokens": None})
     os.truncate(folder / "train.bin", size)
     return folder
@@ -411,14 +412,14 @@ def large(tmp_path: Path) -> Iterator[Path]:
     """A dataset with a train.bin of 20 GB."""
     folder = sparse(tmp_path / "large", 20 * 10**9)
     if (folder / "train.bin").stat().st_blocks * 512 > 1 << 20:
-        pytest.skip("this disk cannot leave out zeros")
+        pytest.skip("this file system has no sparse files")
     yield folder
     (folder / "train.bin").unlink()
 
 
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="this system does not tell what a process reads")
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no /proc/self/io")
 def test_first_batch_of_a_large_file_comes_at_once(large: Path) -> None:
-    """A first batch for which the whole file is read is caught."""
+    """Catches a first batch that reads the whole file."""
 
     def bytes_read() -> int:
         return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
@@ -431,22 +432,32 @@ def test_first_batch_of_a_large_file_comes_at_once(large: Path) -> None:
     assert bytes_read() - before < 40 << 20
 
 
-@pytest.mark.skipif(not STATUS.exists(), reason="this system does not tell a process's memory")
+TRAIN_EACH = """# one process per dataset, so that each has its own peak; forked, so that PyTorch is imported once
+import os, sys, configurator, train
+*flags, small, large = sys.argv[1:]
+for folder in (small, large):
+    if os.fork() == 0:
+        train.main(configurator.parse(train.Config, [*flags, f"--dataset={folder}", f"--out_dir={folder}-out"]))
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="no /proc/self/status")
 def test_training_takes_no_more_memory_on_a_large_file(large: Path, tmp_path: Path) -> None:
-    """Memory that grows with the dataset, from the first look at it to the 200th iteration, is caught."""
+    """Catches memory that grows with the dataset, from opening it to the last iteration."""
     shape = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=64 --batch_size=8 --gradient_accumulation_steps=1"
     length = "--max_iters=200 --eval_interval=200 --eval_iters=1 --log_interval=199 --device=cpu --dtype=float32"
+    small = sparse(tmp_path / "small", 1 << 20)
+    subprocess.run(
+        [sys.executable, "-c", TRAIN_EACH, *shape.split(), *length.split(), small, large],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
     peaks = []
-    for folder in (sparse(tmp_path / "small", 1 << 20), large):
-        out_dir = tmp_path / f"{folder.name}-out"
-        names = [f"--dataset={folder}", f"--out_dir={out_dir}"]
-        subprocess.run(
-            [sys.executable, "train.py", *shape.split(), *length.split(), *names],
-            cwd=Path(__file__).parents[1],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-        (last,) = [row for row in metrics.read_rows(out_dir / "metrics.csv") if row["iteration"] == "199"]
+    for folder in (small, large):
+        (last,) = [row for row in metrics.read_rows(Path(f"{folder}-out/metrics.csv")) if row["iteration"] == "199"]
         peaks.append(float(last["peak_memory_mb"]))
     assert 0.9 < peaks[1] / peaks[0] < 1.1, peaks

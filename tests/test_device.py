@@ -1,22 +1,41 @@
-"""Device, number format and compilation as they are asked for and as the machine has them; seeds; the process group."""
+"""Which device, dtype and compilation a machine gets; random seeds, peak FLOP/s, memory; the process group."""
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from configurator import ROOT
 from model import GPT, GPTConfig
-from nanogpt import device, distributed, kernels
+from nanogpt.device import (
+    LINUX_STATUS,
+    autocast,
+    peak_flops,
+    pick_compile,
+    pick_device,
+    pick_dtype,
+    pick_loss_rows,
+    prepare_for_generation,
+    seed_dropout,
+    set_up,
+    synchronize,
+    text_generators,
+    to_device,
+)
+from nanogpt.distributed import process_group
 from nanogpt.errors import UserError
+from nanogpt.kernels import PackedLinear, can_pack
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch):
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A function that makes PyTorch find `gpus` CUDA devices, and an Apple GPU or none."""
 
     def find(gpus: int = 0, apple: bool = False) -> None:
@@ -25,6 +44,9 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
 
     return find
+
+
+# what "auto" stands for
 
 
 @pytest.mark.parametrize(
@@ -39,10 +61,10 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         ("mps", 0, True, "mps"),
     ],
 )
-def test_a_device_that_is_there(machine, name, gpus, apple, expected):
-    """A wish that is overruled, or a GPU that "auto" leaves idle."""
+def test_pick_device(machine: Callable[..., None], name: str, gpus: int, apple: bool, expected: str) -> None:
+    """Catches a choice that is overruled, or a GPU that "auto" leaves idle."""
     machine(gpus, apple)
-    assert device.pick_device(name) == expected
+    assert pick_device(name) == expected
 
 
 @pytest.mark.parametrize(
@@ -60,16 +82,16 @@ def test_a_device_that_is_there(machine, name, gpus, apple, expected):
         ("CPU", 1),
     ],
 )
-def test_a_device_that_is_not_there(machine, name, gpus):
-    """PyTorch's traceback, a silent fall back to the CPU, or a name that PyTorch refuses later."""
+def test_missing_device_is_refused(machine: Callable[..., None], name: str, gpus: int) -> None:
+    """Catches PyTorch's traceback, a silent fallback to the CPU, or a name that PyTorch refuses later."""
     machine(gpus)
     with pytest.raises(UserError) as caught:
-        device.pick_device(name)
+        pick_device(name)
     assert f"--device={name}" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "name, where, bfloat16, expected",
+    "name, device, bfloat16, expected",
     [
         ("auto", "cpu", False, torch.float32),
         ("auto", "cpu", True, torch.bfloat16),
@@ -82,15 +104,15 @@ def test_a_device_that_is_not_there(machine, name, gpus):
         ("float16", "cuda", True, torch.float16),
     ],
 )
-def test_dtype(monkeypatch, name, where, bfloat16, expected):
-    """A CPU that works out bfloat16 by detours, a wish that is passed over, or float16 on a GPU that has bfloat16."""
-    monkeypatch.setattr(device, "has_bfloat16_instructions", lambda: bfloat16)
+def test_pick_dtype(monkeypatch: pytest.MonkeyPatch, name: str, device: str, bfloat16: bool, expected: torch.dtype) -> None:
+    """Catches bfloat16 on a CPU that must emulate it, float16 on a GPU that has bfloat16, an ignored choice."""
+    monkeypatch.setattr("nanogpt.device.has_bfloat16_instructions", lambda: bfloat16)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16)
-    assert device.pick_dtype(name, where) is expected
+    assert pick_dtype(name, device) is expected
 
 
 @pytest.mark.parametrize(
-    "choice, where, compilers, expected",
+    "choice, device, compilers, expected",
     [
         ("auto", "cpu", {"gcc"}, False),
         ("auto", "mps", {"clang"}, False),
@@ -101,17 +123,38 @@ def test_dtype(monkeypatch, name, where, bfloat16, expected):
         (False, "cuda", {"gcc"}, False),
     ],
 )
-def test_compile(monkeypatch, choice, where, compilers, expected):
-    """Compilation that fails for want of a C compiler, or a choice that is overruled."""
+def test_pick_compile(
+    monkeypatch: pytest.MonkeyPatch, choice: bool | str, device: str, compilers: set[str], expected: bool
+) -> None:
+    """Catches a compilation that must fail without a C compiler, or a choice that is overruled."""
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name in compilers else None)
-    assert device.pick_compile(choice, where) is expected
+    assert pick_compile(choice, device) is expected
+
+
+@pytest.mark.parametrize(
+    "choice, device, vocab_size, expected", [("auto", "cpu", 50304, 256), ("auto", "cuda", 50304, 0), ("auto", "cpu", 65, 0)]
+)
+def test_pick_loss_rows(choice: str, device: str, vocab_size: int, expected: int) -> None:
+    """Catches logits of GPT-2's vocabulary that set the peak memory, or small ones cut into chunks for nothing."""
+    assert pick_loss_rows(choice, device, 4 * 256, vocab_size) == expected
+    assert pick_loss_rows(7, device, 4 * 256, vocab_size) == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_computes_products_in_the_dtype(dtype):
-    """A dtype that is resolved and not used."""
-    with device.autocast("cpu", dtype):
+def test_autocast(dtype: torch.dtype) -> None:
+    """Catches a dtype that is chosen and then not used."""
+    with autocast("cpu", dtype):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_to_device_and_synchronize_on_a_cpu() -> None:
+    """Catches pinned memory, or waiting for a device, on a machine that has none."""
+    x, y = to_device((torch.arange(3), torch.arange(4)), "cpu")
+    synchronize("cpu")
+    assert x.tolist() == [0, 1, 2] and y.tolist() == [0, 1, 2, 3]
+
+
+# peak FLOP/s
 
 
 @pytest.mark.parametrize(
@@ -134,160 +177,97 @@ def test_autocast_computes_products_in_the_dtype(dtype):
         ("", None, None),
     ],
 )
-def test_peak_is_the_data_sheets(monkeypatch, name, half, single):
-    """A device taken for another whose name its own contains, or a utilisation made up for one that is not known."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: name)
-    assert device.peak_flops("cuda:0", torch.bfloat16) == device.peak_flops("cuda", torch.float16) == half
-    assert device.peak_flops("cuda", torch.float32) == single
+def test_peak_flops(monkeypatch: pytest.MonkeyPatch, name: str, half: float | None, single: float | None) -> None:
+    """Catches a GPU taken for one whose name is part of its own, or an MFU made up for an unknown GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops("cuda:0", torch.bfloat16) == peak_flops("cuda", torch.float16) == half
+    assert peak_flops("cuda", torch.float32) == single
 
 
-@pytest.mark.parametrize("where", ["cpu", "mps"])
-def test_a_cpu_has_no_known_peak(where):
-    """A utilisation printed for a machine that is in no table."""
-    assert device.peak_flops(where, torch.float32) is None
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_peak_flops_without_a_gpu(device: str) -> None:
+    """Catches an MFU for a machine that is not in the table."""
+    assert peak_flops(device, torch.float32) is None
 
 
-@pytest.mark.skipif(not device.LINUX_STATUS.exists(), reason="only Linux tells a process's own memory")
-def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
-    """The memory of a notebook that holds a large array, given as that of the training that it starts."""
-    own = """
-from nanogpt import device
-used, held = [device.peak_memory("cpu")], []
-for size in (100 << 20, 800 << 20):
-    held.append(bytearray(b"x") * size)
-    used.append(device.peak_memory("cpu"))
-print(*used)
-"""
-    starts = (
-        "import subprocess, sys; large = bytearray(b'x') * (900 << 20); subprocess.run([sys.executable, '-c', sys.argv[1]])"
-    )
-    finished = subprocess.run([sys.executable, "-c", starts, own], cwd=ROOT, capture_output=True, text=True, check=True)
-    before, less, more = map(int, finished.stdout.split())
-    assert 50 << 20 < before < 750 << 20
-    assert less - before == pytest.approx(100 << 20, rel=0.1)
-    assert more - less == pytest.approx(800 << 20, rel=0.1)
+# random numbers
 
 
-def test_dropout_is_a_function_of_seed_iteration_and_micro_batch():
-    """A resumed run, or another number of processes, that sees other dropout; one pattern for two micro-batches."""
-
-    def drawn(*numbers: int) -> float:
-        device.seed_dropout(*numbers)
-        return torch.rand(1, dtype=torch.float64).item()
-
-    numbers = [(seed, iteration, micro) for seed in (0, 1, 2**32, 2**63 - 1) for iteration in (0, 1, 2) for micro in (0, 1, 2)]
-    first = [drawn(*each) for each in numbers]
-    assert [drawn(*each) for each in reversed(numbers)] == first[::-1]
-    assert len(set(first)) == len(numbers)
-
-
-def test_set_up_seeds_the_weights():
-    """Two runs of one seed that start from different weights."""
-    device.set_up("cpu", 5)
+def test_set_up_seeds_the_weights() -> None:
+    """Catches two runs with one seed that start from different weights."""
+    set_up("cpu", 5)
     first = torch.rand(3)
-    device.set_up("cpu", 5)
+    set_up("cpu", 5)
     assert torch.equal(torch.rand(3), first)
 
 
-def test_to_device_and_synchronize_work_without_an_accelerator():
-    """Pinning memory, or waiting for a device, where there is none."""
-    x, y = device.to_device((torch.arange(3), torch.arange(4)), "cpu")
-    device.synchronize("cpu")
-    assert x.tolist() == [0, 1, 2] and y.tolist() == [0, 1, 2, 3]
+def test_dropout_seeds() -> None:
+    """Catches dropout that depends on what was drawn before, or repeats in another micro-batch."""
+
+    def draw(*numbers: int) -> float:
+        seed_dropout(*numbers)
+        return torch.rand(1, dtype=torch.float64).item()
+
+    numbers = [(seed, iteration, micro) for seed in (0, 1, 2**32, 2**63 - 1) for iteration in (0, 1, 2) for micro in (0, 1, 2)]
+    first = [draw(*each) for each in numbers]
+    assert [draw(*each) for each in reversed(numbers)] == first[::-1]
+    assert len(set(first)) == len(numbers)
 
 
-def test_a_process_of_its_own_is_a_group_of_one(monkeypatch):
-    """A script that waits for torchrun's variables, or sums up over processes that are not there."""
-    monkeypatch.delenv("RANK", raising=False)
-    with distributed.process_group("cpu", "auto") as group:
-        assert (group.rank, group.local_rank, group.size, group.device, group.is_main) == (0, 0, 1, "cpu", True)
-        assert group.sum(1.5, 2) == [1.5, 2]
-        assert not torch.distributed.is_initialized()
+def test_text_generators() -> None:
+    """Catches samples that change with the size of the batch, or are all the same."""
+
+    def draw(*numbers: int, seed: int = 7) -> list[float]:
+        return [torch.rand(1, generator=g).item() for g in text_generators(seed, numbers, "cpu")]
+
+    assert draw(0, 1, 2)[1:] == draw(1, 2)
+    assert len({*draw(*range(100)), *draw(*range(100), seed=8)}) == 200
 
 
-def test_one_gpu_for_all_processes_is_refused(monkeypatch):
-    """Processes that all compute on the same GPU, which NCCL finds out with a traceback."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "1")
-    with (
-        pytest.raises(UserError, match=r"each process takes its own GPU, got --device=cuda:1; use --device=cuda$"),
-        distributed.process_group("cuda:1", "auto"),
-    ):
-        pass
+# generation
 
 
-PROCESS = """
-import torch
-from nanogpt import distributed
-with distributed.process_group("cpu", "auto") as group:
-    total = group.sum(float(group.rank), 2.0**30 + group.rank, 1.0)
-    print(group.rank, group.size, group.is_main, torch.distributed.get_backend(), *total)
-print(torch.distributed.is_initialized())
-"""
-
-
-def test_two_processes_are_a_group():
-    """Sums over one process alone or in too few digits, two main processes, a group that outlives its block."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS],
-            cwd=ROOT,
-            env=common | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONDONTWRITEBYTECODE": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    outputs = [process.communicate(timeout=60)[0].splitlines() for process in processes]
-    sums = "1.0 2147483649.0 2.0"
-    assert outputs == [[f"0 2 True gloo {sums}", "False"], [f"1 2 False gloo {sums}", "False"]]
-    assert [process.returncode for process in processes] == [0, 0]
-
-
-def shape(**changes) -> GPTConfig:
-    return GPTConfig(**{"block_size": 32, "vocab_size": 50, "n_layer": 2, "n_head": 2, "n_embd": 64} | changes)
+def gpt(**changes) -> GPT:
+    return GPT(GPTConfig(**{"block_size": 32, "vocab_size": 50, "n_layer": 2, "n_head": 2, "n_embd": 64} | changes))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_model_that_is_ready_to_generate_writes_the_same_text(rows, bias, monkeypatch):
-    """Packed weights that lose the bias, the tied head or the order of the rows; small and large ones, single rows and more."""
+def test_prepared_model_writes_the_same_text(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches packed weights that lose the bias, the tied head or the order of rows, be they small or large."""
     torch.manual_seed(1)
-    model = GPT(shape(bias=bias))
+    model = gpt(bias=bias)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     idx = torch.randint(50, (rows, 5))
     expected = model.generate(idx, 60, temperature=0)
-    for small in (0, 1 << 30):
-        monkeypatch.setattr(kernels, "PACK_MIN_WEIGHTS", small)
-        ready = GPT(shape(bias=bias))
-        ready.load_state_dict(model.state_dict())
-        device.prepare_for_generation(ready, "cpu", torch.float32)
-        assert not ready.training
-        assert any(isinstance(module, kernels.PackedLinear) for module in ready.modules()) == kernels.can_pack(torch.float32)
-        assert torch.equal(ready.generate(idx, 60, temperature=0), expected)
+    for pack_min_weights in (0, 1 << 30):
+        monkeypatch.setattr("nanogpt.kernels.PACK_MIN_WEIGHTS", pack_min_weights)
+        prepared = gpt(bias=bias)
+        prepared.load_state_dict(model.state_dict())
+        prepare_for_generation(prepared, "cpu", torch.float32)
+        is_packed = any(isinstance(module, PackedLinear) for module in prepared.modules())
+        assert not prepared.training
+        assert is_packed == can_pack(torch.float32)
+        assert torch.equal(prepared.generate(idx, 60, temperature=0), expected)
 
 
-def test_where_weights_cannot_be_packed_the_model_is_left_as_it_is(monkeypatch):
-    """An error on a machine whose PyTorch has no oneDNN, where all is well without it."""
-    monkeypatch.setattr(device, "can_pack", lambda dtype: False)
-    model = GPT(shape())
-    device.prepare_for_generation(model, "cpu", torch.float32)
+def test_model_that_cannot_be_packed_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an error on a machine whose PyTorch has no oneDNN."""
+    monkeypatch.setattr("nanogpt.device.can_pack", lambda dtype: False)
+    model = gpt()
+    prepare_for_generation(model, "cpu", torch.float32)
     assert isinstance(model.lm_head, torch.nn.Linear)
 
 
-def test_generation_in_16_bits_stays_near_float32():
-    """A cache or a layer in the wrong format, which ends in an error or in other logits."""
+def test_bfloat16_generation_is_near_float32() -> None:
+    """Catches a KV cache or a layer in another dtype, which fails or gives other logits."""
     torch.manual_seed(1)
-    model = GPT(shape())
+    model = gpt()
     idx = torch.randint(50, (2, 32))
     exact, _ = model.eval()(idx)
-    device.prepare_for_generation(model, "cpu", torch.bfloat16)
+    prepare_for_generation(model, "cpu", torch.bfloat16)
     cache = model.new_cache(2, 32)
     with torch.inference_mode():
         for part in (idx[:, :20], idx[:, 20:25], idx[:, 25:26], idx[:, 26:]):
@@ -297,54 +277,156 @@ def test_generation_in_16_bits_stays_near_float32():
     assert (logits.float() - exact).abs().max() < 0.02 and (alone.float() - exact).abs().max() < 0.02
 
 
-def test_a_texts_random_numbers_follow_from_its_own_number():
-    """Samples that change with the size of the batch, or are all the same."""
-
-    def draw(*numbers: int, seed: int = 7) -> list[float]:
-        return [torch.rand(1, generator=g).item() for g in device.text_generators(seed, numbers, "cpu")]
-
-    assert draw(0, 1, 2)[1:] == draw(1, 2)
-    assert len({*draw(*range(100)), *draw(*range(100), seed=8)}) == 200
+# the process group
 
 
-def test_a_cpu_keeps_its_memory_where_the_c_library_can_do_so(command):
-    """Catches pages that go back to the system with each tensor, which cost a third of a training step."""
-    code = """
-import resource, sys, torch
-from nanogpt import device
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def used():
+def test_single_process_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a script that waits for torchrun's variables, or sums over ranks that do not exist."""
+    monkeypatch.delenv("RANK", raising=False)
+    with process_group("cpu", "auto") as group:
+        assert (group.rank, group.local_rank, group.size, group.device, group.is_main) == (0, 0, 1, "cpu", True)
+        assert group.sum(1.5, 2) == [1.5, 2]
+        assert not torch.distributed.is_initialized()
+
+
+def test_one_gpu_for_all_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that all compute on one GPU, which NCCL reports with a traceback."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    with (
+        pytest.raises(UserError, match=r"each process takes its own GPU, got --device=cuda:1; use --device=cuda$"),
+        process_group("cuda:1", "auto"),
+    ):
+        pass
+
+
+# what a process can only do once, in forks of one process that has imported PyTorch
+
+FORKED = """
+import os, resource, socket, sys, warnings
+import numpy, torch, torch.distributed, torch._dynamo
+from nanogpt import device, distributed
+
+warnings.filterwarnings("ignore", "This process .* is multi-threaded")  # no thread of PyTorch holds a lock yet
+
+def in_fork(function, *arguments):
+    child = os.fork()
+    if not child:
+        function(*arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    return child
+
+def wait_for(*children):
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def run_forked(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run FORKED and `code` in a fresh process."""
+    return subprocess.run(
+        [sys.executable, "-c", FORKED + code],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+FORKS = r"""
+def group_of_two(rank, port):
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    with distributed.process_group("cpu", "auto") as group:
+        sums = group.sum(float(group.rank), 2.0**30 + group.rank, 1.0)
+        line = ["group", group.rank, group.size, group.is_main, torch.distributed.get_backend(), *sums]
+    line.append(torch.distributed.is_initialized())
+    sys.stdout.write(" ".join(map(str, line)) + "\n")  # in one piece
+
+def page_faults():
     for _ in range(3):
         torch.ones(1 << 24).add(1)
-    before = faults()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         torch.ones(1 << 24).add(1)
-    return faults() - before
-before = used()
-print("libc" if device.keep_memory() else "none", before, used())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def keep_memory():
+    before = page_faults()
+    print("keep", device.keep_memory(), before, page_faults())
+
+def failed_compilation():
+    network = device.compile_model(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()))
+    x = torch.ones(2, 4)
+    for _ in range(3):
+        network(x).sum().backward()
+    print("compiled", network(x).shape)
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+wait_for(*(in_fork(group_of_two, rank, port) for rank in (0, 1)))
+wait_for(in_fork(keep_memory))
+wait_for(in_fork(failed_compilation))
 """
-    if sys.platform != "linux":
-        pytest.skip("glibc is Linux's")
-    library, before, after = command("-c", code).stdout.split()
-    if library == "none":
+
+
+@pytest.fixture(scope="module")
+def forks(request: pytest.FixtureRequest) -> subprocess.CompletedProcess:
+    """What the forks of FORKS have printed; without a working C++ compiler."""
+    with tempfile.TemporaryDirectory() as cache:
+        return run_forked(FORKS, CXX="/nowhere/c++", TORCHINDUCTOR_CACHE_DIR=cache)
+
+
+def printed(forks: subprocess.CompletedProcess, word: str) -> list[str]:
+    assert forks.returncode == 0, forks.stderr
+    return sorted(line for line in forks.stdout.splitlines() if line.startswith(word))
+
+
+@needs_fork
+def test_two_processes_are_a_group(forks: subprocess.CompletedProcess) -> None:
+    """Catches sums over one rank or in float32, two main ranks, a group that outlives its block."""
+    sums = "1.0 2147483649.0 2.0"
+    assert printed(forks, "group") == [f"group 0 2 True gloo {sums} False", f"group 1 2 False gloo {sums} False"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+def test_keep_memory(forks: subprocess.CompletedProcess) -> None:
+    """Catches pages that go back to the system with each tensor, which costs a third of a training step."""
+    ((_, is_kept, before, after),) = (line.split() for line in printed(forks, "keep"))
+    if is_kept == "False":
         pytest.skip("no glibc here")
     assert int(before) > 1000
-    assert int(after) < int(before) / 4  # once, where the pieces find their places
+    assert int(after) < int(before) / 4  # once, until the blocks have found their places
 
 
-def test_a_failed_compilation_is_one_warning_and_the_model_works(command, tmp_path):
-    """Catches a run that ends, or pages of tracebacks, where the compiler is missing or does not work."""
-    code = """
-import torch
+@needs_fork
+def test_failed_compilation_is_one_warning(forks: subprocess.CompletedProcess) -> None:
+    """Catches a run that ends, or pages of tracebacks, if the compiler is missing or broken."""
+    assert printed(forks, "compiled") == ["compiled torch.Size([2, 4])"]
+    assert forks.stderr.count("\n") == 1
+    assert "warning: torch.compile failed (" in forks.stderr
+
+
+@pytest.mark.skipif(not LINUX_STATUS.exists(), reason="only Linux tells a process's own peak memory")
+def test_peak_memory_is_this_process_own() -> None:
+    """Catches the memory of a notebook with a large array, counted as that of the training that it starts."""
+    own = """
 from nanogpt import device
-network = device.compile_model(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()))
-x = torch.ones(2, 4)
-for _ in range(3):
-    network(x).sum().backward()
-print(network(x).shape)
+used, held = [device.peak_memory("cpu")], []
+for size in (100 << 20, 800 << 20):
+    held.append(bytearray(b"x") * size)
+    used.append(device.peak_memory("cpu"))
+print(*used)
 """
-    done = command("-c", code, CXX="/nowhere/c++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "torch.Size([2, 4])\n"
-    assert done.stderr.count("\n") == 1
-    assert "warning: torch.compile failed (" in done.stderr
+    starter = (
+        "import subprocess, sys; large = bytearray(b'x') * (900 << 20); subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    )
+    finished = subprocess.run([sys.executable, "-c", starter, own], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, less, more = map(int, finished.stdout.split())
+    assert 50 << 20 < before < 750 << 20
+    assert less - before == pytest.approx(100 << 20, rel=0.1)
+    assert more - less == pytest.approx(800 << 20, rel=0.1)

@@ -1,4 +1,4 @@
-"""Where documents come from: files of each kind, read from any document on, and what is wrong with them."""
+"""Document sources: each file format, read from any position, and damaged files."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ def jsonl(texts: list[str], **others: object) -> bytes:
 
 
 def parquet(path: Path, columns: dict[str, list], rows: int = 1 << 20) -> Path:
-    """Write a Parquet file of row groups of `rows` rows."""
+    """Write a Parquet file with `rows` rows per row group."""
     arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     import pyarrow.parquet
 
@@ -34,11 +34,11 @@ def texts_of(source: documents.Source, position: documents.Position = documents.
 
 
 def kinds(folder: Path, kind: str) -> str:
-    """Write TEXTS as files of some kind, and return what --input would name."""
+    """Write TEXTS as files of one kind, and return the path for --input."""
     folder.mkdir(exist_ok=True)
     if kind == "jsonl":
         (folder / "a.jsonl").write_bytes(jsonl(TEXTS, text2="no", id=3))
-    elif kind == "odd jsonl":  # a byte-order mark, lines without anything, other line ends, none at the end
+    elif kind == "odd jsonl":  # a byte-order mark, empty lines, CRLF, no line end at the end
         lines = jsonl(TEXTS).split(b"\n")
         (folder / "a.JSONL").write_bytes(b"\xef\xbb\xbf" + b"\r\n\n  \n".join(lines[:-1]))
     elif kind == "gzip":
@@ -66,9 +66,9 @@ def kinds(folder: Path, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "odd jsonl", "gzip", "parquet", "text", "mixed"])
-def test_documents_from_every_position_on(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A document that is lost, read twice or changed, at the beginning or where reading goes on, is caught."""
-    monkeypatch.setattr(documents, "BATCH", 2)
+def test_reading_resumes_at_every_position(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a document that is lost, repeated or changed, from the start or after resuming."""
+    monkeypatch.setattr(documents, "PARQUET_BATCH_ROWS", 2)
     source = documents.local(kinds(tmp_path / "in", kind))
     found = list(documents.read(source, documents.BEGINNING))
     assert [text for _, _, text in found] == TEXTS
@@ -79,14 +79,14 @@ def test_documents_from_every_position_on(kind: str, tmp_path: Path, monkeypatch
         assert texts_of(source, json.loads(json.dumps(position))) == TEXTS[count:]
 
 
-def test_half_a_character_is_read(tmp_path: Path) -> None:
-    """A lone surrogate, which JSON can spell and UTF-8 cannot, that ends a long run is caught."""
+def test_lone_surrogate_is_read(tmp_path: Path) -> None:
+    """Catches a lone surrogate, possible in JSON but not in UTF-8, that ends a long run."""
     (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud800b"}')
     assert texts_of(documents.local(str(tmp_path))) == ["a\ud800b"]
 
 
-def test_identity_is_that_of_the_files(tmp_path: Path) -> None:
-    """A changed, new or missing file, taken for the one that was begun with, is caught; another name of it is none."""
+def test_identity_follows_the_files(tmp_path: Path) -> None:
+    """Catches a changed, new or missing file that keeps the identity; another path to it must keep it."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(TEXTS))
     before = documents.local(str(path)).identity
@@ -116,7 +116,7 @@ def test_identity_is_that_of_the_files(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_files_are_named(name: str, content: bytes, told: list[str], tmp_path: Path) -> None:
-    """A traceback, a message without the file or the line, or a damaged document that is passed over, is caught."""
+    """Catches a traceback, an error without the file or line, or a damaged document that is skipped."""
     if name.endswith(".parquet"):
         pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     (tmp_path / name).write_bytes(content)
@@ -128,20 +128,20 @@ def test_damaged_files_are_named(name: str, content: bytes, told: list[str], tmp
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
-        ({"content": ["a"], "id": [1]}, "a.parquet: no column 'text' among content, id"),
-        ({"text": ["a", "b", None, "d"]}, "a.parquet, row 3: the column 'text' holds None"),
-        ({"text": [1, 2]}, "a.parquet, row 1: the column 'text' holds 1"),
+        ({"content": ["a"], "id": [1]}, "a.parquet: no column 'text', only content, id;"),
+        ({"text": ["a", "b", None, "d"]}, "a.parquet, row 3: column 'text' must be a string, got None"),
+        ({"text": [1, 2]}, "a.parquet, row 1: column 'text' must be a string, got 1"),
     ],
 )
 def test_parquet_without_texts(columns: dict[str, list], told: str, tmp_path: Path) -> None:
-    """A column of another name or kind that gets a traceback, or goes in as "None", is caught."""
+    """Catches a traceback for a wrong column, or a missing text that becomes "None"."""
     parquet(tmp_path / "a.parquet", columns)
     with pytest.raises(UserError, match=told):
         texts_of(documents.local(str(tmp_path)))
 
 
-def test_parquet_that_is_cut_off_inside(tmp_path: Path) -> None:
-    """Pages that are damaged where the end of the file is not, with a traceback, are caught."""
+def test_parquet_damaged_in_the_middle(tmp_path: Path) -> None:
+    """Catches a traceback for damaged pages in a file whose footer is intact."""
     path = parquet(tmp_path / "a.parquet", {"text": [f"text {i}" * 9 for i in range(1000)]}, rows=100)
     content = bytearray(path.read_bytes())
     content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
@@ -151,8 +151,8 @@ def test_parquet_that_is_cut_off_inside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("input", ["nowhere", "bare", "bare/none.txt"])
-def test_wrong_folder(input: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path without documents that makes an empty dataset, or a traceback, is caught."""
+def test_input_without_documents(input: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a path without documents that makes an empty dataset or a traceback."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bare" / "folder.jsonl").mkdir(parents=True)
     with pytest.raises(UserError, match=f"--input={input}: no "):
@@ -160,7 +160,7 @@ def test_wrong_folder(input: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An ImportError in place of what to install is caught."""
+    """Catches an ImportError in place of what to install."""
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
@@ -171,7 +171,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_hub_layout(tmp_path: Path) -> None:
-    """Documents in another order than that of the datasets library, or of another of its subsets, are caught."""
+    """Catches documents in another order than the datasets library's, or of another subset."""
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     whole = datasets.Dataset.from_dict({"id": list(range(50)), "text": [f"text {i}" for i in range(50)]})
     for part in range(3):
@@ -187,14 +187,14 @@ def test_hub_layout(tmp_path: Path) -> None:
     assert documents.hub(str(tmp_path), "sample-100BT", "main").identity != source.identity
 
 
-def test_files_behind_an_address(tmp_path: Path) -> None:
-    """Files of a network, which are not opened as those of a disk are, that do not go on where they stopped are caught."""
+def test_remote_files(tmp_path: Path) -> None:
+    """Catches remote files that cannot be opened, or resumed where they stopped."""
     fsspec = pytest.importorskip("fsspec", reason="datasets is not installed")
     path = parquet(tmp_path / "a.parquet", {"text": TEXTS}, rows=3)
     with fsspec.open("memory://folder/a.parquet", "wb") as file:
         file.write(path.read_bytes())
     source = documents.Source("remote", ["memory://folder/a.parquet", "memory://folder/gone.parquet"], [9, 9], "")
-    with pytest.raises(UserError, match=r"gone\.parquet: cannot be read .*the same command goes on"):
+    with pytest.raises(UserError, match=r"gone\.parquet: cannot be read .*run the same command again to continue"):
         texts_of(source)
     source = documents.Source("remote", source.files[:1], [9], "")
     found = list(documents.read(source, documents.BEGINNING))
@@ -203,22 +203,22 @@ def test_files_behind_an_address(tmp_path: Path) -> None:
         assert texts_of(source, position) == TEXTS[count:]
 
 
-def test_hub_that_cannot_be_reached() -> None:
-    """A machine without a network that shows a traceback, or not what to do, is caught."""
+def test_unreachable_hub() -> None:
+    """Catches a traceback, or an error without a remedy, on a machine without a network."""
     pytest.importorskip("datasets", reason="datasets is not installed")
-    with pytest.raises(UserError, match=r"cannot get nobody/nothing .*try again, or give local files: --input="):
+    with pytest.raises(UserError, match=r"cannot get nobody/nothing .*try again, or use local files: --input="):
         documents.hub("nobody/nothing", "plain_text", MISSING)
 
 
 def test_hub_without_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An ImportError in place of what to install is caught."""
+    """Catches an ImportError in place of what to install."""
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"nobody/nothing .*pip install datasets; or give local files: --input="):
+    with pytest.raises(UserError, match=r"nobody/nothing .*pip install datasets; or use local files: --input="):
         documents.hub("nobody/nothing", "plain_text", MISSING)
 
 
-def test_nothing_is_imported_before_it_is_needed() -> None:
-    """An optional library that everybody would have to install is caught."""
+def test_optional_libraries_are_imported_lazily() -> None:
+    """Catches an optional library that everybody would have to install."""
     code = "import sys, nanogpt.large_corpus; print({'datasets', 'pyarrow', 'fsspec', 'torch', 'tiktoken'} & set(sys.modules))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert process.stdout == "set()\n", process.stderr

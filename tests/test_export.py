@@ -1,8 +1,7 @@
-"""The export command: from a run to a folder, what it prints, and what it refuses."""
+"""export.py: from a run to a folder, what it prints, and what it refuses."""
 
-import subprocess
+import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ TABLE = CharTokenizer(list("abcdefghij\n"))
 
 
 def write(out_dir: Path, kind: type = GPT, bias: bool = False) -> GPT | Bigram:
-    """A run folder with the checkpoint of a small random model; returns the model."""
+    """Write a run folder with the checkpoint of a small random model; return the model."""
     torch.manual_seed(1)
     shape = {"block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 11, "bias": bias, "gelu": "tanh"}
     model = kind(GPTConfig(**shape))
@@ -35,8 +34,8 @@ def run(*flags: str | Path) -> None:
 
 
 @pytest.mark.parametrize("init_from", ["resume", "OUT", "OUT/ckpt.pt"])
-def test_exports_a_run(tmp_path: Path, init_from: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that is exported with other weights, activation or characters, or elsewhere than it says, is caught."""
+def test_export(tmp_path: Path, init_from: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an export with wrong weights, activation or characters, or in another folder than printed."""
     model, to = write(tmp_path / "out"), tmp_path / "far" / "there"
     source = init_from.replace("OUT", str(tmp_path / "out"))
     run(f"--out_dir={tmp_path / 'out'}", f"--init_from={source}", f"--to={to}")
@@ -50,8 +49,8 @@ def test_exports_a_run(tmp_path: Path, init_from: str, capsys: pytest.CaptureFix
     assert all(path.name in printed for path in to.iterdir())
 
 
-def test_the_printed_lines_are_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Lines that a person pastes into Python and that fail there are caught."""
+def test_printed_lines_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches printed Python lines that do not run."""
     write(tmp_path / "out")
     run(f"--out_dir={tmp_path / 'out'}", f"--to={tmp_path / 'it is'}", "--dtype=bfloat16")
     printed = capsys.readouterr().out.split("in Python:")[1].split("and here:")[0]
@@ -61,8 +60,8 @@ def test_the_printed_lines_are_python(tmp_path: Path, capsys: pytest.CaptureFixt
     assert names["tokenizer"]("bad")["input_ids"] == TABLE.encode("bad")
 
 
-def test_a_bigram_model_is_refused(tmp_path: Path) -> None:
-    """A traceback for a model that transformers does not have is caught."""
+def test_bigram_is_refused(tmp_path: Path) -> None:
+    """Catches a traceback for a model that transformers does not have."""
     write(tmp_path / "out", Bigram)
     with pytest.raises(UserError, match="bigram"):
         run(f"--out_dir={tmp_path / 'out'}", f"--to={tmp_path / 'to'}")
@@ -73,8 +72,8 @@ def test_a_bigram_model_is_refused(tmp_path: Path) -> None:
     "flags, message",
     [
         ("--out_dir=TMP/out", "--to=exported"),
-        ("--out_dir=TMP/out --to=TMP/out", "holds 'ckpt.pt', which is no part of an export"),
-        ("--out_dir=TMP/out --to=TMP/out/ckpt.pt", "TMP/out/ckpt.pt: is there already, and no folder; name another"),
+        ("--out_dir=TMP/out --to=TMP/out", "holds 'ckpt.pt', which is not part of an export"),
+        ("--out_dir=TMP/out --to=TMP/out/ckpt.pt", "TMP/out/ckpt.pt: exists and is not a folder; choose another"),
         ("--out_dir=TMP/out --to=TMP/out/ckpt.pt/folder", "TMP/out/ckpt.pt/folder"),
         ("--out_dir=TMP/out --to=TMP/to --dtype=int8", "float32, bfloat16 or float16"),
         ("--out_dir=TMP/none --to=TMP/to", "TMP/none"),
@@ -83,7 +82,7 @@ def test_a_bigram_model_is_refused(tmp_path: Path) -> None:
 def test_mistakes_are_one_line(
     tmp_path: Path, flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A traceback for a mistake on the command line, or for a folder that is in use or cannot be written, is caught."""
+    """Catches a traceback for a wrong flag, or for a folder that is in use or cannot be written."""
     write(tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["export.py", *flags.replace("TMP", str(tmp_path)).split()])
     with pytest.raises(SystemExit) as ended:
@@ -94,9 +93,10 @@ def test_mistakes_are_one_line(
     assert message.replace("TMP", str(tmp_path)) in err
 
 
-def test_the_command(tmp_path: Path, command: Callable[..., subprocess.CompletedProcess]) -> None:
-    """A command that works in tests alone is caught."""
+def test_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a script that does nothing, or fails, when it is run."""
     write(tmp_path / "out")
-    done = command("export.py", f"--out_dir={tmp_path / 'out'}", f"--to={tmp_path / 'to'}")
-    assert (done.returncode, done.stderr) == (0, "")
+    monkeypatch.setattr(sys, "argv", ["export.py", f"--out_dir={tmp_path / 'out'}", f"--to={tmp_path / 'to'}"])
+    runpy.run_path(export.__file__, run_name="__main__")
     assert huggingface.is_folder(tmp_path / "to")
+    assert capsys.readouterr().err == ""

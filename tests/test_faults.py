@@ -481,7 +481,7 @@ def test_dataset_that_vanishes(
             before_each(patch, [(Dataset, "windows")], vanish)
             reached = []
             before_each(patch, [(train, "clip_gradient")], lambda *arguments: reached.append(1))
-            with pytest.raises(UserError, match=rf"{name}: cannot be read any more"):
+            with pytest.raises(UserError, match=rf"{name} can no longer be read"):
                 run_train(*flags, f"--out_dir={tmp_path / 'out'}")
     finally:
         (dataset / name).write_bytes(before)

@@ -1,4 +1,4 @@
-"""GPT-2 weights from and to the Hugging Face layout: the logits are those of transformers, and nothing else gets in."""
+"""GPT-2 weights from and to the Hugging Face layout: parity with transformers, and what is refused."""
 
 import functools
 import http.server
@@ -42,14 +42,14 @@ for name in sys.argv[1:]:
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing in this process asks the Hub, and transformers says nothing."""
+    """Keep this process off the Hub, and transformers quiet."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Give each parameter numbers of GPT-2's scale that no other has, biases and norms too."""
+    """Fill every parameter, biases and norms included, with its own random values of GPT-2's scale."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         mean, std = (1.0, 0.2) if "ln_" in name and name.endswith("weight") else (0.0, 0.1)
@@ -58,29 +58,36 @@ def randomize(model: torch.nn.Module) -> None:
 
 
 def make_theirs(n_embd: int = 32, n_head: int = 2, own: bool = True, **settings: Any) -> torch.nn.Module:
-    """A random model of transformers, which says that it is an export with the characters of TABLE, or has GPT-2's tokens."""
+    """A random transformers model: marked as our export with the characters of TABLE, or with GPT-2's vocabulary."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     if own:
         settings = {"nanogpt": {"bias": True, "tokenizer": TABLE.to_dict()}, "vocab_size": TABLE.vocab_size} | settings
     config = GPT2Config(**{"n_layer": 2, "n_positions": 16, "n_embd": n_embd, "n_head": n_head} | settings)
     with torch.device("meta"):
-        model = GPT2LMHeadModel(config)  # its own initialisation would take most of the time of these tests
+        model = GPT2LMHeadModel(config)  # skips their slow initialization
     model.to_empty(device="cpu").tie_weights()
     randomize(model)
     return model.eval()
 
 
 def make_ours(tokenizer: Tokenizer = TABLE, **shape: Any) -> GPT:
-    """A random model of ours."""
+    """A random GPT of ours."""
     args = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": tokenizer.model_vocab_size}
     model = GPT(GPTConfig(**args | shape)).eval()
     randomize(model)
     return model
 
 
+def save(folder: Path, model: GPT, tokenizer: Tokenizer = TABLE, dtype: torch.dtype = torch.float32) -> None:
+    """Export a GPT of ours."""
+    args = dict(vars(model.config))
+    gelu = args.pop("gelu")
+    huggingface.save(folder, model.state_dict(), args, gelu, tokenizer, dtype)
+
+
 def build(found: huggingface.Pretrained) -> GPT:
-    """The model of what `load` has found."""
+    """Build the model that `load` has found."""
     model = GPT(GPTConfig(**found.model_args, gelu=found.gelu))
     model.load_state_dict(found.weights)
     return model.eval()
@@ -88,7 +95,7 @@ def build(found: huggingface.Pretrained) -> GPT:
 
 @torch.no_grad()
 def assert_same_logits(ours: GPT, theirs: torch.nn.Module) -> None:
-    """Both give the same logits at every position, for as many tokens as theirs has."""
+    """Assert that both give the same logits at every position, over their vocabulary."""
     vocab_size = theirs.config.vocab_size
     idx = torch.randint(0, vocab_size, (2, ours.config.block_size), generator=torch.Generator().manual_seed(0))
     logits, _ = ours(idx, idx)
@@ -98,15 +105,15 @@ def assert_same_logits(ours: GPT, theirs: torch.nn.Module) -> None:
 
 
 def write_theirs(folder: Path, form: str, theirs: torch.nn.Module) -> None:
-    """Write a model of transformers in one of the forms in which its versions have written them."""
+    """Write a transformers model in one of the forms that its versions have used."""
     if form in ("whole", "sharded", "halves"):
         model = theirs.bfloat16() if form == "halves" else theirs
         model.save_pretrained(folder, max_shard_size="20KB" if form == "sharded" else "5GB")
         return
     folder.mkdir()
     (folder / "config.json").write_text(theirs.config.to_json_string())
-    state = dict(theirs.state_dict())  # with the head
-    if form == "original":  # as OpenAI's on the Hub: no prefix, no head, the masks
+    state = dict(theirs.state_dict())  # includes the head
+    if form == "original":  # like OpenAI's on the Hub: no prefix, no head, but masks
         state = {name.removeprefix("transformer."): tensor for name, tensor in state.items() if name != huggingface.HEAD}
         state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
         state |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
@@ -138,7 +145,7 @@ def write_theirs(folder: Path, form: str, theirs: torch.nn.Module) -> None:
     ],
 )
 def test_names(init_from: str, expected: bool) -> None:
-    """A path or another word that would be looked for on the Hub, or an id of the Hub that would not, is caught."""
+    """Catches a path taken for a Hub id, and a Hub id taken for a path."""
     assert huggingface.is_name(init_from) is expected
 
 
@@ -157,7 +164,7 @@ def test_names(init_from: str, expected: bool) -> None:
     ],
 )
 def test_folders(tmp_path: Path, files: list[str], expected: bool) -> None:
-    """A run's folder that is taken for one in the Hugging Face layout, or the other way around, is caught."""
+    """Catches a run folder taken for a Hugging Face folder, and the reverse."""
     for name in files:
         (tmp_path / name).touch()
     assert huggingface.is_folder(tmp_path) is expected
@@ -167,8 +174,8 @@ def test_folders(tmp_path: Path, files: list[str], expected: bool) -> None:
 
 
 @pytest.mark.parametrize("name", WIDTHS)
-def test_logits_of_all_four_shapes(tmp_path: Path, name: str) -> None:
-    """A head, a matrix or a piece that is mixed up in one of the widths of GPT-2 is caught, in pieces and whole."""
+def test_logits_match_transformers(tmp_path: Path, name: str) -> None:
+    """Catches a head, matrix or shard mixed up in one of GPT-2's four widths."""
     theirs = make_theirs(*WIDTHS[name])
     sharded = name in ("gpt2", "gpt2-xl")
     theirs.save_pretrained(tmp_path, max_shard_size="20MB" if sharded else "5GB")
@@ -178,12 +185,25 @@ def test_logits_of_all_four_shapes(tmp_path: Path, name: str) -> None:
     assert_same_logits(build(found), theirs)
 
 
+def test_from_pretrained(tmp_path: Path) -> None:
+    """Catches other logits than those of transformers, and an override that is ignored or wrongly allowed."""
+    theirs = make_theirs()
+    theirs.save_pretrained(tmp_path)
+    assert_same_logits(GPT.from_pretrained(str(tmp_path)).eval(), theirs)
+    model = GPT.from_pretrained(str(tmp_path), override_args={"dropout": 0.1})
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
+    assert_same_logits(model.eval(), theirs)
+    for key in ("n_layer", "block_size", "bias"):
+        with pytest.raises(AssertionError):
+            GPT.from_pretrained(str(tmp_path), override_args={key: 1})
+
+
 FORMS = ["whole", "sharded", "halves", "original", "head alone", "pickle", "old pickle", "pickled pieces"]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_the_files(tmp_path: Path, form: str) -> None:
-    """A form of the layout in which the weights are not found, or not the same, is caught."""
+def test_file_forms(tmp_path: Path, form: str) -> None:
+    """Catches a form of the layout whose weights are missed, changed, or still mapped from the file."""
     theirs = make_theirs()
     write_theirs(tmp_path / "model", form, theirs)
     found = huggingface.load(str(tmp_path / "model"))
@@ -191,31 +211,31 @@ def test_every_form_of_the_files(tmp_path: Path, form: str) -> None:
     assert found.weights[huggingface.HEAD] is found.weights[huggingface.WTE]
     assert list(found.weights) == list(make_ours().state_dict())
     for path in (tmp_path / "model").iterdir():
-        with open(path, "r+b") as file:  # nothing is left in the files, or mapped from them
+        with open(path, "r+b") as file:  # weights that were still mapped from the files would be zero now
             file.write(bytes(path.stat().st_size))
     assert_same_logits(build(found), theirs.float())
 
 
 @pytest.mark.parametrize("form", ["whole", "pickle"])
-def test_a_file_is_read_piece_by_piece(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that are lost or mixed up where a file is opened several times to save memory are caught."""
+def test_reading_in_groups(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches weights lost or mixed up when a file is opened several times to save memory."""
     theirs = make_theirs()
     write_theirs(tmp_path / "model", form, theirs)
     opened = []
     tensors = huggingface._tensors
     monkeypatch.setattr(huggingface, "_tensors", lambda file, names: opened.append(names) or tensors(file, names))
-    monkeypatch.setattr(huggingface, "AT_ONCE", 20_000)
+    monkeypatch.setattr(huggingface, "MAX_MAPPED_BYTES", 20_000)
     found = huggingface.load(str(tmp_path / "model"))
     assert len(opened) > 4 and sum(map(len, opened)) == len(theirs.state_dict()) - (form == "whole")
     assert_same_logits(build(found), theirs)
 
 
 @pytest.mark.parametrize("activation", huggingface.GELUS)
-def test_every_activation(tmp_path: Path, activation: str) -> None:
-    """An activation whose formula is not the one that it is taken for is caught."""
+def test_activations(tmp_path: Path, activation: str) -> None:
+    """Catches an activation mapped to the wrong GELU."""
     theirs = make_theirs(activation_function=activation)
     for layer in theirs.transformer.h:
-        layer.mlp.c_fc.weight.data *= 20  # where the two forms differ
+        layer.mlp.c_fc.weight.data *= 20  # into the range where the two GELUs differ
         layer.mlp.c_proj.weight.data *= 50
     theirs.save_pretrained(tmp_path)
     found = huggingface.load(str(tmp_path))
@@ -227,8 +247,8 @@ def test_every_activation(tmp_path: Path, activation: str) -> None:
         assert (build(found)(idx, idx)[0] - expected).abs().max() > 1e-4
 
 
-def test_model_with_gpt2_tokens(tmp_path: Path) -> None:
-    """GPT-2's number of tokens or its defaults being taken for something else is caught."""
+def test_config_defaults(tmp_path: Path) -> None:
+    """Catches a wrong default or synonym in config.json."""
     theirs = make_theirs(own=False)
     theirs.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -251,8 +271,8 @@ def test_model_with_gpt2_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_shapes_are_those_of_the_model(bias: bool) -> None:
-    """A parameter that the model has and the list of shapes has not, or the other way around, is caught."""
+def test_parameter_shapes(bias: bool) -> None:
+    """Catches a parameter that is in the model but not in the table of shapes, and the reverse."""
     model = make_ours(bias=bias)
     shapes = huggingface._parameter_shapes(vars(model.config))
     expected = {name: tuple(tensor.shape) for name, tensor in make_ours().state_dict().items()}
@@ -264,7 +284,7 @@ def test_shapes_are_those_of_the_model(bias: bool) -> None:
 
 @pytest.fixture(scope="module")
 def gpt2_sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model that has as many tokens as GPT-2, and no tokenizer."""
+    """A folder with a tiny model that has GPT-2's vocab_size and no tokenizer files."""
     folder = tmp_path_factory.mktemp("gpt2_sized")
     make_theirs(n_embd=2, n_head=1, own=False, n_layer=1).save_pretrained(folder)
     return folder
@@ -277,7 +297,7 @@ def make_gpt2_files() -> dict[str, str]:
 
 @pytest.fixture
 def gpt2_files(gpt2_vocabulary: None) -> dict[str, str]:
-    """The files of GPT-2's tokenizer."""
+    """GPT-2's tokenizer files."""
     return make_gpt2_files()
 
 
@@ -294,7 +314,7 @@ def swap(file: str) -> str:
     [
         ("vocab.json", lambda file: file, True),
         ("tokenizer.json", lambda file: file, True),
-        ("tokenizer.json", lambda file: add(file, '{"id": 50257, "content": "[PAD]"}'), True),  # not among the model's
+        ("tokenizer.json", lambda file: add(file, '{"id": 50257, "content": "[PAD]"}'), True),  # beyond the model's vocab_size
         ("tokenizer.json", lambda file: add(file, '{"id": 50255, "content": "[PAD]"}'), False),
         ("tokenizer.json", lambda file: add(file, "7"), False),
         ("tokenizer.json", lambda file: file.replace('"vocab"', '"words"'), False),
@@ -306,10 +326,10 @@ def swap(file: str) -> str:
         ("vocab.json", lambda file: "{}", False),
     ],
 )
-def test_vocabularies_beside_the_weights(
+def test_vocabulary_check(
     tmp_path: Path, gpt2_sized: Path, gpt2_files: dict[str, str], name: str, change: Callable[[str], str], fits: bool
 ) -> None:
-    """A model of another language, whose tokens are as many as GPT-2's, being loaded as if it spoke English, is caught."""
+    """Catches a model with another vocabulary of GPT-2's size, such as one for another language."""
     folder = shutil.copytree(gpt2_sized, tmp_path / "model")
     (folder / name).write_text(change(gpt2_files[name]), encoding="utf-8")
     if fits:
@@ -319,10 +339,10 @@ def test_vocabularies_beside_the_weights(
             huggingface.load(str(folder))
 
 
-def test_vocabulary_is_the_one_that_transformers_saves(
+def test_vocabulary_check_accepts_transformers_files(
     tmp_path: Path, gpt2_sized: Path, gpt2_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A check of the vocabulary that refuses GPT-2's as transformers writes it, or that needs tiktoken's, is caught."""
+    """Catches a vocabulary check that refuses GPT-2's as transformers writes it, or needs tiktoken."""
     from transformers import GPT2Tokenizer
 
     folder = shutil.copytree(gpt2_sized, tmp_path / "model")
@@ -338,14 +358,14 @@ def test_vocabulary_is_the_one_that_transformers_saves(
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny model that can be loaded; the cases below break copies of it."""
+    """A tiny model that loads; the cases below break copies of it."""
     folder = tmp_path_factory.mktemp("original")
     make_theirs().save_pretrained(folder)
     return folder
 
 
 def settings(**changed: Any) -> Callable[[Path], None]:
-    """A change of config.json."""
+    """Change keys of config.json."""
 
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -355,12 +375,12 @@ def settings(**changed: Any) -> Callable[[Path], None]:
 
 
 def write(name: str, content: str | bytes) -> Callable[[Path], None]:
-    """A file with other content."""
+    """Replace a file's content."""
     return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def tensors(**changed: Any) -> Callable[[Path], None]:
-    """A change of the weights: __ in a name stands for a dot; None takes a tensor away."""
+    """Change tensors: __ in a name stands for a dot; None removes the tensor."""
 
     def change(folder: Path) -> None:
         state = safetensors.torch.load_file(folder / "model.safetensors")
@@ -372,7 +392,7 @@ def tensors(**changed: Any) -> Callable[[Path], None]:
 
 
 def index(weight_map: Any) -> Callable[[Path], None]:
-    """The weights in a piece, and an index that names other files."""
+    """Turn the weights into a shard, with this index."""
 
     def change(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "piece.safetensors")
@@ -382,7 +402,7 @@ def index(weight_map: Any) -> Callable[[Path], None]:
 
 
 def pickled(make: Callable[[dict[str, torch.Tensor]], Any], **how: Any) -> Callable[[Path], None]:
-    """The weights as an older version has them, changed."""
+    """Turn the weights into pytorch_model.bin, changed by `make`."""
 
     def change(folder: Path) -> None:
         state = safetensors.torch.load_file(folder / "model.safetensors")
@@ -405,7 +425,7 @@ def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 class Hostile:
-    """Runs a command where it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __reduce__(self) -> tuple:
         return os.system, ("touch hostile",)
@@ -419,47 +439,59 @@ REFUSALS = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
     "config of bytes": (write("config.json", b"\xff\x00"), "config.json: not a JSON file"),
     "config without end": (write("config.json", "[" * 100_000), "config.json: not a JSON file"),
-    "config of a list": (write("config.json", "[]"), "config.json: .*no dictionary"),
-    "model of llama": (settings(model_type="llama"), "model_type = 'llama'"),
-    "model of a list": (settings(model_type=["gpt2"]), "model_type = "),
-    "activation": (settings(activation_function="relu"), "activation_function = 'relu': .*gelu_new"),
-    "activation of a list": (settings(activation_function=["gelu"]), "activation_function = "),
-    "quick gelu": (settings(activation_function="quick_gelu"), "activation_function = 'quick_gelu'"),
-    "n_inner": (settings(n_inner=64), "n_inner = 64: this model has 4 \\* n_embd = 128"),
-    "scale_attn_weights": (settings(scale_attn_weights=False), "scale_attn_weights = False"),
-    "inverse_layer_idx": (settings(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
-    "cross attention": (settings(add_cross_attention=True), "add_cross_attention = True"),
-    "epsilon": (settings(layer_norm_epsilon=1e-6), "layer_norm_epsilon = 1e-06"),
-    "untied": (settings(tie_word_embeddings=False), "tie_word_embeddings = False"),
-    "quantized": (settings(quantization_config={"bits": 4}), "quantization_config = {'bits': 4}"),
-    "n_layer of text": (settings(n_layer="2"), "n_layer = '2'"),
-    "n_layer of zero": (settings(n_layer=0), "n_layer = 0"),
-    "n_layer of truth": (settings(n_layer=True), "n_layer = True"),
-    "n_layer without end": (settings(n_layer=10**30), "n_layer = 1000"),
-    "n_layer of millions": (settings(n_layer=10_000_000), "n_layer = 10000000 are not all there"),
+    "config of a list": (write("config.json", "[]"), "config.json: must hold a JSON object"),
+    "model of llama": (settings(model_type="llama"), "model_type must be 'gpt2', got 'llama'"),
+    "model of a list": (settings(model_type=["gpt2"]), "model_type must be 'gpt2', got .'gpt2'"),
+    "activation": (settings(activation_function="relu"), "activation_function must be .*gelu_new.*, got 'relu'"),
+    "activation of a list": (settings(activation_function=["gelu"]), "activation_function must be .*, got .'gelu'"),
+    "quick gelu": (settings(activation_function="quick_gelu"), "activation_function must be .*, got 'quick_gelu'"),
+    "n_inner": (settings(n_inner=64), "n_inner must be 4 \\* n_embd = 128, got 64"),
+    "scale_attn_weights": (settings(scale_attn_weights=False), "scale_attn_weights must be True, got False"),
+    "inverse_layer_idx": (
+        settings(scale_attn_by_inverse_layer_idx=True),
+        "scale_attn_by_inverse_layer_idx must be False, got True",
+    ),
+    "cross attention": (settings(add_cross_attention=True), "add_cross_attention must be False, got True"),
+    "epsilon": (settings(layer_norm_epsilon=1e-6), "layer_norm_epsilon must be 1e-05, got 1e-06"),
+    "untied": (settings(tie_word_embeddings=False), "tie_word_embeddings must be True, got False"),
+    "quantized": (settings(quantization_config={"bits": 4}), "quantization_config must be None, got {'bits': 4}"),
+    "n_layer of text": (settings(n_layer="2"), "n_layer must be a whole number .*, got '2'"),
+    "n_layer of zero": (settings(n_layer=0), "n_layer must be a whole number from 1 .*, got 0"),
+    "n_layer of truth": (settings(n_layer=True), "n_layer must be a whole number .*, got True"),
+    "n_layer without end": (settings(n_layer=10**30), "n_layer must be a whole number .*, got 1000"),
+    "n_layer of millions": (settings(n_layer=10_000_000), "weights are missing: .* n_layer = 10000000"),
     "n_layer of three": (settings(n_layer=3), "'h.2.ln_1.weight' is missing"),
-    "n_layer of one": (settings(n_layer=1), "'transformer.h.1.*no part of a GPT-2 of 1 layers"),
-    "n_embd": (settings(n_embd=64), "is .* where its config.json needs \\(192,\\)"),
-    "n_embd of millions": (settings(n_embd=1 << 23), "is .* where its config.json needs "),
-    "n_head": (settings(n_head=5), "n_head = 5 does not divide n_embd = 32"),
-    "n_positions": (settings(n_positions=8), "'transformer.wpe.weight' is \\(16, 32\\) .* \\(8, 32\\)"),
-    "vocabulary": (both(settings(vocab_size=50304), lambda folder: forget(folder)), "vocab_size = 50304: another vocabulary"),
+    "n_layer of one": (settings(n_layer=1), "'transformer.h.1.*not part of a GPT-2 with 1 layers"),
+    "n_embd": (settings(n_embd=64), "must have shape \\(192,\\) by its config.json, got "),
+    "n_embd of millions": (settings(n_embd=1 << 23), "must have shape .* by its config.json, got "),
+    "n_head": (settings(n_head=5), "n_embd must be a multiple of n_head, got 32 and 5"),
+    "n_positions": (settings(n_positions=8), "'transformer.wpe.weight' must have shape \\(8, 32\\) .* got \\(16, 32\\)"),
+    "vocabulary": (
+        both(settings(vocab_size=50304), lambda folder: forget(folder)),
+        "vocab_size must be GPT-2's 50257, got 50304",
+    ),
     "own of text": (settings(nanogpt="yes"), "nanogpt = 'yes'"),
     "own without bias": (settings(nanogpt={"tokenizer": TABLE.to_dict()}), "damaged: nanogpt = "),
     "own tokenizer": (settings(nanogpt={"bias": True, "tokenizer": {"kind": "x"}}), "malformed tokenizer"),
-    "own small tokenizer": (settings(**NO_OWN), "2 characters.* does not belong to a model with vocab_size = "),
+    "own small tokenizer": (settings(**NO_OWN), "vocab_size must be that of its tokenizer .2 characters., got "),
     "weights missing": (tensors(**{LN: None}), "model.safetensors: 'h.1.ln_1.weight' is missing"),
-    "weights beyond": (tensors(score__weight=torch.ones(2)), "'score.weight' is no part of a GPT-2"),
-    "weights twice": (tensors(h__1__ln_1__weight=torch.ones(32)), "a second time"),
-    "weights turned": (tensors(**{MLP: torch.ones(128, 32)}), "c_fc.weight' is \\(128, 32\\) .* needs \\(32, 128\\)"),
-    "weights whole": (tensors(**{LN: torch.ones(32, dtype=torch.int64)}), "ln_1.weight' is no plain matrix .*int64"),
+    "weights beyond": (tensors(score__weight=torch.ones(2)), "'score.weight' is not part of a GPT-2"),
+    "weights twice": (tensors(h__1__ln_1__weight=torch.ones(32)), "is a duplicate, already found in model.safetensors"),
+    "weights turned": (
+        tensors(**{MLP: torch.ones(128, 32)}),
+        "c_fc.weight' must have shape \\(32, 128\\) .* got \\(128, 32\\)",
+    ),
+    "weights whole": (
+        tensors(**{LN: torch.ones(32, dtype=torch.int64)}),
+        "ln_1.weight' must be a dense floating-point tensor.*int64",
+    ),
     "another head": (tensors(lm_head__weight=torch.ones(TABLE.vocab_size, 32)), "'lm_head.weight' differs"),
     "truncated": (truncated("model.safetensors", 4000), "model.safetensors: not a safetensors file, or damaged"),
     "truncated header": (truncated("model.safetensors", 100), "model.safetensors: not a safetensors file, or damaged"),
     "empty": (truncated("model.safetensors", 0), "model.safetensors: not a safetensors file, or damaged"),
     "random": (write("model.safetensors", random.Random(0).randbytes(5000)), "not a safetensors file, or damaged"),
-    "index without files": (index({}), "index.json: not a list of the files"),
-    "index of numbers": (index({"a": 1}), "index.json: not a list of the files"),
+    "index without files": (index({}), "index.json: not an index of weight files"),
+    "index of numbers": (index({"a": 1}), "index.json: not an index of weight files"),
     "index outside": (index({"a": "../model.safetensors"}), "refused: it names '../model.safetensors'"),
     "index of a root": (index({"a": "/etc/passwd"}), "refused: it names '/etc/passwd'"),
     "index of a parent": (index({"a": ".."}), "refused: it names '..'"),
@@ -473,8 +505,14 @@ REFUSALS = {
     "pickle of a list": (pickled(lambda state: list(state)), "pytorch_model.bin: not a file of weights"),
     "pickle of text": (pickled(lambda state: state | {"x": "y"}), "pytorch_model.bin: not a file of weights: it has 'x'"),
     "pickle of numbers": (pickled(lambda state: {0: torch.ones(1)}), "pytorch_model.bin: not a file of weights: it has 0"),
-    "sparse pickle": (pickled(lambda state: state | {MLP: state[MLP].to_sparse()}), "c_fc.weight' is no plain matrix"),
-    "folded pickle": (pickled(lambda state: state | {MLP: torch.ones(1).expand(32, 128)}), "c_fc.weight' is no plain matrix"),
+    "sparse pickle": (
+        pickled(lambda state: state | {MLP: state[MLP].to_sparse()}),
+        "c_fc.weight' must be a dense floating-point tensor",
+    ),
+    "folded pickle": (
+        pickled(lambda state: state | {MLP: torch.ones(1).expand(32, 128)}),
+        "c_fc.weight' must be a dense floating-point tensor",
+    ),
     "truncated pickle": (both(pickled(dict), truncated("pytorch_model.bin", 9000)), "pytorch_model.bin: .*damaged"),
     "random pickle": (
         both(pickled(dict), write("pytorch_model.bin", random.Random(0).randbytes(5000))),
@@ -484,7 +522,7 @@ REFUSALS = {
 
 
 def forget(folder: Path) -> None:
-    """Let a model be one of others."""
+    """Remove the mark of our exports."""
     config = json.loads((folder / "config.json").read_text())
     del config["nanogpt"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -492,7 +530,7 @@ def forget(folder: Path) -> None:
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, original: Path, case: str) -> None:
-    """A model that this one is not, or a damaged or hostile file, that is loaded or ends in a traceback, is caught."""
+    """Catches an unsupported model, or a damaged or hostile file, that loads or ends in a traceback."""
     change, message = REFUSALS[case]
     folder = shutil.copytree(original, tmp_path / "model")
     change(folder)
@@ -503,8 +541,8 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, original: Pat
     assert not (tmp_path / "hostile").exists()
 
 
-def test_what_is_nowhere_is_named(tmp_path: Path) -> None:
-    """A refusal of a folder or a name that does not say which it is, is caught."""
+def test_not_found(tmp_path: Path) -> None:
+    """Catches an error that does not name the missing folder or model."""
     for name in (str(tmp_path / "none"), "no name", "a/b/c"):
         with pytest.raises(UserError, match="no such folder") as refusal:
             huggingface.load(name)
@@ -521,20 +559,20 @@ def theirs_of(folder: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", WIDTHS)
-def test_logits_of_all_four_shapes_after_export(tmp_path: Path, name: str) -> None:
-    """A matrix that is mixed up on the way out, and mixed up back on the way in, is caught."""
+def test_exported_logits_match_transformers(tmp_path: Path, name: str) -> None:
+    """Catches a matrix mixed up by save, even if load would mix it back."""
     n_embd, n_head = WIDTHS[name]
     model = make_ours(n_embd=n_embd, n_head=n_head, n_layer=1 if name == "gpt2-xl" else 2, gelu="tanh")
-    huggingface.save(tmp_path / "out", model, TABLE, torch.float32)
+    save(tmp_path / "out", model)
     assert_same_logits(model, theirs_of(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("gelu", ["erf", "tanh"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_round_trip_is_exact(tmp_path: Path, bias: bool, gelu: str) -> None:
-    """A weight, an argument, the activation or the tokenizer that is not the same after export and load is caught."""
+    """Catches a weight, argument, activation or tokenizer changed by save and load."""
     model = make_ours(bias=bias, gelu=gelu)
-    huggingface.save(tmp_path / "out", model, TABLE, torch.float32)
+    save(tmp_path / "out", model)
     found = huggingface.load(str(tmp_path / "out"))
     assert found.weights.keys() == model.state_dict().keys()
     assert all(torch.equal(found.weights[name], tensor) for name, tensor in model.state_dict().items())
@@ -547,9 +585,9 @@ def test_round_trip_is_exact(tmp_path: Path, bias: bool, gelu: str) -> None:
     assert model.generate(idx, 10, temperature=0).tolist() == expected.tolist()
 
 
-def test_biases_that_others_have_trained_are_kept(tmp_path: Path) -> None:
-    """A model whose biases are dropped since it had none before transformers trained it is caught."""
-    huggingface.save(tmp_path / "out", make_ours(bias=False), TABLE, torch.float32)
+def test_trained_biases_are_kept(tmp_path: Path) -> None:
+    """Catches biases that are dropped although transformers has trained them since the export."""
+    save(tmp_path / "out", make_ours(bias=False))
     theirs = theirs_of(tmp_path / "out")
     randomize(theirs)
     theirs.save_pretrained(tmp_path / "trained")
@@ -559,12 +597,12 @@ def test_biases_that_others_have_trained_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
-    """A type that is not that of the file, or not told to transformers, is caught."""
+def test_export_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Catches weights in another dtype than asked for, and a config.json that does not name it."""
     from transformers import GPT2Config
 
     model = make_ours()
-    huggingface.save(tmp_path / "out", model, TABLE, dtype)
+    save(tmp_path / "out", model, TABLE, dtype)
     assert {tensor.dtype for tensor in safetensors.torch.load_file(tmp_path / "out/model.safetensors").values()} == {dtype}
     assert theirs_of(tmp_path / "out").dtype == dtype
     assert GPT2Config.from_pretrained(tmp_path / "out").dtype == dtype
@@ -572,20 +610,20 @@ def test_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     assert all(torch.equal(found.weights[name], tensor.to(dtype).float()) for name, tensor in model.state_dict().items())
 
 
-def test_numbers_that_a_dtype_cannot_hold(tmp_path: Path) -> None:
-    """Weights that become infinite without a word are caught."""
+def test_overflow_is_refused(tmp_path: Path) -> None:
+    """Catches weights that silently overflow to infinity."""
     model = make_ours()
     model.transformer.ln_f.weight.data[0] = 1e5
-    with pytest.raises(UserError, match=r"'transformer\.ln_f\.weight' has numbers beyond torch\.float16"):
-        huggingface.save(tmp_path / "out", model, TABLE, torch.float16)
+    with pytest.raises(UserError, match=r"'transformer\.ln_f\.weight' has values too large for torch\.float16"):
+        save(tmp_path / "out", model, TABLE, torch.float16)
     assert not (tmp_path / "out").exists()
 
 
-def test_characters_in_transformers(tmp_path: Path) -> None:
-    """A character that is lost, normalised, joined to another or read as another's id by transformers is caught."""
+def test_exported_character_table(tmp_path: Path) -> None:
+    """Catches a character that transformers drops, normalizes, joins to another or maps to another id."""
     from transformers import AutoTokenizer
 
-    huggingface.save(tmp_path / "out", make_ours(), TABLE, torch.float32)
+    save(tmp_path / "out", make_ours())
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     texts = [TEXT, TEXT[::-1], *TABLE.characters, " .", "a , b 's", "  \n\n  ", "e\u0301", ""]
     for text in texts:
@@ -596,21 +634,21 @@ def test_characters_in_transformers(tmp_path: Path) -> None:
         theirs("Z")
 
 
-def test_half_a_character_is_refused(tmp_path: Path) -> None:
-    """A table that ends in a traceback, or in a file that cannot be read, is caught."""
+def test_surrogates_are_refused(tmp_path: Path) -> None:
+    """Catches a surrogate that ends in a traceback or an unreadable file."""
     tokenizer = CharTokenizer(["a", "\ud800"])
-    with pytest.raises(UserError, match=r"'\\ud800'"):
-        huggingface.save(tmp_path / "out", make_ours(tokenizer), tokenizer, torch.float32)
+    with pytest.raises(UserError, match=r"'\\ud800', an unpaired surrogate"):
+        save(tmp_path / "out", make_ours(tokenizer), tokenizer)
 
 
-def test_gpt2_in_transformers(tmp_path: Path, gpt2_vocabulary: None) -> None:
-    """Padded rows that transformers could sample, a vocabulary or merges that are not GPT-2's, are caught."""
+def test_exported_gpt2_tokenizer(tmp_path: Path, gpt2_vocabulary: None) -> None:
+    """Catches padding rows that transformers could sample, and a vocabulary or merges other than GPT-2's."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tokenizer = TiktokenTokenizer("gpt2")
     model = make_ours(tokenizer, gelu="tanh")
     assert model.config.vocab_size == 50304
-    huggingface.save(tmp_path / "out", model, tokenizer, torch.float32)
+    save(tmp_path / "out", model, tokenizer)
     theirs = theirs_of(tmp_path / "out")
     assert theirs.config.vocab_size == 50257 and theirs.config.eos_token_id == tokenizer.end_of_text
     assert_same_logits(model, theirs)
@@ -623,8 +661,8 @@ def test_gpt2_in_transformers(tmp_path: Path, gpt2_vocabulary: None) -> None:
     assert_same_tokens(tokenizer, AutoTokenizer.from_pretrained(tmp_path / "out"))  # from vocab.json and merges.txt
 
 
-def test_gpt2_files_are_the_originals(gpt2_files: dict[str, str]) -> None:
-    """A vocabulary or a merge that is not, in order and number, the one that OpenAI has published is caught."""
+def test_gpt2_files_are_openais(gpt2_files: dict[str, str]) -> None:
+    """Catches a vocabulary or merges that differ from OpenAI's published files."""
     published = {path.name: path.read_text(encoding="utf-8") for path in Path(os.environ["TIKTOKEN_CACHE_DIR"]).iterdir()}
     vocabularies = [json.loads(text) for text in published.values() if text.startswith("{")]
     assert json.loads(gpt2_files["vocab.json"]) in vocabularies
@@ -633,51 +671,51 @@ def test_gpt2_files_are_the_originals(gpt2_files: dict[str, str]) -> None:
 
 
 def assert_same_tokens(ours: TiktokenTokenizer, theirs: Any) -> None:
-    """Both give the same tokens for real text and for heaps of what the patterns tell apart."""
+    """Assert the same tokens for real text and for random mixes of all the character classes that the pattern tells apart."""
     letters = " \n\r\t'sSdDlLveEabcÀé12345.,!/_\u00a0\u2003\u0301日\u3000\x0b\x85ǅʰ🙂"
     draw = random.Random(0)
-    heaps = ["".join(draw.choice(letters) for _ in range(draw.randrange(1, 40))) for _ in range(300)]
-    for text in (TEXT, "a<|endoftext|>\n", "x \n ", (ROOT / "model.py").read_text(encoding="utf-8"), *heaps):
+    mixes = ["".join(draw.choice(letters) for _ in range(draw.randrange(1, 40))) for _ in range(300)]
+    for text in (TEXT, "a<|endoftext|>\n", "x \n ", (ROOT / "model.py").read_text(encoding="utf-8"), *mixes):
         ids = ours.encode(text)
         assert theirs(text)["input_ids"] == ids, repr(text)
         assert theirs.decode(ids) == text
 
 
 def test_other_encodings_are_refused(tmp_path: Path) -> None:
-    """A folder whose tokens transformers would read otherwise is caught."""
+    """Catches an export whose tokens transformers would read differently."""
     tokenizer = TiktokenTokenizer("cl100k_base", 100277)
-    with pytest.raises(UserError, match="cl100k_base cannot be exported"):
-        huggingface.save(tmp_path / "out", make_ours(tokenizer, n_embd=4), tokenizer, torch.float32)
+    with pytest.raises(UserError, match=r"must be a character table or gpt2 .*, got cl100k_base"):
+        save(tmp_path / "out", make_ours(tokenizer, n_embd=4), tokenizer)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_merges_are_those_of_tiktoken() -> None:
-    """Pairs with which a run of byte-pair encoding ends in other tokens than tiktoken's are caught."""
+def test_merges() -> None:
+    """Catches merges that lead to other tokens than tiktoken's."""
     words = ["ab", "bc", "abc", "abcd", "cd", "aab", "aabb"]
     ranks = {bytes([byte]): byte for byte in range(256)} | {word.encode(): 256 + i for i, word in enumerate(words)}
     pairs = [(left.decode(), right.decode()) for left, right in huggingface._merges(ranks)]
     assert pairs == [("a", "b"), ("b", "c"), ("ab", "c"), ("abc", "d"), ("c", "d"), ("a", "ab"), ("aab", "b")]
 
 
-def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
-    """Files of an earlier export that stay beside those of a later one, or leavings of a killed one, are caught."""
+def test_export_replaces_an_export(tmp_path: Path) -> None:
+    """Catches files left over from an earlier export, or from one that was killed."""
     folder = tmp_path / "out"
     for n_embd in (32, 64):
         model = make_ours(n_embd=n_embd)
-        huggingface.save(folder, model, TABLE, torch.float32)
+        save(folder, model)
         (tmp_path / "out.tmp").mkdir()
         shutil.copy(folder / "config.json", tmp_path / "out.tmp")
-        (folder / "vocab.json").write_text("{}")  # as one with GPT-2's tokens has
-    huggingface.save(folder, model, TABLE, torch.float32)
+        (folder / "vocab.json").write_text("{}")  # an export with GPT-2's tokenizer has this file
+    save(folder, model)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (folder / "vocab.json").exists()
     assert huggingface.load(str(folder)).model_args["n_embd"] == 64
 
 
-def test_an_export_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export that is cut short and leaves half a folder in the place of a whole one is caught."""
+def test_interrupted_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an interrupted export that leaves half a folder, or destroys the earlier one."""
     folder = tmp_path / "out"
-    huggingface.save(folder, make_ours(), TABLE, torch.float32)
+    save(folder, make_ours())
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def killed(*arguments: Any, **more: Any) -> None:
@@ -685,49 +723,49 @@ def test_an_export_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(safetensors.torch, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
-        huggingface.save(folder, make_ours(n_embd=64), TABLE, torch.float32)
+        save(folder, make_ours(n_embd=64))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     with pytest.raises(KeyboardInterrupt):
-        huggingface.save(tmp_path / "new", make_ours(), TABLE, torch.float32)
+        save(tmp_path / "new", make_ours())
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
     "files, message",
     [
-        ({"ckpt.pt": "", "config.json": "{}"}, "holds 'ckpt.pt', which is no part of an export"),
-        ({"README.md": "mine", "config.json": '{"nanogpt": {}}'}, "holds 'README.md', which is no part of an export"),
-        ({"config.json": "{}", "model.safetensors": ""}, "not exported from here"),
-        ({"model.safetensors": ""}, "not exported from here"),
+        ({"ckpt.pt": "", "config.json": "{}"}, "holds 'ckpt.pt', which is not part of an export"),
+        ({"README.md": "mine", "config.json": '{"nanogpt": {}}'}, "holds 'README.md', which is not part of an export"),
+        ({"config.json": "{}", "model.safetensors": ""}, "export.py did not write"),
+        ({"model.safetensors": ""}, "export.py did not write"),
         ({"config.json": "["}, "not a JSON file"),
     ],
 )
 @pytest.mark.parametrize("place", ["out", "out.tmp", "out.old"])
-def test_what_is_not_ours_is_not_replaced(tmp_path: Path, files: dict[str, str], message: str, place: str) -> None:
-    """An export that deletes somebody's files is caught."""
+def test_export_replaces_nothing_else(tmp_path: Path, files: dict[str, str], message: str, place: str) -> None:
+    """Catches an export that deletes someone's files."""
     (tmp_path / place).mkdir()
     for name, content in files.items():
         (tmp_path / place / name).write_text(content)
     with pytest.raises(UserError, match=message) as refusal:
-        huggingface.save(tmp_path / "out", make_ours(), TABLE, torch.float32)
+        save(tmp_path / "out", make_ours())
     assert str(tmp_path / place) in str(refusal.value)
     assert {path.name: path.read_text() for path in (tmp_path / place).iterdir()} == files
 
 
-def test_a_file_in_the_way(tmp_path: Path) -> None:
-    """An export that deletes a file, or the root, is caught."""
+def test_export_replaces_no_file(tmp_path: Path) -> None:
+    """Catches an export that deletes a file, or tries to replace the root folder."""
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(UserError, match="no folder; name another"):
-        huggingface.save(tmp_path / "out", make_ours(), TABLE, torch.float32)
+    with pytest.raises(UserError, match="is not a folder; choose another"):
+        save(tmp_path / "out", make_ours())
     with pytest.raises(UserError, match="a folder of its own"):
-        huggingface.save(Path("/"), make_ours(), TABLE, torch.float32)
+        save(Path("/"), make_ours())
 
 
 # the Hub
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as a download needs; each model is a dictionary of files."""
+    """The part of the Hub's API that a download needs; each model is a dictionary of files."""
 
     sha = "0123456789" * 4
 
@@ -771,7 +809,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(original: Path, tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """The address of a Hub on this machine, and what it has been asked so far."""
+    """The address of a local Hub, and the list of requests it has got so far."""
     files = {path.name: path.read_bytes() for path in original.iterdir()}
     write_theirs(tmp_path / "older", "pickle", make_theirs())
     older = {path.name: path.read_bytes() for path in (tmp_path / "older").iterdir()}
@@ -795,7 +833,10 @@ def hub(original: Path, tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def load_in_a_process(*names: str, **environment: str) -> list[Any]:
-    """What `load` says of each name in a process of its own: a folder and a sum, or an error's line."""
+    """Run `load` on each name in a new process, since the Hub's library reads its settings on import.
+
+    Returns [folder, sum of a tensor] or the error message of each.
+    """
     ours = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     ours |= {"NO_PROXY": "*", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(
@@ -806,7 +847,7 @@ def load_in_a_process(*names: str, **environment: str) -> list[Any]:
 
 
 def test_downloads(tmp_path: Path, hub: tuple[str, list[str]], original: Path) -> None:
-    """A download of the wrong files, an error of the Hub as a traceback, or a cache that is not used, is caught."""
+    """Catches a download of the wrong files, a Hub error that ends in a traceback, and a cache that is not used."""
     url, asked = hub
     home = {"HF_HOME": str(tmp_path / "home")}
     names = ["gpt2", "owner/older", "owner/pieces", "owner/missing", "owner/gated", "owner/broken", "owner/empty"]
@@ -816,31 +857,29 @@ def test_downloads(tmp_path: Path, hub: tuple[str, list[str]], original: Path) -
     assert all(Path(folder).is_relative_to(tmp_path / "home") for folder, _ in found[:3])
     assert not any("gpt2/resolve" in path and ("bin" in path or "onnx" in path) for path in asked)
     assert f"owner/missing: no such folder here, and no such model at {url}/owner/missing" in found[3]
-    assert f"owner/gated: its owner has to let you in: ask for it at {url}/owner/gated" in found[4]
+    assert f"owner/gated: the model is gated: request access at {url}/owner/gated" in found[4]
     assert "owner/broken: " in found[5] and "501" in found[5]
     assert "no weights in it" in found[6]
 
     asked.clear()
-    names = ["huggingface", "owner/older", "owner/pieces"]
-    assert load_in_a_process(*names, HF_ENDPOINT=url, HF_HUB_OFFLINE="1", **home) == found[:3]
-    assert asked == []
+    names = ["huggingface", "owner/older", "owner/pieces", "gpt2-medium", "owner/missing"]
+    offline = load_in_a_process(*names, HF_ENDPOINT=url, HF_HUB_OFFLINE="1", **home)
+    assert offline[:3] == found[:3] and asked == []
+    assert [line.partition(":")[0] for line in offline[3:]] == ["gpt2-medium", "owner/missing"]
+    assert all("HF_HUB_OFFLINE is set: unset it once" in line for line in offline[3:])
 
 
-def test_without_the_hub(tmp_path: Path) -> None:
-    """A name that ends in a traceback where there is no network, or does not say that there is none, is caught."""
-    home = {"HF_HOME": str(tmp_path / "home")}
+def test_unreachable_hub(tmp_path: Path) -> None:
+    """Catches a traceback, or an error without the cause, when the Hub cannot be reached."""
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # but it does not listen
+        taken.bind(("127.0.0.1", 0))  # bound, but not listening
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        (line,) = load_in_a_process("gpt2", HF_ENDPOINT=url, **home)
+        (line,) = load_in_a_process("gpt2", HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"))
     assert "gpt2: not all of it is in " in line and f"{url}/openai-community/gpt2 cannot be reached" in line
-    offline = load_in_a_process("gpt2", "owner/name", HF_HUB_OFFLINE="1", **home)
-    assert all("HF_HUB_OFFLINE is set: unset it once" in line for line in offline)
-    assert [line.partition(":")[0] for line in offline] == ["gpt2", "owner/name"]
 
 
-def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk that is told as a failure of the network, or a folder that comes before a name of GPT-2's, is caught."""
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a full disk reported as a network failure, and a local folder that hides a GPT-2 name."""
     import huggingface_hub
 
     def full(*arguments: Any, **more: Any) -> None:

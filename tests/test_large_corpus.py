@@ -1,4 +1,4 @@
-"""Corpora tokenized bit by bit: the same files on any number of threads, and however often it was interrupted."""
+"""Large corpora: the same files on any number of threads, however often the run is interrupted."""
 
 import errno
 import hashlib
@@ -8,7 +8,6 @@ import math
 import os
 import runpy
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import configurator
 from nanogpt import corpus, documents, large_corpus
 from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
@@ -31,13 +31,13 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 
 
 def split(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every fifth document is for validation, and those to train go backwards."""
+    """Every fifth document is for validation; the rest train in reverse order."""
     documents = np.arange(count)
     return documents[documents % 5 != 2][::-1], documents[documents % 5 == 2]
 
 
 def naive(tokens: list[list[int]]) -> tuple[list[int], list[int]]:
-    """What train.bin and val.bin are to hold."""
+    """Return the expected train.bin and val.bin."""
     train = [ids for index, ids in enumerate(tokens) if index % 5 != 2][::-1]
     return joined(train), joined(tokens[2::5])
 
@@ -48,7 +48,7 @@ def joined(rows: list[list[int]]) -> list[int]:
 
 @pytest.fixture
 def tokenizer() -> TiktokenTokenizer:
-    """An encoding of bytes, which takes no vocabulary from anywhere."""
+    """A byte-level encoding that needs no vocabulary file."""
     import tiktoken
 
     tokenizer = TiktokenTokenizer("bytes", 257)
@@ -68,10 +68,10 @@ def source(tmp_path: Path) -> documents.Source:
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large_corpus, "CHUNK", 400)
-    monkeypatch.setattr(large_corpus, "NOTE", 1000)
-    monkeypatch.setattr(large_corpus, "BLOCK", 500)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no test cuts the power, and each takes its time
+    monkeypatch.setattr(large_corpus, "CHUNK_CHARACTERS", 400)
+    monkeypatch.setattr(large_corpus, "SAVE_INTERVAL_TOKENS", 1000)
+    monkeypatch.setattr(large_corpus, "BLOCK_TOKENS", 500)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow, and no test cuts the power
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -84,19 +84,19 @@ def ids(folder: Path, dtype: str = "<u2") -> tuple[list[int], list[int]]:
 
 @pytest.fixture
 def whole(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> dict[str, bytes]:
-    """The files that one thread makes where nothing happens to it."""
+    """The files that one thread writes without an interruption."""
     large_corpus.prepare(tmp_path / "whole", source, tokenizer, split, workers=1)
     return content(tmp_path / "whole")
 
 
-# the files
+# the result
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 16])
-def test_files_are_those_of_a_plain_loop(
+def test_files_equal_a_plain_loop(
     workers: int, tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer, capsys: pytest.CaptureFixture
 ) -> None:
-    """Documents that threads bring out of order, without their ends, or into the wrong split, are caught."""
+    """Catches documents that threads put out of order, without end-of-text, or in the wrong split."""
     folder = tmp_path / "out" / "new"
     large_corpus.prepare(folder, source, tokenizer, split, workers)
     assert ids(folder) == naive(TOKENS)
@@ -116,7 +116,7 @@ def test_files_are_those_of_a_plain_loop(
 
 
 def test_large_vocabulary(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
-    """Ids beyond 65,535 that are cut to 16 bits, and documents that are looked for in the wrong type, are caught."""
+    """Catches ids above 65,535 cut to 16 bits, and documents searched for in the wrong type."""
     tokenizer.vocab_size = 100_277
     large_corpus.prepare(tmp_path / "out", source, tokenizer, split, workers=2)
     assert ids(tmp_path / "out", "<u4") == naive(TOKENS)
@@ -124,9 +124,9 @@ def test_large_vocabulary(tmp_path: Path, source: documents.Source, tokenizer: T
 
 
 @pytest.mark.parametrize(("tokens", "documents"), [(1, 100), (7, 100), (12, 100), (1 << 20, 3), (1 << 20, 1), (1 << 20, 81)])
-def test_arranging_is_indexing(tokens: int, documents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that are put together wrongly: of one document, smaller than one, of all of them."""
-    monkeypatch.setattr(large_corpus, "BLOCK", tokens)
+def test_arrange_is_indexing(tokens: int, documents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches wrongly assembled blocks: of one document, of a part of one, of all documents."""
+    monkeypatch.setattr(large_corpus, "BLOCK_TOKENS", tokens)
     monkeypatch.setattr(large_corpus, "BLOCK_DOCUMENTS", documents)
     rng = np.random.default_rng(0)
     rows = [[*rng.integers(9, size=rng.integers(12)).tolist(), 9] for _ in range(80)] + [[1, 2]]
@@ -150,14 +150,14 @@ def last_two(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("limit", [*range(90, 110), 400, 401, 1000, 1001, len(joined(TOKENS)), 10**9])
 def test_max_tokens_is_exact(limit: int, tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
-    """A sample of more or fewer tokens, or of others than the first, is caught."""
+    """Catches a sample of more or fewer tokens, or of others than the first."""
     large_corpus.prepare(tmp_path / "out", source, tokenizer, last_two, 3, limit)
     train, val = ids(tmp_path / "out")
     assert train + val == joined(TOKENS)[:limit]
 
 
-def test_sample_ends_the_reading(tmp_path: Path, tokenizer: TiktokenTokenizer) -> None:
-    """A small sample for which gigabytes are read is caught."""
+def test_small_sample_reads_no_further(tmp_path: Path, tokenizer: TiktokenTokenizer) -> None:
+    """Catches a small sample that reads gigabytes."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) + "not reached")
     large_corpus.prepare(tmp_path / "out", documents.local(str(tmp_path / "a.jsonl")), tokenizer, last_two, 1, 1500)
     assert joined(ids(tmp_path / "out")) == joined(TOKENS)[:1500]
@@ -165,19 +165,19 @@ def test_sample_ends_the_reading(tmp_path: Path, tokenizer: TiktokenTokenizer) -
 
 @pytest.mark.parametrize(
     ("limit", "told"),
-    [(1, "at least 2 documents are needed, and there are 1"), (2, r"too short: it leaves 1 tokens for train")],
+    [(1, "at least 2 documents are needed, got 1"), (2, r"too short: train\.bin must have at least 2 tokens, got 1")],
 )
 def test_text_that_is_too_short(
     limit: int, told: str, tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer
 ) -> None:
-    """A dataset that nothing can be learned from, or what is left lying about of it, is caught."""
+    """Catches a dataset with nothing to learn, or files left behind."""
     with pytest.raises(UserError, match=told):
         large_corpus.prepare(tmp_path / "out", source, tokenizer, lambda count: (np.arange(0, 1), np.arange(1, 2)), 1, limit)
     assert not (tmp_path / "out").exists()
 
 
 def test_damaged_document_leaves_nothing(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
-    """A folder that looks begun, an old dataset that is gone, or a message without the line, is caught."""
+    """Catches a folder left half begun, a lost old dataset, or an error without the line."""
     (tmp_path / "in" / "b.jsonl").write_text('{"text": "a"}\n{"text": "a}\n')
     damaged = documents.local(str(tmp_path / "in"))
     with pytest.raises(UserError, match=r"b\.jsonl, line 2: not JSON"):
@@ -192,8 +192,8 @@ def test_damaged_document_leaves_nothing(tmp_path: Path, source: documents.Sourc
     assert content(tmp_path / "out") == before and source.name == "a.jsonl"
 
 
-def test_threads_are_only_a_little_ahead() -> None:
-    """A queue that grows to the whole corpus, where reading is quicker than tokenizing, is caught."""
+def test_threads_read_only_a_little_ahead() -> None:
+    """Catches a queue that grows to the whole corpus when reading is faster than tokenizing."""
     taken, given = itertools.count(), itertools.count()
     ahead = []
 
@@ -209,11 +209,11 @@ def test_threads_are_only_a_little_ahead() -> None:
     assert len(ahead) == 100 and max(ahead) <= 6
 
 
-# what is interrupted
+# interruptions
 
 
 def at_step(step: int, act: Callable[[], Any], *others: tuple[Any, str]) -> pytest.MonkeyPatch:
-    """Do `act` at the `step`-th call that leaves a trace on the disk, and at all after it."""
+    """Call `act` at the `step`-th call that changes the disk, and at every later one."""
     patch, count = pytest.MonkeyPatch(), itertools.count(1)
 
     def watched(call: Callable) -> Callable:
@@ -230,7 +230,7 @@ def at_step(step: int, act: Callable[[], Any], *others: tuple[Any, str]) -> pyte
 
 
 def kill(call: Callable[[], None], step: int) -> bool:
-    """Do `call` in a copy of this process, which gets SIGKILL at a step; return whether it has ended before."""
+    """Run `call` in a forked process that gets SIGKILL at a step; return whether it finished before."""
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -243,7 +243,7 @@ def kill(call: Callable[[], None], step: int) -> bool:
 
 
 def refuse(call: Callable[[], None], step: int) -> bool:
-    """Do `call` on a disk that is full from a step on; return whether it has ended before."""
+    """Run `call` on a disk that is full from a step on; return whether it finished before."""
 
     def full() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -252,7 +252,7 @@ def refuse(call: Callable[[], None], step: int) -> bool:
     try:
         call()
     except UserError as error:
-        assert "No space left on device; make room" in str(error)
+        assert "No space left on device; make room, then run the same command again to continue" in str(error)
         return False
     finally:
         patch.undo()
@@ -260,7 +260,7 @@ def refuse(call: Callable[[], None], step: int) -> bool:
 
 
 def interrupt(call: Callable[[], None], step: int) -> bool:
-    """Do `call` until Ctrl-C at a step; return whether it has ended before."""
+    """Run `call` with Ctrl-C at a step; return whether it finished before."""
 
     def stop() -> None:
         raise KeyboardInterrupt
@@ -276,14 +276,14 @@ def interrupt(call: Callable[[], None], step: int) -> bool:
 
 
 @pytest.mark.parametrize("end", [pytest.param(kill, marks=needs_fork), refuse, interrupt])
-def test_interrupted_at_any_step_goes_on(
+def test_interrupted_at_any_step(
     end: Callable[[Callable[[], None], int], bool],
     tmp_path: Path,
     source: documents.Source,
     tokenizer: TiktokenTokenizer,
     whole: dict[str, bytes],
 ) -> None:
-    """Tokens that are lost, doubled or mixed with those of the dataset before, wherever a run has ended, are caught."""
+    """Catches tokens that are lost, repeated or mixed with the old dataset, wherever a run has ended."""
     for step in itertools.count(1):
         folder = tmp_path / str(step)
         corpus.write_dataset(folder, ["abab"], ["baba"], CharTokenizer(["a", "b"]), "letters")
@@ -291,9 +291,9 @@ def test_interrupted_at_any_step_goes_on(
         ended = end(lambda folder=folder: large_corpus.prepare(folder, source, tokenizer, split, workers=2), step)
         found = {name: content(folder).get(name) for name in before}
         assert found in (before, whole) or found["train.bin"] is None
-        assert end is not refuse or not list(folder.glob("*.bin.tmp"))
+        assert end is not refuse or not list(folder.glob("*.bin.*"))
         with open(folder / large_corpus.TOKENS, "ab") as file:
-            file.write(b"torn")  # what was written after the last note
+            file.write(b"torn")  # tokens written after the progress was saved
         large_corpus.prepare(folder, source, tokenizer, split, workers=3)
         assert content(folder) == whole
         if ended:
@@ -301,32 +301,32 @@ def test_interrupted_at_any_step_goes_on(
     assert step > 30
 
 
-def test_tokens_are_on_the_disk_before_they_are_noted(
+def test_tokens_are_flushed_before_the_progress(
     tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens that are noted and then lost with the power, and zeros that a run goes on from, are caught."""
-    safe = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: safe.append(os.fstat(descriptor).st_size))
+    """Catches saved progress whose tokens a power failure can lose."""
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_size))
     replace = os.replace
 
-    def noted(one: Path, other: Path) -> None:
+    def checked(one: Path, other: Path) -> None:
         if other.name == large_corpus.PROGRESS:
-            assert safe[-1] == 2 * json.loads(one.read_text())["tokens"] > 0
+            assert flushed[-1] == 2 * json.loads(one.read_text())["tokens"] > 0
         replace(one, other)
 
-    monkeypatch.setattr(os, "replace", noted)
+    monkeypatch.setattr(os, "replace", checked)
     large_corpus.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
-    assert len(safe) > 5
+    assert len(flushed) > 5
 
 
-def test_what_is_done_is_not_done_again(
+def test_finished_work_is_not_repeated(
     tmp_path: Path,
     source: documents.Source,
     tokenizer: TiktokenTokenizer,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """A run that begins anew each time, and so may never end, is caught."""
+    """Catches a run that starts over each time, and so may never end."""
     encoded: list[str] = []
 
     class Counting(TiktokenTokenizer):
@@ -337,23 +337,23 @@ def test_what_is_done_is_not_done_again(
     counting = Counting("bytes", 257)
     counting._encoding = tokenizer._encoding
     call = lambda: large_corpus.prepare(tmp_path / "out", source, counting, split, workers=1)  # noqa: E731
-    for note, step in ((1000, 20), (10**9, 5)):  # Ctrl-C loses nothing that is done, noted before or not
-        monkeypatch.setattr(large_corpus, "NOTE", note)
+    for interval, step in ((1000, 20), (10**9, 5)):  # Ctrl-C loses no finished work, already saved or not
+        monkeypatch.setattr(large_corpus, "SAVE_INTERVAL_TOKENS", interval)
         assert not interrupt(call, step)
         done = json.loads((tmp_path / "out" / large_corpus.PROGRESS).read_text())["tokens"]
         assert done > 0
     encoded.clear()
     call()
-    assert f"going on after {done:,} tokens" in capsys.readouterr().out
+    assert f"continuing after {done:,} tokens" in capsys.readouterr().out
     assert encoded == TEXTS[-len(encoded) :]
     assert len(joined(TOKENS[-len(encoded) :])) == len(joined(TOKENS)) - done
 
 
-@pytest.mark.parametrize("change", ["max_tokens", "tokenizer", "file", "note", "tokens"])
-def test_something_else_begins_anew(
+@pytest.mark.parametrize("change", ["max_tokens", "tokenizer", "file", "progress", "tokens"])
+def test_other_settings_start_over(
     change: str, tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer, capsys: pytest.CaptureFixture
 ) -> None:
-    """Tokens of another text, encoding or length that a run goes on from are caught."""
+    """Catches tokens of another text, encoding or length that a run continues from."""
     folder, limit, tokens = tmp_path / "out", 0, TOKENS
     assert not interrupt(lambda: large_corpus.prepare(folder, source, tokenizer, split, workers=1), 30)
     assert json.loads((folder / large_corpus.PROGRESS).read_text())["tokens"] > 1000
@@ -365,12 +365,12 @@ def test_something_else_begins_anew(
         (tmp_path / "in" / "a.jsonl").write_text('{"text": "new"}\n')
         source = documents.local(str(tmp_path / "in"))
         tokens = [[*b"new", END], *TOKENS[40:]]
-    elif change == "note":
+    elif change == "progress":
         (folder / large_corpus.PROGRESS).write_bytes(b"")
     else:
         (folder / large_corpus.TOKENS).write_bytes(b"")
     large_corpus.prepare(folder, source, tokenizer, split, 1, limit)
-    assert "beginning anew" in capsys.readouterr().err
+    assert "starting over" in capsys.readouterr().err
     if limit:
         assert sum(map(len, ids(folder))) == limit
     else:
@@ -378,14 +378,14 @@ def test_something_else_begins_anew(
 
 
 def test_file_that_cannot_be_opened_is_named(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
-    """Advice to make room where it is not room that is missing is caught."""
+    """Catches advice to make room for an error that is not a full disk."""
     (tmp_path / "out" / large_corpus.TOKENS).mkdir(parents=True)
     with pytest.raises(OSError, match=large_corpus.TOKENS):
         large_corpus.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
 
 
-def test_second_run_at_the_same_time(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
-    """Two processes that write into the same file, and what they make of it, are caught."""
+def test_second_run_is_refused(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
+    """Catches two processes that write to the same file."""
     fcntl = pytest.importorskip("fcntl", reason="this system has no flock")
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / large_corpus.TOKENS, "ab") as file:
@@ -410,16 +410,16 @@ def script(project: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("count", [2, 3, 1999, 2000, 2001, 12_345])
-def test_openwebtext_has_the_splits_of_nanogpt(count: int, project: Path) -> None:
-    """Another document in val.bin, with which no loss could be compared with nanoGPT's, is caught."""
+def test_openwebtext_splits_are_nanogpts(count: int, project: Path) -> None:
+    """Catches another document in val.bin, which makes losses incomparable with nanoGPT's."""
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     train, val = script(project, "openwebtext")["split"](count)
     expected = datasets.Dataset.from_dict({"i": range(count)}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     assert train.tolist() == expected["train"]["i"][:] and val.tolist() == expected["test"]["i"][:]
 
 
-def test_openwebtext_has_the_files_of_nanogpt(project: Path, tmp_path: Path, tokenizer: TiktokenTokenizer) -> None:
-    """Documents in another order than that in which nanoGPT writes its shards are caught."""
+def test_openwebtext_files_are_nanogpts(project: Path, tmp_path: Path, tokenizer: TiktokenTokenizer) -> None:
+    """Catches documents in another order than nanoGPT writes them."""
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     texts = [f"{i} " * (i % 9) for i in range(2500)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -433,8 +433,8 @@ def test_openwebtext_has_the_files_of_nanogpt(project: Path, tmp_path: Path, tok
     assert list(ids(tmp_path / "out")) == expected
 
 
-def test_openwebtext_has_the_splits_of_nanogpt_in_full(project: Path) -> None:
-    """A numpy that shuffles in another way than the one with which nanoGPT's files were made is caught."""
+def test_openwebtext_full_split_is_nanogpts(project: Path) -> None:
+    """Catches a numpy that shuffles differently from the one behind nanoGPT's files."""
     train, val = script(project, "openwebtext")["split"](8_013_769)
     assert (len(train), len(val)) == (8_009_762, 4_007)  # as nanoGPT's prepare.py notes them
     assert val[:4].tolist() == [4327249, 4286500, 2184614, 4793011] and train[:2].tolist() == [4269689, 2140761]
@@ -442,22 +442,22 @@ def test_openwebtext_has_the_splits_of_nanogpt_in_full(project: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 2000, 2001, 20_001])
 def test_fineweb_edu_validates_on_every_2000th(count: int, project: Path) -> None:
-    """A document in both splits or in none, and a small sample without validation, are caught."""
+    """Catches a document in both splits or in none, and a small sample without validation."""
     train, val = script(project, "fineweb_edu")["split"](count)
     assert len(val) == math.ceil(count / 2000) and val[0] == 0 and (val % 2000 == 0).all()
     assert len(train) == count - len(val) and (train % 2000 != 0).all() and (np.diff(train) > 0).all()
 
 
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
-def test_command(
-    name: str, command: Callable[..., subprocess.CompletedProcess], project: Path, tmp_path: Path, gpt2_vocabulary: None
-) -> None:
-    """A command that does not give what it says, or a dataset that GPT-2 would not read, is caught."""
+def test_command(name: str, project: Path, tmp_path: Path, gpt2_vocabulary: None, capsys: pytest.CaptureFixture) -> None:
+    """Catches a command that does not print or write what it promises, or a dataset that GPT-2 cannot use."""
     texts = [f"Document {i} says <|endoftext|> {i}." for i in range(30)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    process = command(f"data/{name}/prepare.py", f"--input={tmp_path}", "--name=mine", "--max_tokens=200")
-    assert (process.returncode, process.stderr) == (0, "")
-    assert "next: python train.py config/train_gpt2.py --dataset=mine" in process.stdout
+    prepare = script(project, name)
+    flags = [f"--input={tmp_path / 'a.jsonl'}", "--name=mine", "--max_tokens=200"]
+    prepare["main"](configurator.parse(prepare["Config"], flags))
+    shown = capsys.readouterr()
+    assert "next: python train.py config/train_gpt2.py --dataset=mine" in shown.out and shown.err == ""
     data = Dataset(str(project / "data" / "mine"))
     assert sum(data.tokens.values()) == 200 and data.tokenizer.name == "gpt2"
     train, val = ids(project / "data" / "mine")
@@ -467,7 +467,7 @@ def test_command(
 
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
 def test_command_without_the_datasets_library(name: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script that fails with a traceback, or leaves something behind, where people first try it, is caught."""
+    """Catches a traceback, or files left behind, on the first try without the library."""
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setattr(TiktokenTokenizer, "__init__", lambda self, name: None)
     prepare = script(project, name)

@@ -1,4 +1,4 @@
-"""Muon: that it is PyTorch's, that it gets the right matrices, and that a run with it is saved and resumed."""
+"""Muon against PyTorch's and a naive loop; which parameters it gets; saving and resuming."""
 
 from pathlib import Path
 
@@ -16,11 +16,12 @@ SETTINGS = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, bias=True)
 
 
-def optimizer_of(model: GPT) -> MuonWithAdamW:
+def muon_with_adamw(model: GPT) -> MuonWithAdamW:
     return build_optimizer(model, "muon", 0.1, 1e-2, (0.9, 0.95), "cpu")
 
 
 def update(model: GPT, optimizer: MuonWithAdamW, steps: int, seed: int = 3) -> None:
+    """Train on random batches."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -29,7 +30,7 @@ def update(model: GPT, optimizer: MuonWithAdamW, steps: int, seed: int = 3) -> N
 
 
 def naive_muon_step(p: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
-    """One Muon update of one matrix, in float64: Nesterov momentum, Newton-Schulz, decoupled weight decay.
+    """Return a matrix after one Muon update in float64: Nesterov momentum, Newton-Schulz, decoupled weight decay.
 
     Source: "Muon is Scalable for LLM Training" (Liu et al. 2025), equations 1 to 4.
     """
@@ -42,27 +43,27 @@ def naive_muon_step(p: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
     return p * (1 - 0.02 * 0.1) - 0.02 * 0.2 * max(p.shape) ** 0.5 * x
 
 
-@pytest.mark.parametrize("format", ["bfloat16", "float32"])
-def test_muon_matches_a_reference_in_its_own_format(monkeypatch: pytest.MonkeyPatch, format: str) -> None:
-    """Catches matrices mixed up within a stack, a wide one not turned, another rate, a momentum that is not kept.
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_muon_matches_a_reference(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Catches matrices mixed up in a stack, a tall one that is not transposed, a wrong step size, a lost momentum.
 
-    In bfloat16 the reference is PyTorch's Muon, in float32 a loop in float64, so that no CPU's rounding decides.
+    In bfloat16 the reference is PyTorch's Muon, in float32 a naive loop in float64, so that rounding does not matter.
     """
-    monkeypatch.setattr("nanogpt.optim.has_bfloat16_instructions", lambda: format == "bfloat16")
+    monkeypatch.setattr("nanogpt.optim.has_bfloat16_instructions", lambda: dtype == "bfloat16")
     torch.manual_seed(1)
     shapes = [(8, 24), (24, 8), (8, 8), (8, 24), (5, 8), (8, 8), (24, 8)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     momenta = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
     muon, pytorchs = Muon(ours, **SETTINGS), torch.optim.Muon(theirs, **SETTINGS)
-    largest_update = 0.02 * 0.2 * 24**0.5  # learning rate x scale x a singular value of one
-    tolerance = largest_update * (0.02 if format == "bfloat16" else 1e-4)
+    largest_update = 0.02 * 0.2 * 24**0.5  # learning rate x scale, for a singular value of 1
+    tolerance = largest_update * (0.02 if dtype == "bfloat16" else 1e-4)
     for step in range(5):
         for index, (p, q) in enumerate(zip(ours, theirs, strict=True)):
             gradient = torch.randn(p.shape)
             p.grad, q.grad = (None, None) if index == step else (gradient, gradient.clone())
         muon.step()
-        if format == "bfloat16":
+        if dtype == "bfloat16":
             pytorchs.step()
         else:
             for q, momentum in zip(theirs, momenta, strict=True):
@@ -73,8 +74,8 @@ def test_muon_matches_a_reference_in_its_own_format(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("has_instructions", [True, False])
-def test_updates_have_singular_values_near_one(monkeypatch: pytest.MonkeyPatch, has_instructions: bool) -> None:
-    """Catches an iteration that does not converge, in either number format."""
+def test_update_is_nearly_orthogonal(monkeypatch: pytest.MonkeyPatch, has_instructions: bool) -> None:
+    """Catches a Newton-Schulz iteration that does not converge, in bfloat16 or float32."""
     monkeypatch.setattr("nanogpt.optim.has_bfloat16_instructions", lambda: has_instructions)
     p = torch.nn.Parameter(torch.zeros(16, 64))
     muon = Muon([p], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
@@ -86,9 +87,9 @@ def test_updates_have_singular_values_near_one(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_each_parameter_has_one_optimizer() -> None:
-    """Catches Muon on embeddings, positions, the output head or vectors, and parameters that no one updates."""
+    """Catches Muon on embeddings, the output head or vectors, and parameters that no optimizer updates."""
     model = GPT(SHAPE)
-    optimizer = optimizer_of(model)
+    optimizer = muon_with_adamw(model)
     names = {id(p): name for name, p in model.named_parameters()}
     muon, *adamw = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     matrices = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
@@ -98,43 +99,43 @@ def test_each_parameter_has_one_optimizer() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
 
 
-def test_a_model_without_blocks_refuses_muon() -> None:
-    """Catches an empty Muon, which PyTorch refuses with a traceback."""
+def test_bigram_refuses_muon() -> None:
+    """Catches Muon without matrices, which PyTorch refuses with a traceback."""
     with pytest.raises(UserError, match="bigram"):
         parse(train.Config, ["--optimizer=muon", "--model=bigram"])
 
 
-def test_its_state_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
-    """Catches momenta or moments that are lost, or given to other parameters."""
+def test_muon_state_in_a_checkpoint(tmp_path: Path) -> None:
+    """Catches momenta or moments that are lost, or restored to other parameters."""
     torch.manual_seed(1)
     model = GPT(SHAPE)
-    optimizer = optimizer_of(model)
+    optimizer = muon_with_adamw(model)
     update(model, optimizer, 3)
     checkpoint.save(tmp_path / "ckpt.pt", checkpoint.pack(model, optimizer, 3, 2.5, {}, {}))
     update(model, optimizer, 2, seed=4)
-    start = checkpoint.load(tmp_path / "ckpt.pt")
-    again = checkpoint.build_model(start)
-    restored = optimizer_of(again)
-    checkpoint.restore_optimizer(start, restored, torch.amp.GradScaler("cpu", enabled=False))
+    ckpt = checkpoint.load(tmp_path / "ckpt.pt")
+    again = checkpoint.build_model(ckpt)
+    restored = muon_with_adamw(again)
+    checkpoint.restore_optimizer(ckpt, restored, torch.amp.GradScaler("cpu", enabled=False))
     update(again, restored, 2, seed=4)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("saved_with_muon", [True, False])
-def test_the_other_optimizers_state_is_refused_by_name(tmp_path: Path, saved_with_muon: bool) -> None:
-    """Catches a traceback, or a run that goes on without its momenta."""
+def test_state_of_the_other_optimizer_is_refused(tmp_path: Path, saved_with_muon: bool) -> None:
+    """Catches a traceback, or a resumed run without its momenta."""
     model = GPT(SHAPE)
-    kinds = [build_optimizer(model, name, 0.1, 1e-2, (0.9, 0.95), "cpu") for name in ("adamw", "muon")]
-    update(model, kinds[saved_with_muon], 1)
-    checkpoint.save(tmp_path / "ckpt.pt", checkpoint.pack(model, kinds[saved_with_muon], 1, 2.5, {}, {}))
+    optimizers = [build_optimizer(model, name, 0.1, 1e-2, (0.9, 0.95), "cpu") for name in ("adamw", "muon")]
+    update(model, optimizers[saved_with_muon], 1)
+    checkpoint.save(tmp_path / "ckpt.pt", checkpoint.pack(model, optimizers[saved_with_muon], 1, 2.5, {}, {}))
     with pytest.raises(UserError, match=r"Muon.s.*--init_from="):
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        checkpoint.restore_optimizer(checkpoint.load(tmp_path / "ckpt.pt"), kinds[not saved_with_muon], scaler)
+        checkpoint.restore_optimizer(checkpoint.load(tmp_path / "ckpt.pt"), optimizers[not saved_with_muon], scaler)
 
 
-def test_a_run_resumes_exactly_and_with_its_optimizer(dataset: Path, tmp_path: Path) -> None:
-    """Catches a resumed run with AdamW, or from momenta of zero."""
+def test_resume_with_muon_is_bit_exact(dataset: Path, tmp_path: Path) -> None:
+    """Catches a resumed run with AdamW, or with momenta of zero."""
     shape = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4", "--device=cpu", "--dtype=float32"]
     flags = [*shape, f"--dataset={dataset}", "--optimizer=muon", "--eval_iters=1", "--eval_interval=5", "--warmup_iters=2"]
     flags += ["--gradient_accumulation_steps=1", "--lr_decay_iters=10"]

@@ -1,8 +1,12 @@
-"""Each data/*/prepare.py as people run it: from several folders, again, offline, and on texts that do not fit."""
+"""Each data/*/prepare.py as people run it: from any folder, again, offline, and on bad input."""
 
+import dataclasses
 import hashlib
+import importlib.util
 import json
+import re
 import runpy
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -11,13 +15,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import configurator
 from nanogpt import corpus
 from nanogpt.conversation import FORMATS
 from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import CharTokenizer
 
-Command = Callable
+Command = Callable[..., subprocess.CompletedProcess]
+Prepare = Callable[..., str]
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.parent.name for path in ROOT.glob("data/*/prepare.py"))
+
+
+@pytest.fixture
+def prepare(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """A function that runs data/NAME/prepare.py of the repo's copy, in this process, and returns what it prints."""
+
+    def run(name: str, *arguments: str, cwd: Path = project) -> str:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        capsys.readouterr()
+        runpy.run_path(str(project / "data" / name / "prepare.py"), run_name="__main__")
+        shown = capsys.readouterr()
+        assert shown.err == ""
+        return shown.out
+
+    return run
 
 
 def decoded(folder: Path) -> str:
@@ -33,28 +58,67 @@ def put(path: Path, text: str | bytes) -> Path:
     return path
 
 
+# all of them
+
+
+FIND_LIBRARY = """# each script's own imports, from a folder that is not the repo's
+import runpy, sys
+for script in sys.argv[1:]:
+    path, modules = list(sys.path), set(sys.modules)
+    assert callable(runpy.run_path(script, run_name="prepare")["main"])
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if name.partition(".")[0] in ("nanogpt", "configurator"):
+            del sys.modules[name]
+"""
+
+
+def test_scripts_find_the_library(command: Command, project: Path, tmp_path: Path) -> None:
+    """Catches a script that can only be started in the repo's folder."""
+    scripts = [project / "data" / name / "prepare.py" for name in SCRIPTS]
+    process = command("-c", FIND_LIBRARY, *scripts, cwd=tmp_path)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_lists_each_key(name: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a key without its comment or with another script's default, as inherited keys can be."""
+    spec = importlib.util.spec_from_file_location("prepare", project / "data" / name / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "prepare", module)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec.loader.exec_module(module)
+    page = configurator.help_text(module.Config, "prepare.py")
+    assert module.__doc__.split()[0] in page
+    for field in dataclasses.fields(module.Config):
+        default = repr(field.default) if field.default == "" else str(field.default)
+        assert re.search(rf"^  --{field.name}=<\S+>  \[{re.escape(default)}\]\s+\w", page, re.MULTILINE)
+        assert page.count(f"--{field.name}=<") == 1
+    if hasattr(module.Config, "name"):
+        assert module.Config.name == name
+
+
 # Tiny Shakespeare
 
 
-def test_shakespeare_char_from_any_folder(command: Command, project: Path, shakespeare: str, tmp_path: Path) -> None:
-    """A script that finds its files from one folder alone, cannot run again, or gives other numbers, is caught."""
+def test_shakespeare_char_from_any_folder(
+    command: Command, prepare: Prepare, project: Path, shakespeare: str, tmp_path: Path
+) -> None:
+    """Catches a script that works from one folder only, cannot run again, or gives other numbers."""
     folder = project / "data" / "shakespeare_char"
     put(folder / "input.txt", shakespeare)
     (tmp_path / "elsewhere").mkdir()
     files: list[dict[str, bytes]] = []
-    for script, cwd in (
-        ("data/shakespeare_char/prepare.py", project),
-        ("data/shakespeare_char/prepare.py", project),
-        ("prepare.py", folder),
-        (folder / "prepare.py", tmp_path / "elsewhere"),
-    ):
-        put(folder / "train.bin", "stale")
-        process = command(script, cwd=cwd)
-        assert (process.returncode, process.stderr) == (0, "")
+    process = command("prepare.py", cwd=folder)
+    assert (process.returncode, process.stderr) == (0, "")
+    for cwd in (None, project, project, folder, tmp_path / "elsewhere"):
+        page = prepare("shakespeare_char", cwd=cwd) if cwd else process.stdout
         for shown in ("65 characters", "1,003,854", "111,540", "uint8"):
-            assert shown in process.stdout
+            assert shown in page
         files.append({name: (folder / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json")})
-    assert files == [files[0]] * 4
+        put(folder / "train.bin", "stale")
+    assert files == [files[0]] * 5
+    put(folder / "train.bin", files[0]["train.bin"])
     assert not list((tmp_path / "elsewhere").iterdir())
     assert (len(files[0]["train.bin"]), len(files[0]["val.bin"])) == (1_003_854, 111_540)
     meta = json.loads(files[0]["meta.json"])
@@ -63,17 +127,16 @@ def test_shakespeare_char_from_any_folder(command: Command, project: Path, shake
 
 
 def test_shakespeare_sha256(shakespeare: str) -> None:
-    """A digest in the code that no download can ever have is caught."""
+    """Catches a digest that no download can have."""
     assert hashlib.sha256(shakespeare.encode()).hexdigest() == corpus.TINY_SHAKESPEARE_SHA256
 
 
-def test_shakespeare_in_gpt2_tokens(command: Command, project: Path, shakespeare: str, gpt2_vocabulary: None) -> None:
-    """Other token counts than nanoGPT's, or a download of the text that lies in the folder beside, are caught."""
+def test_shakespeare_in_gpt2_tokens(prepare: Prepare, project: Path, shakespeare: str, gpt2_vocabulary: None) -> None:
+    """Catches other token counts than nanoGPT's, or a download of a text that is already in data/shakespeare_char."""
     folder = project / "data" / "shakespeare"
     put(project / "data" / "shakespeare_char" / "input.txt", shakespeare)
-    process = command("data/shakespeare/prepare.py", "--url=http://127.0.0.1:9/none")
-    assert (process.returncode, process.stderr) == (0, "")
-    assert "301,966" in process.stdout and "36,059" in process.stdout
+    shown = prepare("shakespeare", "--url=http://127.0.0.1:9/none")
+    assert "301,966" in shown and "36,059" in shown
     assert Dataset(str(folder)).tokens == {"train": 301_966, "val": 36_059}
     assert (folder / "train.bin").stat().st_size == 2 * 301_966
     assert decoded(folder) == shakespeare
@@ -83,7 +146,7 @@ def test_shakespeare_in_gpt2_tokens(command: Command, project: Path, shakespeare
 def test_shakespeare_without_a_network(
     name: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """A machine without a network that shows a traceback, or success, or is left with half a file, is caught."""
+    """Catches a traceback, a false success, or a partial file on a machine without a network."""
     script = project / "data" / name / "prepare.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--url=http://127.0.0.1:9/none"])
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -98,24 +161,23 @@ def test_shakespeare_without_a_network(
     assert [path.name for path in script.parent.iterdir()] == ["prepare.py"]
 
 
-# one's own text
+# your own text
 
 
-def test_text_of_a_file(command: Command, project: Path, tmp_path: Path) -> None:
-    """A path that is taken from the wrong folder, or text that changes on the way, is caught."""
+def test_text_of_a_file(prepare: Prepare, project: Path, tmp_path: Path) -> None:
+    """Catches a path resolved from the wrong folder, or text that changes on the way."""
     text = "Grüße 🙂 aus dem Norden.\r\n" * 200
     put(tmp_path / "mine" / "letter.txt", text)
-    process = command(project / "data/text/prepare.py", "--input=letter.txt", "--name=my-letters", cwd=tmp_path / "mine")
-    assert (process.returncode, process.stderr) == (0, "")
-    assert "--dataset=my-letters" in process.stdout
+    shown = prepare("text", "--input=letter.txt", "--name=my-letters", cwd=tmp_path / "mine")
+    assert "--dataset=my-letters" in shown
     folder = project / "data" / "my-letters"
     assert Dataset(str(folder)).tokens == {"train": 4500, "val": 500}
     assert decoded(folder) == text
     assert json.loads((folder / "meta.json").read_text(encoding="utf-8"))["source"] == "letter.txt"
 
 
-def test_text_of_a_folder(command: Command, project: Path, tmp_path: Path) -> None:
-    """Files in no fixed order, hidden ones, subfolders and byte-order marks that are taken wrongly, are caught."""
+def test_text_of_a_folder(prepare: Prepare, project: Path, tmp_path: Path) -> None:
+    """Catches files out of order, hidden files, and subfolders or byte-order marks treated wrongly."""
     folder = tmp_path / "notes"
     put(folder / "b.txt", "second\n" * 50)
     put(folder / "a.txt", b"\xef\xbb\xbf" + b"first\n" * 50)
@@ -123,33 +185,30 @@ def test_text_of_a_folder(command: Command, project: Path, tmp_path: Path) -> No
     put(folder / "empty.txt", "")
     put(folder / ".git" / "config", b"\xff\xfe")
     put(folder / ".hidden", b"\xff\xfe")
-    process = command("data/text/prepare.py", f"--input={folder}", "--val_fraction=0.25")
-    assert (process.returncode, process.stderr) == (0, "")
+    prepare("text", f"--input={folder}", "--val_fraction=0.25")
     text = "first\n" * 50 + "second\n" * 50 + "third\n" * 50
     assert decoded(project / "data" / "text") == text
     assert Dataset(str(project / "data" / "text")).tokens == {"train": 712, "val": 238}
 
 
-def test_text_in_gpt2_tokens(command: Command, project: Path, tmp_path: Path, gpt2_vocabulary: None) -> None:
-    """Documents without an end, which the model would run together, or a special token in a text, are caught."""
+def test_text_in_gpt2_tokens(prepare: Prepare, project: Path, tmp_path: Path, gpt2_vocabulary: None) -> None:
+    """Catches documents that run together, or a special token that a text can write."""
     put(tmp_path / "notes" / "a.txt", "Hello world")
     put(tmp_path / "notes" / "b.txt", "<|endoftext|> Hello world")
     put(tmp_path / "notes" / "c.txt", "Hello world" * 2)
-    process = command("data/text/prepare.py", f"--input={tmp_path / 'notes'}", "--tokenizer=gpt2", "--val_fraction=0.375")
-    assert (process.returncode, process.stderr) == (0, "")
+    prepare("text", f"--input={tmp_path / 'notes'}", "--tokenizer=gpt2", "--val_fraction=0.375")
     folder = project / "data" / "text"
     train, val = (np.fromfile(folder / f"{split}.bin", "<u2").tolist() for split in ("train", "val"))
     assert train[:3] == [15496, 995, 50256] and train[-1] == 50256 and train.count(50256) == 2
     assert val == [15496, 995, 15496, 995, 50256]
 
 
-def test_text_that_lies_in_its_datasets_folder(command: Command, project: Path) -> None:
-    """A second run that takes the token files of the first for text is caught."""
+def test_text_in_its_own_dataset_folder(prepare: Prepare, project: Path) -> None:
+    """Catches a second run that takes the token files of the first for text."""
     folder = project / "data" / "poems"
     put(folder / "poems.txt", "roses are red\n" * 50)
     for _ in range(2):
-        process = command("data/text/prepare.py", "--input=data/poems", "--name=poems")
-        assert (process.returncode, process.stderr) == (0, "")
+        prepare("text", "--input=data/poems", "--name=poems")
         assert decoded(folder) == "roses are red\n" * 50
 
 
@@ -186,7 +245,7 @@ def test_bad_text_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """A traceback, a message that does not say what to change, or files that are written all the same, are caught."""
+    """Catches a traceback, an error without a remedy, or files written all the same."""
     texts = tmp_path / "texts"
     put(texts / "empty.txt", "")
     put(texts / "mark.txt", b"\xef\xbb\xbf")
@@ -214,14 +273,14 @@ def test_bad_text_is_refused_in_one_line(
 
 
 def line(*texts: str, system: str = "") -> str:
-    """Return a conversation in which user and assistant say `texts` in turn, as a line of a .jsonl file."""
+    """Return a line of a .jsonl file: a conversation in which user and assistant say `texts` in turn."""
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return json.dumps({"id": 7, "messages": messages}) + "\n"
 
 
-def test_made_up_conversations(command: Command, project: Path, shakespeare: str) -> None:
-    """Conversations that change from run to run or are in both splits, and characters that Shakespeare's lack, are caught."""
+def test_synthetic_conversations(command: Command, project: Path, shakespeare: str) -> None:
+    """Catches conversations that differ between runs or are in both splits, and characters that Shakespeare lacks."""
     folder, files = project / "data" / "chat", []
     for hash_seed in ("1", "2"):
         process = command("data/chat/prepare.py", PYTHONHASHSEED=hash_seed)
@@ -239,27 +298,19 @@ def test_made_up_conversations(command: Command, project: Path, shakespeare: str
     answers: dict[str, set[str]] = {}
     for question, answer, _ in turns:
         answers.setdefault(question, set()).add(answer)
-    asked_back = {q for q, a in answers.items() if len(a) > 1}  # what only the turns before can tell
+    asked_back = {q for q, a in answers.items() if len(a) > 1}  # answered only by earlier turns
     assert {"What is my name?", "What pet do I have?", "And a sheep?"} & set(answers)
     assert all(q.startswith(("And ", "Do ", "Who ", "What is my ", "What pet ", "Which animal ")) for q in asked_back)
 
 
-def test_conversations_of_a_file(command: Command, project: Path, tmp_path: Path, gpt2_vocabulary: None) -> None:
-    """Conversations that are lost, doubled or cut by the split, and masks and formats that are not their own, are caught."""
+def test_conversations_of_a_file(prepare: Prepare, project: Path, tmp_path: Path, gpt2_vocabulary: None) -> None:
+    """Catches conversations that are lost, repeated or cut by the split, or with wrong masks or format."""
     lines = [line(f"Question {i}?", f"Answer {i}.") for i in range(10)]
     put(tmp_path / "mine.jsonl", b"\xef\xbb\xbf" + "\r\n \n".join(lines).encode())
-    process = command(
-        project / "data" / "chat" / "prepare.py",
-        "--input=mine.jsonl",
-        "--tokenizer=gpt2",
-        "--chat_format=dialogpt",
-        "--val_fraction=0.25",
-        "--name=mine",
-        cwd=tmp_path,
-    )
-    assert (process.returncode, process.stderr) == (0, "")
-    assert "8 conversations to train, 2 to validate" in process.stdout
-    assert "config/finetune_chat.py --dataset=mine --out_dir=out-mine" in process.stdout
+    flags = "--input=mine.jsonl --tokenizer=gpt2 --chat_format=dialogpt --val_fraction=0.25 --name=mine"
+    shown = prepare("chat", *flags.split(), cwd=tmp_path)
+    assert "8 conversations to train, 2 to validate" in shown
+    assert "config/finetune_chat.py --dataset=mine --out_dir=out-mine" in shown
     folder = project / "data" / "mine"
     data = Dataset(str(folder))
     assert data.chat_format == FORMATS["dialogpt"]
@@ -276,18 +327,22 @@ def test_conversations_of_a_file(command: Command, project: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("by_path", [False, True])
-def test_conversations_in_the_tokens_of_ones_own_model(by_path: bool, command: Command, project: Path, tmp_path: Path) -> None:
-    """A table of the conversations' own characters, which a model of another table cannot be finetuned on, is caught."""
+def test_conversations_with_the_tokenizer_of_a_dataset(
+    by_path: bool, prepare: Prepare, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Catches a new character table, with which an existing model cannot be finetuned."""
     folder = tmp_path / "own" if by_path else project / "data" / "own"
     table = CharTokenizer.from_text("\n !:.?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
     corpus.write_dataset(folder, ["Ab" * 9], ["ab"], table, "letters")
     put(tmp_path / "mine.jsonl", (line("Hi.", "Ho!") + line("Ho.", "Hi?", system="Sing!")) * 2)
     name = str(folder) if by_path else "own"
-    for chat_format, status in (("plain", 0), ("nanochatgpt", 1)):
-        arguments = [f"--input={tmp_path / 'mine.jsonl'}", f"--tokenizer={name}", f"--chat_format={chat_format}"]
-        process = command("data/chat/prepare.py", *arguments)
-        assert process.returncode == status
-    assert "--chat_format=nanochatgpt: character '<'" in process.stderr and "try --chat_format=plain" in process.stderr
+    flags = [f"--input={tmp_path / 'mine.jsonl'}", f"--tokenizer={name}"]
+    prepare("chat", *flags, "--chat_format=plain")
+    with pytest.raises(SystemExit) as end:
+        prepare("chat", *flags, "--chat_format=nanochatgpt")
+    error = capsys.readouterr().err
+    assert end.value.code == 1
+    assert "--chat_format=nanochatgpt: character '<'" in error and "try --chat_format=plain" in error
     assert Dataset(str(project / "data" / "chat")).tokenizer.to_dict() == table.to_dict()
     assert decoded(project / "data" / "chat").count("\nUser: Hi.\nAssistant: Ho!\n") == 2
 
@@ -298,9 +353,9 @@ GOOD = line("Hi.", "Ho.")
 @pytest.mark.parametrize(
     ("content", "arguments", "told"),
     [
-        ("", "", ["talk.jsonl", "it has 0"]),
-        ("\n \n", "", ["talk.jsonl", "it has 0"]),
-        (GOOD, "", ["talk.jsonl", "it has 1", "at least 2"]),
+        ("", "", ["talk.jsonl", "at least 2 conversations, got 0"]),
+        ("\n \n", "", ["talk.jsonl", "at least 2 conversations, got 0"]),
+        (GOOD, "", ["talk.jsonl", "at least 2 conversations, got 1"]),
         (GOOD + "\n" + b"caf\xe9\n".decode("latin-1"), "", ["line 3", "not JSON"]),
         (GOOD.encode() + b'"caf\xe9"\n', "", ["line 2", "not UTF-8"]),
         (GOOD * 2 + "{", "", ["line 3", "not JSON"]),
@@ -310,7 +365,7 @@ GOOD = line("Hi.", "Ho.")
         (GOOD + line("Hi."), "", ["line 2", "no reply"]),
         (GOOD + line("Hi.", ""), "", ["line 2", "message 2", "empty"]),
         (GOOD + GOOD.replace("assistant", "gpt"), "", ["line 2", "message 2", "'gpt'"]),
-        (GOOD + GOOD.replace('"Ho."', "3"), "", ["line 2", "message 2", "content is 3"]),
+        (GOOD + GOOD.replace('"Ho."', "3"), "", ["line 2", "message 2", "got 3"]),
         (GOOD + line("Hi.", "Ho.<endOfText>"), "", ["line 2", "message 2", "<endOfText>"]),
         (GOOD + line("Hi.", "Hé."), "--tokenizer=OWN", ["line 2", "'é'"]),
         (GOOD * 2, "--chat_format=dialogpt", ["--chat_format=dialogpt", "--tokenizer=gpt2"]),
@@ -331,7 +386,7 @@ def test_bad_conversations_are_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """A traceback, a message without the number of the line, or files that are written all the same, are caught."""
+    """Catches a traceback, an error without the line number, or files written all the same."""
     corpus.write_dataset(tmp_path / "own", ["Ho" * 9], ["Hi"], CharTokenizer(list("<>.: HTabdefhimnostuxO")), "letters")
     put(tmp_path / "talk.jsonl", content)
     before = sorted(project.rglob("*"))
@@ -352,22 +407,24 @@ def test_bad_conversations_are_refused_in_one_line(
 # Python's own library
 
 
-def test_python_char(command: Command, project: Path) -> None:
-    """A dataset that needs a network, keeps characters beyond ASCII, or shows other counts than it writes, is caught."""
+def test_python_char(prepare: Prepare, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a dataset that needs a network, keeps non-ASCII characters, or prints other counts than it writes."""
     folder = project / "data" / "python_char"
-    process = command("data/python_char/prepare.py", http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
-    assert (process.returncode, process.stderr) == (0, "")
+    for proxy in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    shown = prepare("python_char")
     data = Dataset(str(folder))
-    assert f"{data.tokens['train']:,}" in process.stdout and f"{data.tokens['val']:,}" in process.stdout
+    assert f"{data.tokens['train']:,}" in shown and f"{data.tokens['val']:,}" in shown
     assert sum(data.tokens.values()) > 1_000_000
     assert 0.02 < data.tokens["val"] / data.tokens["train"] < 0.5
     assert "".join(data.tokenizer.characters).isascii()
-    text = decoded(folder)
-    assert "def dataclass(" in text and "class JSONDecoder(" in text
+    ids = b"".join((folder / f"{split}.bin").read_bytes() for split in ("train", "val"))
+    for text in ("def dataclass(", "class JSONDecoder("):
+        assert bytes(data.tokenizer.encode(text)) in ids
 
 
-def test_python_char_takes_the_library_alone(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Installed packages, tests, files beyond ASCII, or an order that changes from machine to machine are caught."""
+def test_python_char_takes_only_the_library(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches installed packages, tests, non-ASCII files, or an order that differs between machines."""
     library = tmp_path / "test" / "lib"
     taken = ["a.py", "b/__init__.py", "b/c.py", "d.py"]
     passed_over = ["a.txt", "test/e.py", "b/tests/f.py", "site-packages/g/h.py", "idlelib/idle_test/i.py"]

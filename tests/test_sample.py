@@ -1,4 +1,4 @@
-"""Sampling: prompts, what is printed, and that a checkpoint is all it needs."""
+"""sample.py: prompts, printed texts, seeds, and sampling from nothing but a checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ LINE = "---------------\n"
 
 
 class Words:
-    """An encoding of forty words and the end of a text, in place of a vocabulary that would have to be downloaded."""
+    """An encoding of forty words and an end-of-text token, instead of a vocabulary that needs a download."""
 
     n_vocab = 41
     eot_token = 40
@@ -39,7 +39,7 @@ def words(monkeypatch: pytest.MonkeyPatch) -> TiktokenTokenizer:
 
 
 def write(out_dir: Path, tokenizer: Tokenizer, kind: type = GPT, **weights: torch.Tensor) -> Path:
-    """A run folder with the checkpoint of a small random model, or of one with these weights; returns the folder."""
+    """Write a run folder with the checkpoint of a small random model, with these weights replaced; return the folder."""
     torch.manual_seed(1)
     shape = {"block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": tokenizer.model_vocab_size}
     model = kind(GPTConfig(**shape))
@@ -58,7 +58,7 @@ def out_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def texts(capsys: pytest.CaptureFixture[str]):
-    """A function that samples as the command with these flags would, and returns the texts."""
+    """A function that runs sample.py with these flags and returns the printed texts."""
 
     def run(**flags: Any) -> list[str]:
         flags = {"device": "cpu"} | flags
@@ -71,50 +71,50 @@ def texts(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize(
-    "start, given, ids",
+    "prompt, given, ids",
     [
         ("\n", False, [10]),  # the default
         ("abba", True, [0, 1, 1, 0]),
         ("a\nb", True, [0, 10, 1]),
-        ("", True, [10]),  # nothing is as after a line break
+        ("", True, [10]),  # an empty prompt becomes a line break
     ],
 )
-def test_prompt_of_characters(start, given, ids):
-    """A prompt that is changed on its way, or an empty one, of which the model can make nothing."""
-    assert sample.read_prompt(start, given, TABLE) == (start, ids)
+def test_character_prompt(prompt, given, ids):
+    """Catches a prompt that is changed, and an empty one without ids."""
+    assert sample.read_prompt(prompt, given, TABLE) == (prompt, ids)
 
 
-@pytest.mark.parametrize("start, given", [("\n", False), ("", True)])
-def test_no_prompt_where_the_table_has_no_line_break(start, given):
-    """A default that cannot be encoded, for which nobody has asked."""
-    assert sample.read_prompt(start, given, CharTokenizer(list("abc"))) == ("", [0])
+@pytest.mark.parametrize("prompt, given", [("\n", False), ("", True)])
+def test_prompt_without_a_line_break(prompt, given):
+    """Catches an error about the default prompt, which nobody asked for."""
+    assert sample.read_prompt(prompt, given, CharTokenizer(list("abc"))) == ("", [0])
 
 
-@pytest.mark.parametrize("start, given, ids", [("3 1", True, [3, 1]), ("", True, [40])])
-def test_prompt_of_words(words, start, given, ids):
-    """An empty prompt that is not the end of a text, after which a new one begins; or whose end is shown."""
-    assert sample.read_prompt(start, given, words) == (start, ids)
+@pytest.mark.parametrize("prompt, given, ids", [("3 1", True, [3, 1]), ("", True, [40])])
+def test_encoded_prompt(words, prompt, given, ids):
+    """Catches an empty prompt that is not the end-of-text token, or that prints it."""
+    assert sample.read_prompt(prompt, given, words) == (prompt, ids)
 
 
 @pytest.mark.parametrize("content, ids", [("abba", [0, 1, 1, 0]), ("ab\n", [0, 1, 10]), ("", [10])])
 def test_prompt_from_a_file(tmp_path, content, ids):
-    """The name of the file taken for the prompt, or a line break too many or too few."""
+    """Catches a file name used as the prompt, and a line break added or lost."""
     (tmp_path / "prompt.txt").write_bytes(content.encode())
     assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}", True, TABLE) == (content, ids)
 
 
-@pytest.mark.parametrize("start, named", [("abZa", ("'Z'", "column 3")), ("a\n\u00e9", ("'\u00e9'", "line 2"))])
-def test_an_unknown_character_is_named(tmp_path, start, named):
-    """A KeyError, or a prompt that loses what the model has never seen."""
-    (tmp_path / "prompt.txt").write_text(start, encoding="utf-8")
-    for prompt in (start, f"FILE:{tmp_path / 'prompt.txt'}"):
+@pytest.mark.parametrize("content, named", [("abZa", ("'Z'", "column 3")), ("a\n\u00e9", ("'\u00e9'", "line 2"))])
+def test_unknown_character_is_named(tmp_path, content, named):
+    """Catches a KeyError, and a prompt that silently loses unknown characters."""
+    (tmp_path / "prompt.txt").write_text(content, encoding="utf-8")
+    for prompt in (content, f"FILE:{tmp_path / 'prompt.txt'}"):
         with pytest.raises(UserError, match="--start") as caught:
             sample.read_prompt(prompt, True, TABLE)
         assert all(part in str(caught.value) for part in named) and "\n" not in str(caught.value)
 
 
-def test_printed_texts_are_nanogpts(out_dir, capsys):
-    """Something else than the prompt, its continuation and a line of dashes, for each sample."""
+def test_printed_form(out_dir, capsys):
+    """Catches output other than nanoGPT's: prompt and continuation, then a line of dashes, for each sample."""
     flags = [f"--out_dir={out_dir}", "--start=abc", "--num_samples=3", "--max_new_tokens=5", "--device=cpu", "--dtype=float32"]
     sample.main(configurator.parse(sample.Config, flags))
     output = capsys.readouterr().out
@@ -123,8 +123,8 @@ def test_printed_texts_are_nanogpts(out_dir, capsys):
     assert [(text[:3], len(text)) for text in printed] == [("abc", 8)] * 3
 
 
-def test_a_run_is_sampled_when_its_dataset_is_gone(tmp_path, dataset, texts, capsys, monkeypatch):
-    """A checkpoint that needs the folder it was trained on, or the folder in which the command was started."""
+def test_dataset_is_not_needed(tmp_path, dataset, texts, capsys, monkeypatch):
+    """Catches a checkpoint that needs its dataset, or the folder in which training was started."""
     flags = {"dataset": dataset, "out_dir": tmp_path / "run", "max_iters": 1, "device": "cpu", "n_layer": 1, "n_head": 1}
     flags |= {"n_embd": 8, "block_size": 8, "batch_size": 2, "gradient_accumulation_steps": 1, "eval_iters": 1}
     train.main(configurator.parse(train.Config, [f"--{key}={value}" for key, value in flags.items()]))
@@ -137,15 +137,15 @@ def test_a_run_is_sampled_when_its_dataset_is_gone(tmp_path, dataset, texts, cap
 
 
 @pytest.mark.parametrize("name", ["out", "out/ckpt.pt"])
-def test_init_from_names_a_run_or_a_file(out_dir, texts, monkeypatch, name):
-    """A path that works for the folder and not for the file, or the other way round."""
+def test_init_from_folder_or_file(out_dir, texts, monkeypatch, name):
+    """Catches a run folder or a checkpoint file that init_from does not accept."""
     monkeypatch.chdir(out_dir.parent)
     flags = {"num_samples": 2, "max_new_tokens": 20}
     assert texts(init_from=name, **flags) == texts(out_dir="out", **flags)
 
 
-def test_the_same_seed_gives_the_same_texts(out_dir, texts):
-    """Texts that cannot be had again, or the same text for every sample and seed."""
+def test_seed(out_dir, texts):
+    """Catches samples that a seed does not reproduce, and samples or seeds that all give the same text."""
     first = texts(out_dir=out_dir, seed=3, num_samples=2, max_new_tokens=50)
     torch.rand(3)
     assert texts(out_dir=out_dir, seed=3, num_samples=2, max_new_tokens=50) == first
@@ -153,19 +153,19 @@ def test_the_same_seed_gives_the_same_texts(out_dir, texts):
     assert first[0] != first[1]
 
 
-def test_a_sample_is_the_same_alone_in_a_batch_and_in_several(out_dir, texts, monkeypatch):
-    """Texts that depend on how many are asked for, or on what has room in memory."""
+def test_batch_size_does_not_change_samples(out_dir, texts, monkeypatch):
+    """Catches a sample that depends on how many are asked for, or on the batch size."""
     flags = {"out_dir": out_dir, "start": "ab", "max_new_tokens": 40}
     five = texts(num_samples=5, **flags)
     assert len({*five}) == 5
     assert texts(num_samples=1, **flags) == five[:1]
-    for room in (1, 2 * 8 * 2 * 16 * 8):  # one text, two texts: layers, channels and positions of float32 keys and values
-        monkeypatch.setattr(sample, "CACHE_BYTES", room)
+    for cache_bytes in (1, 2 * 2 * 16 * 8 * 8):  # one text, two texts: 2 layers x 16 channels x 8 positions x 8 bytes each
+        monkeypatch.setattr(sample, "CACHE_BYTES", cache_bytes)
         assert texts(num_samples=5, **flags) == five
 
 
-def test_the_first_text_is_shown_as_it_grows(out_dir, monkeypatch):
-    """A screen that stays empty until the last token is there."""
+def test_first_text_streams(out_dir, monkeypatch):
+    """Catches a screen that stays empty until the last token."""
     shown: list[str] = []
     monkeypatch.setattr(errors, "write", shown.append)
     sample.main(
@@ -175,8 +175,8 @@ def test_the_first_text_is_shown_as_it_grows(out_dir, monkeypatch):
     assert [text.count(LINE) for text in shown[21:]].count(1) == 2
 
 
-def test_the_speed_is_told_beside_the_text(out_dir, capsys):
-    """Figures among the text that is written to a file, or a count that takes in the prompt."""
+def test_speed_goes_to_stderr(out_dir, capsys):
+    """Catches the speed printed on stdout among the texts, and a token count that includes the prompt."""
     sample.main(
         configurator.parse(sample.Config, [f"--out_dir={out_dir}", "--start=abc", "--max_new_tokens=9", "--num_samples=3"])
     )
@@ -184,8 +184,8 @@ def test_the_speed_is_told_beside_the_text(out_dir, capsys):
     assert "tokens/s" not in output.out and output.err.startswith("27 tokens in ") and output.err.endswith(" tokens/s\n")
 
 
-def test_a_text_ends_before_a_stop_string(tmp_path, texts):
-    """A stop string that is shown, or one of several that is not heeded."""
+def test_stop_strings(tmp_path, texts):
+    """Catches a stop string that is printed, and one of several that is ignored."""
     cycle = torch.zeros(11, 11)
     for token in range(11):
         cycle[token, (token + 1) % 11] = 100
@@ -196,8 +196,8 @@ def test_a_text_ends_before_a_stop_string(tmp_path, texts):
     assert texts(stop="zz", **flags) == ["abcdefghij\n" * 2 + "abcdefghi"] * 2
 
 
-def test_texts_that_end_are_not_counted_on(tmp_path, capsys):
-    """A speed that counts what nobody sees, or a text that ends when another does."""
+def test_stopped_texts_are_not_counted(tmp_path, capsys):
+    """Catches tokens counted after a text's end, and a text that ends when another one does."""
     table = torch.zeros(11, 11)
     for one, other in ("ab", "aj", "bc", "cd", "de", "j\n", "ee", "\n\n"):
         table[TABLE.encode(one)[0], TABLE.encode(other)[0]] = 100
@@ -207,27 +207,28 @@ def test_texts_that_end_are_not_counted_on(tmp_path, capsys):
     output = capsys.readouterr()
     found = output.out.split("\n" + LINE)[:-1]
     assert {*found} == {"abcd", "aj"}
-    assert output.err.startswith(f"{sum(map(len, found))} tokens in ")  # each less its prompt, and with its stop string
+    tokens = sum(map(len, found))  # each text has its stop string instead of its prompt, both one token
+    assert output.err.startswith(f"{tokens} tokens in ")
 
 
-def test_top_p_reaches_the_model(tmp_path, texts):
-    """A key that is read and not used."""
+def test_top_p(tmp_path, texts):
+    """Catches a top_p that is parsed but not used."""
     table = torch.zeros(11, 11)
     table[:, 3] = 2.5  # more than half of the probability
     out_dir = write(tmp_path / "out", TABLE, Bigram, **{"token_embedding_table.weight": table})
     assert texts(out_dir=out_dir, start="a", top_p=0.5, temperature=1, num_samples=1, max_new_tokens=20) == ["a" + "d" * 20]
 
 
-def test_a_prompt_that_the_model_cannot_see_whole_is_told(out_dir, texts, capsys):
-    """A beginning that has no effect, without a word."""
+def test_long_prompt_warns(out_dir, texts, capsys):
+    """Catches a prompt that is cut to the context without a warning."""
     flags = [f"--out_dir={out_dir}", "--start=abcdefghijab", "--num_samples=1", "--max_new_tokens=3"]
     sample.main(configurator.parse(sample.Config, flags))
     output = capsys.readouterr()
     assert output.out.startswith("abcdefghijab") and "the last 8 of the prompt's 12 tokens" in output.err
 
 
-def test_temperature_0_always_takes_the_likeliest(tmp_path, texts):
-    """Division by zero, or a text that still depends on the seed."""
+def test_greedy_decoding(tmp_path, texts):
+    """Catches a division by zero, and greedy decoding that still depends on the seed."""
     table = torch.randn(11, 11, generator=torch.Generator().manual_seed(1))
     token, expected = 0, "a"
     for _ in range(30):
@@ -238,8 +239,8 @@ def test_temperature_0_always_takes_the_likeliest(tmp_path, texts):
     assert texts(out_dir=out_dir, start="a", top_k=1, num_samples=2, max_new_tokens=30) == [expected] * 2
 
 
-def test_top_k_0_draws_from_all(tmp_path, texts):
-    """A top_k of 0 that leaves no token, or one."""
+def test_top_k_0(tmp_path, texts):
+    """Catches a top_k of 0 that leaves no token, or only one."""
     uniform = torch.zeros(11, 11)
     out_dir = write(tmp_path / "out", TABLE, Bigram, **{"token_embedding_table.weight": uniform})
     (text,) = texts(out_dir=out_dir, start="a", top_k=0, num_samples=1, max_new_tokens=300)
@@ -249,8 +250,8 @@ def test_top_k_0_draws_from_all(tmp_path, texts):
 
 
 @pytest.mark.parametrize("flags", [{}, {"temperature": 0}, {"top_k": 0}, {"top_k": 1}])
-def test_padding_of_the_vocabulary_is_never_sampled(tmp_path, words, texts, flags):
-    """Ids that mean nothing to the tokenizer, printed as replacement characters."""
+def test_padding_is_never_sampled(tmp_path, words, texts, flags):
+    """Catches sampled padding ids, which decode to replacement characters."""
     table = torch.zeros(64, 64)
     table[:, 41:] = 100
     out_dir = write(tmp_path / "out", words, Bigram, **{"token_embedding_table.weight": table})
@@ -261,8 +262,8 @@ def test_padding_of_the_vocabulary_is_never_sampled(tmp_path, words, texts, flag
 
 
 @pytest.mark.parametrize("flags", [{"temperature": 0}, {"dtype": "bfloat16"}, {"max_new_tokens": 0}, {"start": "abc" * 10}])
-def test_flags_that_reach_the_ends_of_their_range(out_dir, texts, flags):
-    """A prompt longer than the context, no new tokens, or 16 bits, that end in a traceback."""
+def test_extreme_flags(out_dir, texts, flags):
+    """Catches a traceback for extreme flags: a prompt longer than the context, no new tokens, bfloat16."""
     flags = {"start": "ab", "num_samples": 1, "max_new_tokens": 10} | flags
     (text,) = texts(out_dir=out_dir, **flags)
     assert text.startswith(flags["start"]) and len(text) == len(flags["start"]) + flags["max_new_tokens"]
@@ -280,8 +281,8 @@ def test_flags_that_reach_the_ends_of_their_range(out_dir, texts, flags):
         ({"out_dir": "out", "device": "tpu"}, "tpu"),
     ],
 )
-def test_mistakes_are_told_in_one_line(out_dir, texts, monkeypatch, flags, named):
-    """A traceback for a run that is not there, not yet there, or spoilt."""
+def test_mistakes_are_one_line(out_dir, texts, monkeypatch, flags, named):
+    """Catches a traceback for a run that is missing, empty or damaged."""
     monkeypatch.chdir(out_dir.parent)
     for name in ("empty", "damaged"):
         Path(name).mkdir()
@@ -291,8 +292,8 @@ def test_mistakes_are_told_in_one_line(out_dir, texts, monkeypatch, flags, named
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_only_what_is_used_is_imported(command, project, out_dir):
-    """A module that takes a second to import before the first character, or at the start of a script that never needs it."""
+def test_lazy_imports(command, project, out_dir):
+    """Catches slow imports before the first character, and in commands that never need them."""
     (project / "check.py").write_text(
         "import sys, torch\n"
         "before = set(sys.modules)\n"

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and the descriptions of tokenizers that lie in files which anybody may have written."""
+"""Tokenizers: ids and text, streams, and descriptions from untrusted files."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_siz
 
 @pytest.fixture(params=["gpt2", "cl100k_base"])
 def encoding_name(request: pytest.FixtureRequest, gpt2_vocabulary: None) -> str:
-    """The name of each encoding whose vocabulary is at hand."""
+    """The name of each encoding whose vocabulary is available."""
     cached = Path(os.environ["TIKTOKEN_CACHE_DIR"]) / hashlib.sha1(CL100K_URL.encode()).hexdigest()
     if request.param == "cl100k_base" and not cached.is_file():
         pytest.skip("NANOGPT_TEST_DATA has no vocabulary of cl100k_base")
@@ -35,7 +35,7 @@ def encoding_name(request: pytest.FixtureRequest, gpt2_vocabulary: None) -> str:
 
 
 class Bytes:
-    """The smallest vocabulary that can cut a character in two: id i is the byte i."""
+    """The smallest vocabulary that can split a character: id i is the byte i."""
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token])
@@ -45,7 +45,7 @@ class Bytes:
 
 
 def test_shakespeare_ids(shakespeare: str) -> None:
-    """A table in another order than nanoGPT's, with which no checkpoint can be shared, is caught."""
+    """Catches a table in another order than nanoGPT's, which breaks shared checkpoints."""
     tokens = CharTokenizer.from_text(shakespeare)
     assert tokens.vocab_size == tokens.model_vocab_size == 65
     assert "".join(tokens.characters) == "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -65,15 +65,15 @@ def test_shakespeare_ids(shakespeare: str) -> None:
         ("a\x00", r"'\x00' (U+0000)", 1, 2),
     ],
 )
-def test_unknown_character_is_named_where_it_stands(text: str, named: str, line: int, column: int) -> None:
-    """An unknown character that is dropped, takes another's id, or is told at the wrong place, is caught."""
+def test_unknown_character_is_located(text: str, named: str, line: int, column: int) -> None:
+    """Catches an unknown character that is dropped, gets another's id, or is reported at the wrong line or column."""
     with pytest.raises(UserError) as refusal:
         CharTokenizer.from_text("abc\n").encode(text)
     assert f"{named} at line {line}, column {column} " in str(refusal.value)
 
 
-def test_char_ids_are_places_in_the_sorted_table() -> None:
-    """Ids that are cut to 16 bits, or counted in UTF-16 units or bytes, are caught."""
+def test_char_ids_are_indices_in_the_sorted_table() -> None:
+    """Catches ids cut to 16 bits, or counted in UTF-16 units or bytes."""
     tokens = CharTokenizer.from_text(MULTI_BYTE)
     table = sorted(set(MULTI_BYTE))
     expected = [table.index(character) for character in MULTI_BYTE]
@@ -86,23 +86,23 @@ def test_char_ids_are_places_in_the_sorted_table() -> None:
 @quick
 @given(any_text)
 def test_char_round_trip(text: str) -> None:
-    """A character of any script that does not come back as it went in is caught."""
+    """Catches a character of any script that does not survive encode and decode."""
     tokens = CharTokenizer.from_text(text)
     copy = tokenizer.from_dict(json.loads(json.dumps(tokens.to_dict())))
     assert copy.decode(tokens.encode(text)) == text
     assert copy.characters == tokens.characters
 
 
-def test_char_decodes_ids_that_it_lacks() -> None:
-    """An id beyond the table that ends the program, or that wraps around to another character, is caught."""
+def test_char_decodes_unknown_ids() -> None:
+    """Catches an id outside the table that raises, or wraps around to another character."""
     assert CharTokenizer.from_text("ab").decode([0, 2, 1, -1]) == "a\ufffdb\ufffd"
 
 
 # byte-pair encodings
 
 
-def test_tiktoken_agrees_with_tiktoken(encoding_name: str) -> None:
-    """Ids other than the library's own are caught."""
+def test_ids_are_tiktokens(encoding_name: str) -> None:
+    """Catches ids that differ from tiktoken's own."""
     import tiktoken
 
     reference, tokens = tiktoken.get_encoding(encoding_name), TiktokenTokenizer(encoding_name)
@@ -115,7 +115,7 @@ def test_tiktoken_agrees_with_tiktoken(encoding_name: str) -> None:
 
 
 def test_gpt2_numbers(gpt2_vocabulary: None) -> None:
-    """A vocabulary that is not GPT-2's, or an embedding table not padded to 64 rows, is caught."""
+    """Catches a vocabulary other than GPT-2's, or an embedding not padded to a multiple of 64."""
     tokens = TiktokenTokenizer("gpt2")
     assert tokens.encode("Hello world") == [15496, 995]
     assert (tokens.vocab_size, tokens.model_vocab_size, tokens.end_of_text) == (50257, 50304, 50256)
@@ -124,12 +124,12 @@ def test_gpt2_numbers(gpt2_vocabulary: None) -> None:
 
 @pytest.mark.parametrize(("vocab_size", "rows"), [(1, 64), (64, 64), (65, 128), (50257, 50304), (100277, 100288)])
 def test_model_vocabulary_is_padded_to_64(vocab_size: int, rows: int) -> None:
-    """Rounding down, or adding 64 where nothing is missing, is caught."""
+    """Catches rounding down, or padding a multiple of 64."""
     assert TiktokenTokenizer("gpt2", vocab_size).model_vocab_size == rows
 
 
-def test_end_of_text_is_special_in_prompts_alone(gpt2_vocabulary: None) -> None:
-    """A corpus whose text can end documents, or a prompt that cannot, is caught."""
+def test_end_of_text_is_special_only_in_prompts(gpt2_vocabulary: None) -> None:
+    """Catches a corpus whose text can end documents, or a prompt that cannot."""
     tokens = TiktokenTokenizer("gpt2")
     text = "a<|endoftext|>b"
     assert tokens.encode(text) == [64, 50256, 65]
@@ -137,8 +137,8 @@ def test_end_of_text_is_special_in_prompts_alone(gpt2_vocabulary: None) -> None:
     assert 50256 not in corpus and tokens.decode(corpus) == tokens.decode([64, 50256, 65]) == text
 
 
-def test_special_tokens_of_an_encoding_with_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt or a corpus that ends the program because it speaks of a special token is caught."""
+def test_several_special_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a special token in a prompt or corpus that raises."""
     import tiktoken
 
     single_bytes = tiktoken.Encoding(
@@ -156,20 +156,20 @@ def test_special_tokens_of_an_encoding_with_several(monkeypatch: pytest.MonkeyPa
     assert (tokens.vocab_size, tokens.model_vocab_size, tokens.end_of_text) == (258, 320, 256)
 
 
-def test_tiktoken_decodes_ids_that_it_lacks(gpt2_vocabulary: None) -> None:
-    """An id of the padded vocabulary that ends the program is caught."""
+def test_tiktoken_decodes_unknown_ids(gpt2_vocabulary: None) -> None:
+    """Catches an id of the padded vocabulary that raises."""
     assert TiktokenTokenizer("gpt2").decode([64, 50257, 50303, -1, 2**40, 65]) == "a\ufffd\ufffd\ufffd\ufffdb"
 
 
 def test_unknown_encoding_is_refused() -> None:
-    """An encoding's misspelt name that ends in a traceback is caught."""
+    """Catches a misspelled encoding that ends in a traceback."""
     with pytest.raises(UserError, match=r"'gpt-two'.*gpt2"):
         TiktokenTokenizer("gpt-two")
 
 
 @pytest.mark.parametrize("failure", [ConnectionError("no route"), ValueError("hash mismatch")])
 def test_vocabulary_that_cannot_be_loaded(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without a network that shows a traceback, or no way out, is caught."""
+    """Catches a machine without a network that gets a traceback, or no remedy."""
     import tiktoken
 
     def unreachable(name: str) -> None:
@@ -185,7 +185,7 @@ def test_vocabulary_that_cannot_be_loaded(failure: Exception, monkeypatch: pytes
 
 
 def test_stream_never_shows_half_a_character(encoding_name: str) -> None:
-    """A chat that prints replacement characters in the middle of an emoji is caught."""
+    """Catches replacement characters in the middle of a streamed emoji."""
     tokens = TiktokenTokenizer(encoding_name)
     text = "日本語 👩‍👩‍👧‍👦🙂 naïve"
     stream = StreamDecoder(tokens)
@@ -197,8 +197,8 @@ def test_stream_never_shows_half_a_character(encoding_name: str) -> None:
 
 @quick
 @given(any_text)
-def test_stream_is_as_far_as_the_bytes_allow(text: str) -> None:
-    """A character that is held back although it is whole, or shown before it is, is caught."""
+def test_stream_shows_characters_once_complete(text: str) -> None:
+    """Catches a complete character that is held back, or an incomplete one that is shown."""
     stream, shown = StreamDecoder(Bytes()), ""
     for character in text:
         *first, last = character.encode()
@@ -210,22 +210,22 @@ def test_stream_is_as_far_as_the_bytes_allow(text: str) -> None:
 
 @quick
 @given(st.binary(max_size=60))
-def test_stream_of_any_bytes_ends_as_decoding_at_once(data: bytes) -> None:
-    """Bytes that are no UTF-8, as a young model samples them, lost or shown otherwise than by decode, are caught."""
+def test_stream_of_any_bytes_equals_decode(data: bytes) -> None:
+    """Catches invalid UTF-8, as an untrained model samples it, that is lost or differs from decode."""
     stream = StreamDecoder(Bytes())
     shown = "".join(stream.feed(byte) for byte in data)
     assert shown + stream.finish() == data.decode("utf-8", errors="replace")
 
 
-def test_stream_of_random_tokens_ends_as_decode(gpt2_vocabulary: None) -> None:
-    """A stream that differs from decode on what an untrained model samples is caught."""
+def test_stream_of_random_tokens_equals_decode(gpt2_vocabulary: None) -> None:
+    """Catches a stream that differs from decode on an untrained model's samples."""
     tokens, stream = TiktokenTokenizer("gpt2"), StreamDecoder(TiktokenTokenizer("gpt2"))
     ids = random.Random(0).choices(range(50304), k=2000)
     assert "".join(map(stream.feed, ids)) + stream.finish() == tokens.decode(ids)
 
 
 def test_stream_of_characters() -> None:
-    """Character models that the decoder for bytes garbles are caught."""
+    """Catches characters garbled by the byte decoder."""
     tokens = CharTokenizer.from_text(MULTI_BYTE)
     stream = StreamDecoder(tokens)
     assert [stream.feed(token) for token in tokens.encode(MULTI_BYTE)] == list(MULTI_BYTE)
@@ -235,21 +235,21 @@ def test_stream_of_characters() -> None:
 @quick
 @given(st.text("abc\u00e9", max_size=40), st.lists(st.text("abc\u00e9", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_stream_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
-    """Text from behind a stop string, a part of one that is shown or lost, another than the first, are caught."""
+    """Catches text after a stop string, part of one shown or lost, or a later stop string taken for the first."""
     stream, shown = StreamDecoder(Bytes(), stop), ""
     for byte in text.encode():
         shown += stream.feed(byte)
         assert not any(end in shown for end in stop)
     shown += stream.finish()
     assert stream.stopped == any(end in text for end in stop)
-    if stream.stopped:  # the one that is complete first
+    if stream.stopped:  # cut at the stop string that is complete first
         text = next(text[:n] for n in range(len(text) + 1) if any(end in text[:n] for end in stop))
         text = text[: min(text.find(end) for end in stop if end in text)]
     assert shown == text
 
 
-def test_stream_shows_what_cannot_be_part_of_a_stop_string() -> None:
-    """Text that is held back longer than it could belong to a stop string, as by one that is never found, is caught."""
+def test_stream_holds_back_no_more_than_a_stop_string() -> None:
+    """Catches text held back longer than it can belong to a stop string."""
     stream = StreamDecoder(Bytes(), ["\n\nEnd", "stop"])
     assert [stream.feed(byte) for byte in b"a\nb st\n\nEn"] == ["a", "", "\nb", " ", "", "", "st", "", "", ""]
     assert stream.feed(ord("x")) == "\n\nEnx"
@@ -260,7 +260,7 @@ def test_stream_shows_what_cannot_be_part_of_a_stop_string() -> None:
 
 
 def test_tiktoken_description_round_trip() -> None:
-    """A description that needs the vocabulary, and so a network, to be read is caught."""
+    """Catches a description that needs the vocabulary, and so a network, to be read."""
     copy = tokenizer.from_dict(json.loads(json.dumps(TiktokenTokenizer("gpt2", 50257).to_dict())))
     assert isinstance(copy, TiktokenTokenizer)
     assert (copy.name, copy.vocab_size) == ("gpt2", 50257)
@@ -291,7 +291,7 @@ def test_tiktoken_description_round_trip() -> None:
     ],
 )
 def test_malformed_description_is_refused(description: Any) -> None:
-    """A damaged description that yields a tokenizer, or a traceback, is caught."""
+    """Catches a damaged description that yields a tokenizer or a traceback."""
     with pytest.raises(UserError):
         tokenizer.from_dict(description)
 
@@ -311,14 +311,14 @@ def test_malformed_description_is_refused(description: Any) -> None:
     ],
 )
 def test_damaged_meta_json_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
-    """A damaged meta.json that is passed over, or told without its name, is caught."""
+    """Catches a damaged meta.json that is ignored, or reported without its path."""
     (tmp_path / "meta.json").write_bytes(content)
     with pytest.raises(UserError, match=r"meta\.json"):
         tokenizer.from_folder(tmp_path)
 
 
 def test_meta_json_comes_before_meta_pkl(tmp_path: Path) -> None:
-    """A stale pickle that overrules the description beside it is caught."""
+    """Catches a stale pickle that overrules meta.json."""
     description = {"tokenizer": {"kind": "char", "characters": ["x", "y"]}}
     (tmp_path / "meta.json").write_text(json.dumps(description), encoding="utf-8")
     (tmp_path / "meta.pkl").write_bytes(b"no pickle")
@@ -335,7 +335,7 @@ def nanogpt_meta(characters: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_nanogpt_pickle_is_read(tmp_path: Path, protocol: int) -> None:
-    """A folder that nanoGPT prepared and whose tokenizer is lost is caught."""
+    """Catches a folder prepared by nanoGPT whose tokenizer is lost."""
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(nanogpt_meta("\n é🙂"), protocol))
     tokens = tokenizer.from_folder(tmp_path)
     assert isinstance(tokens, CharTokenizer)
@@ -343,7 +343,7 @@ def test_nanogpt_pickle_is_read(tmp_path: Path, protocol: int) -> None:
 
 
 def test_folder_without_description_is_gpt2(tmp_path: Path) -> None:
-    """nanoGPT's datasets of GPT-2 tokens, which hold no description, taken for damaged are caught."""
+    """Catches nanoGPT's GPT-2 datasets, which have no description, being refused."""
     tokens = tokenizer.from_folder(tmp_path)
     assert isinstance(tokens, TiktokenTokenizer)
     assert (tokens.name, tokens.vocab_size) == ("gpt2", 50257)
@@ -362,7 +362,7 @@ class Evaluates:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("trap", [RunsCommand, Evaluates])
 def test_hostile_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: type, protocol: int) -> None:
-    """A downloaded meta.pkl that runs its author's commands is caught."""
+    """Catches a downloaded meta.pkl that runs its author's code."""
     monkeypatch.chdir(tmp_path)
     hostile = pickle.dumps(nanogpt_meta("ab") | {"more": trap()}, protocol)
     (tmp_path / "meta.pkl").write_bytes(hostile)
@@ -391,7 +391,7 @@ def test_hostile_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_damaged_pickle_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
-    """A damaged meta.pkl that yields some table, or a traceback, is caught."""
+    """Catches a damaged meta.pkl that yields a table or a traceback."""
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(UserError, match=r"meta\.pkl"):
         tokenizer.from_folder(tmp_path)

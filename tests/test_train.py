@@ -1,4 +1,4 @@
-"""train.py: the schedule, the loop, evaluation, resuming and finetuning, with tiny models and in this process."""
+"""train.py: schedule, loop, resuming and finetuning, with tiny models and in this process."""
 
 import csv
 import json
@@ -15,13 +15,11 @@ import torch
 
 import configurator
 import train
-from model import Bigram, GPTConfig
-from nanogpt import checkpoint, corpus, device
+from nanogpt import checkpoint, corpus
 from nanogpt.dataset import Dataset
 from nanogpt.distributed import Group, share_batch
 from nanogpt.errors import UserError
-from nanogpt.run import Signals
-from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
+from nanogpt.tokenizer import CharTokenizer
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2"]
 SHORT = [
@@ -37,21 +35,35 @@ GOLDEN = [2.90378, 2.88907, 2.82238, 2.79254, 2.71224, 2.66864, 2.65597, 2.62479
 
 
 def run(*flags: str | Path) -> train.Config:
+    """Run train.py with these arguments, and return its config."""
     config = configurator.parse(train.Config, [str(flag) for flag in flags])
     train.main(config)
     return config
 
 
 def rows(out_dir: Path) -> list[dict[str, str]]:
+    """Return the rows of metrics.csv."""
     with open(out_dir / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def losses(out_dir: Path) -> dict[int, float]:
+    """Return the training loss of each iteration."""
     return {int(row["iteration"]): float(row["loss"]) for row in rows(out_dir) if row["loss"]}
 
 
+def without(columns: set[str], rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the rows without some of their columns."""
+    return [{name: value for name, value in row.items() if name not in columns} for row in rows]
+
+
+def samples(out: str) -> list[str]:
+    """Return the samples in what a run has printed."""
+    return re.findall(r"^--- sample after [\d,]+ iterations\n(.*?)\n---$", out, re.MULTILINE | re.DOTALL)
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights in a checkpoint."""
     return torch.load(path, weights_only=True)["model"]
 
 
@@ -69,20 +81,20 @@ def out_dir(tmp_path: Path) -> Path:
     ("iteration", "expected"),
     [(0, 0.25), (1, 0.5), (2, 0.75), (3, 1.0), (7, 0.1 + 0.9 * 0.5), (11, 0.1), (100, 0.1)],
 )
-def test_schedule_warms_up_and_follows_a_half_cosine(iteration: int, expected: float) -> None:
-    """Catches a schedule that misses its peak, its half-way point or its end."""
+def test_learning_rate_schedule(iteration: int, expected: float) -> None:
+    """Catches a schedule that misses its peak, the middle of its cosine or its end."""
     assert train.get_lr(iteration, 1.0, 0.1, warmup_iters=3, lr_decay_iters=11) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("decay", [0, 3, 5])
-def test_schedule_survives_decay_that_ends_before_warmup_does(decay: int) -> None:
-    """Catches a division by zero where warmup and decay meet."""
-    rates = [train.get_lr(i, 1.0, 0.1, warmup_iters=5, lr_decay_iters=decay) for i in range(8)]
+@pytest.mark.parametrize("lr_decay_iters", [0, 3, 5])
+def test_decay_shorter_than_warmup(lr_decay_iters: int) -> None:
+    """Catches a division by zero if the decay ends before the warmup, or with it."""
+    rates = [train.get_lr(i, 1.0, 0.1, warmup_iters=5, lr_decay_iters=lr_decay_iters) for i in range(8)]
     assert rates[:5] == pytest.approx([i / 6 for i in range(1, 6)])
     assert rates[5:] == [0.1] * 3
 
 
-def test_a_run_makes_exactly_max_iters_updates_and_ends_with_an_evaluation(flags: list[str], out_dir: Path) -> None:
+def test_max_iters_is_the_number_of_updates(flags: list[str], out_dir: Path) -> None:
     """Catches one update too many (nanoGPT makes it) and a run that ends without its last checkpoint."""
     run(*flags, "--max_iters=7")
     assert sorted(losses(out_dir)) == list(range(7))
@@ -92,24 +104,26 @@ def test_a_run_makes_exactly_max_iters_updates_and_ends_with_an_evaluation(flags
     assert {float(slot["step"]) for slot in state["optimizer"]["state"].values()} == {7.0}
 
 
-def test_printed_lines_have_nanogpts_form(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches lines that people's scripts no longer parse."""
+def test_printed_lines_are_nanogpts(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches lines that people's scripts can no longer parse."""
     run(*flags, "--max_iters=1")
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("iter 0: loss ") and line.endswith("ms, mfu -100.00%") for line in lines)
     assert any(line.startswith("step 1: train loss ") and ", val loss " in line for line in lines)
 
 
-def test_ten_steps_give_the_losses_that_they_always_gave(flags: list[str], out_dir: Path) -> None:
-    """Catches a change of the model, the batches or the optimizer that was meant to change nothing."""
+def test_golden_losses(flags: list[str], out_dir: Path) -> None:
+    """Catches a refactoring of model, batches or optimizer that changes the numbers."""
     run(*flags, "--learning_rate=1e-2")
-    found = losses(out_dir)
-    assert [found[i] for i in range(10)] == pytest.approx(GOLDEN, abs=2e-3)
+    by_iteration = losses(out_dir)
+    assert [by_iteration[i] for i in range(10)] == pytest.approx(GOLDEN, abs=2e-3)
 
 
-def test_first_update_is_that_of_a_plain_loop(flags: list[str], dataset: Path, out_dir: Path) -> None:
-    """Catches accumulation, clipping or decay that differ from the mean gradient of the whole batch."""
+def test_first_update_matches_a_plain_loop(flags: list[str], dataset: Path, out_dir: Path) -> None:
+    """Catches gradient accumulation, clipping or weight decay that differs from one step on the whole batch."""
     config = run(*flags, "--max_iters=1", "--grad_clip=0.5", "--learning_rate=1e-2")
+
+    # the same batch in one piece
     torch.manual_seed(config.seed)
     data = Dataset(str(dataset))
     model, _ = train.load_or_init(config, data, None)
@@ -119,6 +133,8 @@ def test_first_update_is_that_of_a_plain_loop(flags: list[str], dataset: Path, o
     assert losses(out_dir)[0] == pytest.approx(loss.item(), abs=1e-5)
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
     assert float(next(row["grad_norm"] for row in rows(out_dir) if row["grad_norm"])) == pytest.approx(norm, rel=1e-4)
+
+    # one step of PyTorch's AdamW on the clipped gradient
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
@@ -134,16 +150,16 @@ def test_first_update_is_that_of_a_plain_loop(flags: list[str], dataset: Path, o
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_does_not_depend_on_how_it_is_cut(flags: list[str], out_dir: Path) -> None:
-    """Catches micro-batches that are drawn one by one rather than cut from one batch."""
+def test_micro_batches_change_no_loss(flags: list[str], out_dir: Path) -> None:
+    """Catches micro-batches that are drawn one by one instead of cut from one batch."""
     run(*flags)
     first = losses(out_dir)
     run(*flags, "--batch_size=8", "--gradient_accumulation_steps=1")
     assert losses(out_dir) == pytest.approx(first, abs=1e-4)
 
 
-def test_whole_split_evaluation_scores_each_token_once(flags: list[str], dataset: Path, out_dir: Path) -> None:
-    """Catches windows that overlap or leave out the end, a short last one that weighs too much, and dropout left on."""
+def test_whole_split_evaluation(flags: list[str], dataset: Path, out_dir: Path) -> None:
+    """Catches a reported loss that is not the saved model's mean over all tokens of the split, without dropout."""
     config = run(*flags, "--max_iters=1", "--eval_iters=0", "--batch_size=7", "--dropout=0.5")
     model = checkpoint.build_model(checkpoint.load(out_dir / "last.pt")).eval()
     ids = torch.from_numpy(np.fromfile(dataset / "val.bin", dtype=np.uint8).astype(np.int64))
@@ -156,53 +172,50 @@ def test_whole_split_evaluation_scores_each_token_once(flags: list[str], dataset
     assert float(rows(out_dir)[-1]["val_loss"]) == pytest.approx(total / (len(ids) - 1), abs=1e-5)
 
 
-def test_evaluation_takes_the_same_windows_every_time_and_leaves_training_alone(flags: list[str], out_dir: Path) -> None:
-    """Catches evaluations that compare different text, and training that depends on how often one evaluates."""
+def test_evaluation_is_repeatable_and_leaves_training_alone(flags: list[str], out_dir: Path) -> None:
+    """Catches evaluations on different windows, and training that depends on how often it is evaluated."""
     run(*flags, "--learning_rate=1e-9", "--min_lr=1e-9", "--weight_decay=0")
-    found = [float(row["val_loss"]) for row in rows(out_dir) if row["val_loss"]]
-    assert len(found) == 3
-    assert found == pytest.approx([found[0]] * 3, abs=1e-5)
+    val_losses = [float(row["val_loss"]) for row in rows(out_dir) if row["val_loss"]]
+    assert len(val_losses) == 3
+    assert val_losses == pytest.approx([val_losses[0]] * 3, abs=1e-5)
     first = losses(out_dir)
     run(*flags, "--learning_rate=1e-9", "--min_lr=1e-9", "--weight_decay=0", "--eval_interval=3", "--dropout=0.0")
     assert losses(out_dir) == first
 
 
-def test_a_resumed_run_is_the_run_that_never_stopped(flags: list[str], tmp_path: Path, out_dir: Path) -> None:
-    """Catches state that a checkpoint leaves out: moments, position, dropout, rows of metrics.csv."""
+def test_resume_is_bit_exact(flags: list[str], tmp_path: Path, out_dir: Path) -> None:
+    """Catches state that a checkpoint lacks: moments, place in the data, dropout seeds, rows of metrics.csv."""
     run(*flags, "--dropout=0.2")
-    whole, whole_rows = weights(out_dir / "last.pt"), rows(out_dir)
     parts = f"--out_dir={tmp_path / 'parts'}"
     run(*flags, "--dropout=0.2", parts, "--max_iters=5")
     run("--init_from=resume", parts, "--max_iters=10")
+    whole, whole_rows = weights(out_dir / "last.pt"), rows(out_dir)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(tmp_path / "parts" / "last.pt").items())
-    clocks = {"seconds", "tokens_per_second", "peak_memory_mb"}
-    strip = [{name: value for name, value in row.items() if name not in clocks} for row in whole_rows]
-    assert [{k: v for k, v in row.items() if k not in clocks} for row in rows(tmp_path / "parts")] == strip
+    measured = {"seconds", "tokens_per_second", "peak_memory_mb"}
+    assert without(measured, rows(tmp_path / "parts")) == without(measured, whole_rows)
 
 
-def test_resuming_takes_every_key_that_was_not_given_from_the_checkpoint(
-    flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Catches a resumed run on the default dataset, or with the default learning rate."""
+def test_resume_takes_its_keys_from_the_checkpoint(flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a resumed run with default keys, or one that ignores a key given for it."""
     run(*flags, "--learning_rate=0.0123", "--max_iters=5", "--seed=7")
     run("--init_from=resume", f"--out_dir={out_dir}", "--n_embd=64", "--beta2=0.9", "--max_iters=6")
     assert "n_embd=16, used instead of n_embd=64" in capsys.readouterr().err
-    settled = json.loads((out_dir / "config.json").read_text())
+    config = json.loads((out_dir / "config.json").read_text())
     keys = ("learning_rate", "seed", "beta2", "max_iters", "n_embd", "block_size")
-    assert [settled[key] for key in keys] == [0.0123, 7, 0.9, 6, 16, 16]
+    assert [config[key] for key in keys] == [0.0123, 7, 0.9, 6, 16, 16]
     groups = torch.load(out_dir / "last.pt", weights_only=True)["optimizer"]["param_groups"]
     assert [group["betas"][1] for group in groups] == [0.9, 0.9]
 
 
-def test_resuming_a_finished_run_changes_nothing(flags: list[str], out_dir: Path) -> None:
-    """Catches a finished run that is evaluated, saved or trained once more."""
+def test_resuming_a_finished_run(flags: list[str], out_dir: Path) -> None:
+    """Catches a finished run that is evaluated, saved or trained again."""
     run(*flags)
     before = (out_dir / "metrics.csv").read_bytes(), os.stat(out_dir / "last.pt").st_mtime_ns
     run("--init_from=resume", f"--out_dir={out_dir}")
     assert before == ((out_dir / "metrics.csv").read_bytes(), os.stat(out_dir / "last.pt").st_mtime_ns)
 
 
-def test_best_checkpoint_stays_when_the_loss_gets_worse(flags: list[str], out_dir: Path) -> None:
+def test_best_checkpoint_survives_a_worse_loss(flags: list[str], out_dir: Path) -> None:
     """Catches a worse loss that is recorded as the best."""
     run(*flags, "--learning_rate=1e-2", "--always_save_checkpoint=False")
     best = float(torch.load(out_dir / "ckpt.pt", weights_only=True)["best_val_loss"])
@@ -214,8 +227,8 @@ def test_best_checkpoint_stays_when_the_loss_gets_worse(flags: list[str], out_di
     assert (last["iter_num"], float(last["best_val_loss"])) == (20, pytest.approx(best))
 
 
-def test_finetuning_ones_own_model_starts_from_its_weights(flags: list[str], out_dir: Path, tmp_path: Path) -> None:
-    """Catches a finetuning that starts from random weights, from the old optimizer, or at the old iteration."""
+def test_finetuning_starts_from_the_weights(flags: list[str], out_dir: Path, tmp_path: Path) -> None:
+    """Catches finetuning from random weights, with the old optimizer, or at the old iteration."""
     run(*flags, "--learning_rate=1e-2")
     for index, source in enumerate([out_dir, out_dir / "ckpt.pt"]):
         tuned = tmp_path / f"tuned{index}"
@@ -226,8 +239,8 @@ def test_finetuning_ones_own_model_starts_from_its_weights(flags: list[str], out
         assert (state["iter_num"], state["model_args"]["block_size"]) == (1, 8)
 
 
-def test_eval_only_prints_and_writes_nothing(flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches an evaluation that creates a run or overwrites one."""
+def test_eval_only_writes_nothing(flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an evaluation that creates or overwrites a run."""
     run(*flags, "--eval_only=True")
     assert "step 0: train loss " in capsys.readouterr().out
     assert not out_dir.exists()
@@ -239,40 +252,40 @@ def test_eval_only_prints_and_writes_nothing(flags: list[str], out_dir: Path, ca
     assert before == {path.name: path.read_bytes() for path in out_dir.iterdir()}
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_the_update(flags: list[str], out_dir: Path) -> None:
-    """Catches a run that trains on, or saves, ruined weights."""
+def test_nan_loss_stops_the_run_before_the_update(flags: list[str], out_dir: Path) -> None:
+    """Catches a run that goes on with NaN weights, or saves them."""
     run(*flags, "--max_iters=5")
     before = (out_dir / "last.pt").read_bytes()
-    for interval, what in ((1, "train loss"), (5, "loss")):  # found by an evaluation, and by the loop itself
-        with pytest.raises(UserError, match=f"iteration 6: the {what} is (nan|inf)"):
-            run(*flags, "--init_from=resume", "--learning_rate=1e30", "--decay_lr=False", f"--eval_interval={interval}")
+    for eval_interval, name in ((1, "train loss"), (5, "loss")):  # found by the evaluation, and by the loop
+        with pytest.raises(UserError, match=f"iteration 6: the {name} is (nan|inf)"):
+            run(*flags, "--init_from=resume", "--learning_rate=1e30", "--decay_lr=False", f"--eval_interval={eval_interval}")
         assert (out_dir / "last.pt").read_bytes() == before
 
 
-def test_bigram_trains_to_the_entropy_of_pairs(dataset: Path, out_dir: Path, text: str) -> None:
-    """Catches a bigram model that learns anything but the counts of pairs."""
+def test_bigram_reaches_the_entropy_of_pairs(dataset: Path, out_dir: Path) -> None:
+    """Catches a bigram model that learns anything but the frequencies of pairs."""
     config = Path(train.__file__).parent / "config" / "train_bigram_char.py"
     schedule = ["--learning_rate=0.05", "--max_iters=1000", "--lr_decay_iters=1000"]
     run(config, f"--dataset={dataset}", f"--out_dir={out_dir}", "--device=cpu", "--dtype=float32", *schedule)
     ids = np.fromfile(dataset / "train.bin", dtype=np.uint8)
     pairs = np.zeros((ids.max() + 1, ids.max() + 1))
     np.add.at(pairs, (ids[:-1], ids[1:]), 1)
-    chances = pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1)
-    entropy = -(pairs * np.log(np.where(chances > 0, chances, 1))).sum() / pairs.sum()
+    probs = pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1)
+    entropy = -(pairs * np.log(np.where(probs > 0, probs, 1))).sum() / pairs.sum()
     assert float(rows(out_dir)[-1]["train_loss"]) == pytest.approx(entropy, abs=0.02)
 
 
-def test_bigram_comes_near_to_counting_pairs_on_tiny_shakespeare(shakespeare: str, tmp_path: Path, out_dir: Path) -> None:
-    """Catches a recipe whose bigram model stays away from the best that one can do: 2.452 in training, 2.484 after it."""
+def test_bigram_recipe_on_tiny_shakespeare(shakespeare: str, tmp_path: Path, out_dir: Path) -> None:
+    """Catches a recipe that falls short of the best possible bigram model: 2.484 on the validation split."""
     cut = int(len(shakespeare) * 0.9)
     tokenizer = CharTokenizer.from_text(shakespeare)
     corpus.write_dataset(tmp_path / "shakespeare", [shakespeare[:cut]], [shakespeare[cut:]], tokenizer, "Tiny Shakespeare")
     train_ids, val_ids = (np.array(tokenizer.encode(part)) for part in (shakespeare[:cut], shakespeare[cut:]))
-    pairs = np.ones((65, 65))  # each pair once more than it occurs, so that none is impossible
+    pairs = np.ones((65, 65))  # add-one smoothing, so that no pair is impossible
     np.add.at(pairs, (train_ids[:-1], train_ids[1:]), 1)
-    surprise = -np.log(pairs / pairs.sum(axis=1, keepdims=True))
-    assert surprise[train_ids[:-1], train_ids[1:]].mean() == pytest.approx(2.452, abs=0.005)
-    assert surprise[val_ids[:-1], val_ids[1:]].mean() == pytest.approx(2.484, abs=0.005)
+    nats = -np.log(pairs / pairs.sum(axis=1, keepdims=True))
+    assert nats[train_ids[:-1], train_ids[1:]].mean() == pytest.approx(2.452, abs=0.005)
+    assert nats[val_ids[:-1], val_ids[1:]].mean() == pytest.approx(2.484, abs=0.005)
 
     config = Path(train.__file__).parent / "config" / "train_bigram_char.py"
     flags = ["--eval_interval=2000", "--device=cpu", "--dtype=float32"]
@@ -280,14 +293,10 @@ def test_bigram_comes_near_to_counting_pairs_on_tiny_shakespeare(shakespeare: st
     assert float(rows(out_dir)[-1]["val_loss"]) == pytest.approx(2.484, abs=0.02)
 
 
-def samples(out: str) -> list[str]:
-    return re.findall(r"^--- sample after [\d,]+ iterations\n(.*?)\n---$", out, re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.parametrize("kind", ["gpt", "bigram"])
-def test_samples_leave_the_run_alone(kind: str, flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a sample that draws from training's random numbers, leaves dropout off, or is none of the model's."""
-    flags += [f"--model={kind}", "--dropout=0.2", "--learning_rate=1e-2", "--max_iters=8"]
+@pytest.mark.parametrize("model", ["gpt", "bigram"])
+def test_samples_leave_training_alone(model: str, flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a sample that takes training's random numbers, leaves dropout off, or is always the same."""
+    flags += [f"--model={model}", "--dropout=0.2", "--learning_rate=1e-2", "--max_iters=8"]
     run(*flags)
     assert samples(capsys.readouterr().out) == []
     expected, expected_weights = losses(out_dir), weights(out_dir / "last.pt")
@@ -299,10 +308,10 @@ def test_samples_leave_the_run_alone(kind: str, flags: list[str], out_dir: Path,
     assert all(150 < len(text) <= 200 for text in texts)
 
 
-def test_samples_are_not_counted_as_training(
+def test_time_of_samples_is_not_counted(
     flags: list[str], out_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches an iteration that seems slow since a text was written before it."""
+    """Catches an iteration that seems slow because a sample was generated before it."""
     now = [1000.0]
 
     def clock() -> float:
@@ -322,47 +331,8 @@ def test_samples_are_not_counted_as_training(
     assert max(float(time) for time in re.findall(r"time ([\d.]+)ms", out)) < 100
 
 
-def test_a_sample_ends_at_a_signal(flags: list[str], dataset: Path) -> None:
-    """Catches a stop that waits for a slow model's text."""
-    config = configurator.parse(train.Config, flags)
-    data, signals = Dataset(str(dataset)), Signals()
-    model, _ = train.load_or_init(config, data, None)
-    signals.received = 15
-    assert len(train.sample_text(model, data, 1, 1, "cpu", signals)) <= 1
-    assert model.training
-
-
-def test_a_model_of_conversations_replies(project: Path, command, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a sample of a person's words, which such a model does not learn, or one that talks on after its reply."""
-    assert command("data/chat/prepare.py").returncode == 0
-    data = Dataset(str(project / "data" / "chat"))
-    end = data.tokenizer.encode("<endOfText>")
-    said = iter([*data.tokenizer.encode("Moo."), *end, *end])
-
-    class Parrot(Bigram):
-        def stream(self, idx, *arguments, **keywords):
-            prompts.append(data.tokenizer.decode(idx[0].tolist()))
-            yield from (torch.tensor([[token]]) for token in said)
-
-    prompts: list[str] = []
-    model = Parrot(GPTConfig(block_size=256, vocab_size=data.tokenizer.vocab_size))
-    text = train.sample_text(model, data, 1, 1, "cpu", Signals())
-    assert re.fullmatch(r"<human>[^<>]+<endOfText><bot>", prompts[0])
-    assert text == f"{prompts[0]}Moo."
-
-
-def test_samples_of_byte_pairs(tmp_path: Path, out_dir: Path, gpt2_vocabulary: None, capsys) -> None:
-    """Catches ids beyond the vocabulary, and a text that goes on with another document."""
-    corpus.write_dataset(tmp_path / "pairs", ["A word. " * 50], ["A word. " * 20], TiktokenTokenizer("gpt2"), "words")
-    more = [f"--dataset={tmp_path / 'pairs'}", f"--out_dir={out_dir}", "--max_iters=2", "--sample_interval=1"]
-    run(*TINY, *SHORT, *more, "--block_size=4", "--n_embd=2", "--batch_size=1")
-    texts = samples(capsys.readouterr().out)
-    assert len(texts) == 2 and all(len(text) > 200 for text in texts)
-    assert not any("<|endoftext|>" in text for text in texts)
-
-
-def test_metrics_tell_the_health_of_the_run(flags: list[str], out_dir: Path) -> None:
-    """Catches clipping that is not counted, and memory in another unit."""
+def test_clipping_and_memory_are_logged(flags: list[str], out_dir: Path) -> None:
+    """Catches clipped steps that are not counted, and memory in another unit."""
     run(*flags, "--grad_clip=0")
     logged = [row for row in rows(out_dir) if row["loss"]]
     assert {row["clipped"] for row in logged} == {"0"}
@@ -375,8 +345,8 @@ def test_metrics_tell_the_health_of_the_run(flags: list[str], out_dir: Path) -> 
     assert (used == sorted(used) and 100 < used[-1] < 100_000) or sys.platform == "win32"
 
 
-def test_mixed_precision_trains_to_nearly_the_same_loss(flags: list[str], out_dir: Path) -> None:
-    """Catches autocast that is not entered, or entered where it must not be."""
+def test_mixed_precision_is_near_float32(flags: list[str], out_dir: Path) -> None:
+    """Catches a run without autocast, or one whose weights are bfloat16."""
     run(*flags, "--learning_rate=1e-2")
     exact = losses(out_dir)
     run(*flags, "--learning_rate=1e-2", "--dtype=bfloat16")
@@ -386,7 +356,7 @@ def test_mixed_precision_trains_to_nearly_the_same_loss(flags: list[str], out_di
 
 
 def test_another_tokenizer_is_refused(flags: list[str], out_dir: Path, tmp_path: Path) -> None:
-    """Catches a model that goes on with ids that mean something else."""
+    """Catches a resumed run on token ids with another meaning."""
     run(*flags, "--max_iters=5")
     other = tmp_path / "other"
     corpus.write_dataset(other, ["abc" * 100], ["abc" * 100], CharTokenizer.from_text("abc"), "abc")
@@ -394,16 +364,8 @@ def test_another_tokenizer_is_refused(flags: list[str], out_dir: Path, tmp_path:
         run("--init_from=resume", f"--out_dir={out_dir}", f"--dataset={other}")
 
 
-def test_loss_rows_follow_the_size_of_the_logits() -> None:
-    """Catches logits of GPT-2's vocabulary that set the peak of memory, and small models that are cut for nothing."""
-    assert device.pick_loss_rows("auto", "cpu", 4 * 256, 50304) == 256
-    assert device.pick_loss_rows("auto", "cuda", 4 * 256, 50304) == 0
-    assert device.pick_loss_rows("auto", "cpu", 4 * 256, 65) == 0
-    assert device.pick_loss_rows(7, "cuda", 4 * 256, 65) == 7
-
-
-def test_a_run_with_the_loss_in_chunks_has_the_same_losses(flags: list[str], out_dir: Path) -> None:
-    """Catches a key that does not reach the model, or reaches training alone."""
+def test_loss_rows_change_no_loss(flags: list[str], out_dir: Path) -> None:
+    """Catches a chunked loss that differs, in training or in evaluation."""
     run(*flags)
     whole = losses(out_dir), [row["val_loss"] for row in rows(out_dir)]
     run(*flags, "--loss_rows=5")
@@ -416,8 +378,8 @@ def test_a_run_with_the_loss_in_chunks_has_the_same_losses(flags: list[str], out
     ("batch_tokens", "processes", "expected"),
     [(0, 1, 40), (0, 8, 40), (96, 1, 3), (96, 3, 3), (64, 2, 2), (491520, 8, 15360)],
 )
-def test_tokens_of_an_iteration_set_its_micro_batches(batch_tokens: int, processes: int, expected: int) -> None:
-    """Catches tokens that are counted for one process, or without their windows."""
+def test_batch_tokens_set_the_micro_batches(batch_tokens: int, processes: int, expected: int) -> None:
+    """Catches tokens that are counted per rank, or sequences that are not counted in tokens."""
     assert share_batch(40, batch_tokens, 4, 8, processes) == expected
 
 
@@ -429,35 +391,35 @@ def test_tokens_of_an_iteration_set_its_micro_batches(batch_tokens: int, process
         (31, 1, "x 1 process = 32, got 31; try --batch_tokens=32, or"),
     ],
 )
-def test_tokens_that_cannot_be_shared_out_are_refused(batch_tokens: int, processes: int, advice: str) -> None:
-    """Catches a batch that is silently larger or smaller than was asked for, and advice that does not help."""
+def test_batch_tokens_must_divide(batch_tokens: int, processes: int, advice: str) -> None:
+    """Catches a batch that is silently rounded, and advice that does not help."""
     with pytest.raises(UserError, match=re.escape(advice)) as caught:
         share_batch(40, batch_tokens, 4, 8, processes)
     assert "batch_tokens must be a multiple of batch_size=4 x 8 tokens x " in str(caught.value)
 
 
-def test_tokens_of_an_iteration_stay_when_a_run_goes_on(flags: list[str], out_dir: Path) -> None:
-    """Catches a resumed run with other batches, and a wish for other ones that its own tokens overrule."""
+def test_batch_tokens_after_a_resume(flags: list[str], out_dir: Path) -> None:
+    """Catches a resumed run with other batches, or one that ignores a new --gradient_accumulation_steps."""
     run(*flags, "--batch_tokens=192", "--max_iters=1")
     assert int(rows(out_dir)[-1]["tokens"]) == 192
-    on = [f"--out_dir={out_dir}", "--init_from=resume"]
-    run(*on, "--batch_size=2", "--max_iters=2")
+    resume = [f"--out_dir={out_dir}", "--init_from=resume"]
+    run(*resume, "--batch_size=2", "--max_iters=2")
     assert int(rows(out_dir)[-1]["tokens"]) == 2 * 192
-    run(*on, "--gradient_accumulation_steps=2", "--max_iters=3")
+    run(*resume, "--gradient_accumulation_steps=2", "--max_iters=3")
     assert int(rows(out_dir)[-1]["tokens"]) == 3 * 2 * 2 * 16
-    settled = json.loads((out_dir / "config.json").read_text())
-    assert (settled["gradient_accumulation_steps"], settled["batch_tokens"]) == (2, 0)
+    config = json.loads((out_dir / "config.json").read_text())
+    assert (config["gradient_accumulation_steps"], config["batch_tokens"]) == (2, 0)
 
 
 def test_sharded_float16_is_refused(dataset: Path) -> None:
-    """Catches gradients that overflow where no one looks."""
+    """Catches FSDP in float16, which has no loss scaling here."""
     config = configurator.parse(train.Config, ["--parallel=fsdp", "--dtype=float16"])
     with pytest.raises(UserError, match=r"--parallel=fsdp .* --dtype=bfloat16 or --dtype=float32"):
         train.resolve_machine(config, Group(launched=True), None, Dataset(str(dataset)))
 
 
-def test_activations_that_are_computed_anew_change_nothing(flags: list[str], out_dir: Path, tmp_path: Path) -> None:
-    """Catches a key that does nothing in training, or something to its result."""
+def test_activation_checkpointing_changes_nothing(flags: list[str], out_dir: Path, tmp_path: Path) -> None:
+    """Catches recomputed activations with other dropout, and with it another result."""
     run(*flags, "--dropout=0.2", "--n_layer=2")
     expected = losses(out_dir), weights(out_dir / "last.pt")
     run(*flags, "--dropout=0.2", "--n_layer=2", "--activation_checkpointing=True", f"--out_dir={tmp_path / 'other'}")

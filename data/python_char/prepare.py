@@ -1,7 +1,7 @@
-"""Prepare the source of Python's standard library for a model of characters: real text that every machine has.
+"""Prepare the source code of Python's standard library by character: a real corpus that needs no download.
 
-Takes the .py files of the interpreter that runs this, without its tests, so that the numbers depend on its version:
-expect about 100 characters and some 8 to 11 million tokens, every tenth file of them for validation.
+Takes the .py files of the Python that runs this, without its tests, and every tenth file for validation. The counts depend on
+its version: expect about 100 characters and 8 to 11 million tokens.
 """
 
 import platform
@@ -18,18 +18,18 @@ from nanogpt import corpus
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import CharTokenizer
 
-NOT_TAKEN = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
     pass
 
 
 def standard_library() -> list[str]:
-    """Return the text of each ASCII source file of the standard library, in the order of their paths."""
+    """Return the text of each ASCII source file of the standard library, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = sorted(path for path in root.rglob("*.py") if NOT_TAKEN.isdisjoint(path.relative_to(root).parts))
+    paths = sorted(path for path in root.rglob("*.py") if EXCLUDED.isdisjoint(path.relative_to(root).parts))
     sources = (path.read_bytes() for path in paths)
     return [source.decode("ascii") for source in sources if source and source.isascii()]
 
@@ -37,7 +37,8 @@ def standard_library() -> list[str]:
 def main(config: Config) -> None:
     files = standard_library()
     if len(files) < 10:
-        raise UserError(f"no source files in {sysconfig.get_paths()['stdlib']}: this Python comes without them")
+        stdlib = sysconfig.get_paths()["stdlib"]
+        raise UserError(f"{stdlib} must have at least 10 source files, got {len(files)}; use a Python that comes with them")
     val = files[9::10]
     train = [file for index, file in enumerate(files) if index % 10 != 9]
     tokenizer = CharTokenizer.from_text("".join(files))

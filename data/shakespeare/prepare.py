@@ -1,7 +1,7 @@
 """Prepare Tiny Shakespeare in GPT-2's byte-pair encoding, for finetuning GPT-2.
 
-Takes the input.txt beside this file or of data/shakespeare_char, or downloads it. Expect 301,966 tokens in train.bin and
-36,059 in val.bin.
+Takes the input.txt in this folder or in data/shakespeare_char, or downloads it. Expect 301,966 tokens in train.bin and 36,059
+in val.bin.
 """
 
 import sys
@@ -16,9 +16,9 @@ from nanogpt import corpus
 from nanogpt.tokenizer import TiktokenTokenizer
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
-    url: str = corpus.TINY_SHAKESPEARE  # where input.txt is downloaded from if it is not here yet
+    url: str = corpus.TINY_SHAKESPEARE  # where to download input.txt from if it is not here yet
 
 
 def main(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Prepare Tiny Shakespeare for a model of characters, from the network or from the input.txt beside this file.
+"""Prepare Tiny Shakespeare by character, from the input.txt in this folder, which is downloaded if it is missing.
 
 Expect 65 characters, 1,003,854 tokens in train.bin and 111,540 in val.bin.
 """
@@ -15,9 +15,9 @@ from nanogpt import corpus
 from nanogpt.tokenizer import CharTokenizer
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
-    url: str = corpus.TINY_SHAKESPEARE  # where input.txt is downloaded from if it is not here yet
+    url: str = corpus.TINY_SHAKESPEARE  # where to download input.txt from if it is not here yet
 
 
 def main(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Prepare your own text: a file, or a folder of files, in UTF-8.
+"""Prepare your own text: a UTF-8 file, or a folder of them.
 
 python data/text/prepare.py --input=my_book.txt --name=my_book
 python train.py config/train_shakespeare_char_cpu.py --dataset=my_book --out_dir=out-my-book
@@ -17,29 +17,29 @@ from nanogpt import corpus
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
 
-WRITTEN = ("train.bin", "val.bin", "meta.json")  # what an earlier run may have left in the folder
+OUTPUTS = ("train.bin", "val.bin", "meta.json")  # not text, if the input is the dataset's own folder
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(configurator.Config):
-    input: str = ""  # a text file, or a folder whose files are taken in the order of their names (hidden ones are not)
-    tokenizer: Literal["char", "gpt2", "cl100k_base", "o200k_base"] = "char"  # a table of its characters, or an encoding
-    val_fraction: Annotated[float, configurator.Range(above=0, below=1)] = 0.1  # share, at the end, kept for validation
-    name: str = "text"  # the dataset that results: data/<name>, for train.py --dataset=<name>
+    input: str = ""  # a text file, or a folder: all its files, sorted by path, except hidden ones
+    tokenizer: Literal["char", "gpt2", "cl100k_base", "o200k_base"] = "char"  # char: by character; or a byte-pair encoding
+    val_fraction: Annotated[float, configurator.Range(above=0, below=1)] = 0.1  # share of the text, at its end, for validation
+    name: str = "text"  # write the dataset to data/<name>, for train.py --dataset=<name>
 
     def validate(self) -> None:
         if not self.input:
-            raise UserError("--input=<file or folder> says which text to prepare; it is missing")
+            raise UserError("--input must name a text file or a folder, got nothing; for example --input=my_book.txt")
         if not Path(self.input).exists():
             raise UserError(f"--input={self.input}: no such file or folder")
         corpus.check_name(self.name, FOLDER)
 
 
 def read_documents(path: Path) -> list[str]:
-    """Return the text of the file `path`, or of each visible file below the folder `path`; none of them empty."""
+    """Return the text of the file `path`, or of all visible files below the folder `path`, without the empty ones."""
     paths = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name not in WRITTEN)
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name not in OUTPUTS)
         paths = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     return [text for text in map(corpus.read_text, paths) if text]
 

@@ -1,0 +1,132 @@
+"""The fast paths against the plain PyTorch that they replace: chunked cross-entropy, CPU attention, packed linear layers."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from model import GPT, GPTConfig
+from nanogpt import kernels
+from nanogpt.kernels import FLASH_MIN_TOKENS, chunked_cross_entropy, explicit_attention
+
+# chunked cross-entropy
+
+
+def head_and_targets(n: int = 32, vocab_size: int = 13) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return random x (N, 16), weight (V, 16) and targets (N,)."""
+    torch.manual_seed(1)
+    x, weight = torch.randn(n, 16, requires_grad=True), torch.randn(vocab_size, 16, requires_grad=True)
+    return x, weight, torch.randint(vocab_size, (n,))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 31, 32, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_loss_matches_cross_entropy(rows: int, dtype: torch.dtype) -> None:
+    """Catches a chunk left out or counted twice, ignored targets that count, a gradient that is not scaled."""
+    x, weight, targets = head_and_targets()
+    targets[:5] = targets[16:24] = -1
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        expected = F.cross_entropy((x @ weight.T).float(), targets, ignore_index=-1)
+        loss = chunked_cross_entropy(x, weight, targets, rows)
+    expected_grads = torch.autograd.grad(3 * expected, (x, weight))
+    grads = torch.autograd.grad(3 * loss, (x, weight))
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert (grad - expected_grad).norm() <= tolerance * expected_grad.norm()
+
+
+def test_chunked_loss_of_ignored_targets_is_zero() -> None:
+    """Catches a division by zero in a batch without targets to learn."""
+    x, weight, targets = head_and_targets()
+    loss = chunked_cross_entropy(x, weight, torch.full_like(targets, -1), rows=4)
+    loss.backward()
+    assert loss.item() == 0
+    assert x.grad.abs().sum() == weight.grad.abs().sum() == 0
+
+
+def test_chunked_loss_without_gradients() -> None:
+    """Catches an evaluation that fails under no_grad, or returns another loss."""
+    x, weight, targets = head_and_targets()
+    with torch.no_grad():
+        loss = chunked_cross_entropy(x, weight, targets, rows=3)
+    assert loss.item() == pytest.approx(F.cross_entropy(x @ weight.T, targets).item(), abs=1e-6)
+    assert not loss.requires_grad
+
+
+def test_chunked_loss_keeps_no_logits() -> None:
+    """Catches logits that are kept for the backward pass, chunk by chunk."""
+    x, weight, targets = head_and_targets(n=512, vocab_size=5000)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda packed: packed):
+        chunked_cross_entropy(x, weight, targets, rows=16)
+    assert max(kept) == weight.numel() < 5000 * 64
+
+
+# attention
+
+
+@pytest.mark.parametrize("T", [2, 7, 64])
+def test_explicit_attention_matches_pytorch(T: int) -> None:
+    """Catches scores that are not scaled, a mask that shows later positions, mixed-up heads."""
+    torch.manual_seed(1)
+    qkv = torch.randn(3, 3, 2, T, 8)
+    expected = F.scaled_dot_product_attention(*qkv, is_causal=True)
+    torch.testing.assert_close(explicit_attention(qkv, 0.0), expected)
+    rounded = explicit_attention(qkv.bfloat16(), 0.0)
+    torch.testing.assert_close(rounded.float(), expected, atol=0.04, rtol=0.04)
+
+
+def test_explicit_attention_drops_weights() -> None:
+    """Catches attention without dropout, or dropout that does not keep the mean."""
+    torch.manual_seed(1)
+    q, k, v = torch.randn(1, 1, 300, 8), torch.randn(1, 1, 300, 8), torch.ones(1, 1, 300, 8)
+    y = explicit_attention(torch.stack((q, k, v)), 0.5)
+    assert y.mean().item() == pytest.approx(1, abs=0.1)
+    assert y.std() > 0.05
+
+
+@pytest.mark.parametrize("T", [FLASH_MIN_TOKENS, FLASH_MIN_TOKENS + 1])
+def test_bfloat16_attention_on_a_cpu(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the scores of a long context in memory at once, and flash attention in bfloat16, six times as slow."""
+    dtypes = []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **b: dtypes.append(q.dtype) or attention(q, *a, **b))
+    model = GPT(GPTConfig(block_size=T, vocab_size=13, n_layer=1, n_head=2, n_embd=16))
+    idx = torch.randint(13, (1, T))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(idx, idx)
+    assert dtypes == ([torch.float32] if T > FLASH_MIN_TOKENS else [])
+
+
+@pytest.mark.parametrize("T", [8, FLASH_MIN_TOKENS + 1])
+def test_cpu_attention_matches_pytorch(T: int) -> None:
+    """Catches a result in another dtype or of another kernel's arguments, on either side of the limit."""
+    torch.manual_seed(1)
+    qkv = torch.randn(3, 1, 2, T, 8, dtype=torch.bfloat16)
+    y = kernels.cpu_attention(qkv, *qkv, mask=None, dropout=0.0, causal=True)
+    expected = F.scaled_dot_product_attention(*qkv.float(), is_causal=True)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, atol=0.04, rtol=0.04)
+
+
+# packed linear layers
+
+
+@pytest.mark.skipif(not kernels.can_pack(torch.float32), reason="this CPU or this PyTorch cannot pack weights")
+@pytest.mark.parametrize("pack_min_weights", [0, 1 << 30])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 48), (1, 5, 48), (3, 1, 48)])
+def test_packed_linear_is_linear(
+    shape: tuple[int, ...], bias: bool, pack_min_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a packed layer that loses its bias or mixes up rows, be its weight small or large."""
+    monkeypatch.setattr(kernels, "PACK_MIN_WEIGHTS", pack_min_weights)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(48, 32, bias=bias))
+    x = torch.randn(shape)
+    expected = model(x).detach()
+    with torch.no_grad():
+        kernels.pack_linear_layers(model)
+        torch.testing.assert_close(model(x), expected)
+    assert isinstance(model[0], kernels.PackedLinear)
