@@ -23,13 +23,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 import configurator
-from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
+from configurator import LossRows, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from model import GPT, GPTConfig, sample_next
 from nanogpt import metrics
 from nanogpt.dataset import Dataset
@@ -105,7 +105,7 @@ class Config(configurator.Config):
     dtype: Dtype = "auto"  # of matrix products; in generation, of weights, too. auto: bf16/fp16 where the device supports it
     compile: Compile = "auto"  # compile the model with torch.compile for training. auto: on CUDA
     fused: bool = True  # fused AdamW kernel, on CUDA and CPUs
-    loss_rows: Annotated[int | Literal["auto"], configurator.Range(at_least=0)] = "auto"  # rows per chunk of the loss; 0: all
+    loss_rows: LossRows = "auto"  # tokens per chunk of the cross-entropy; 0: no chunks. auto: 256 on a CPU if they save memory
     keep_memory: bool = True  # on a CPU under Linux: keep the memory of freed tensors for the next step
 
     def validate(self) -> None:

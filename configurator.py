@@ -78,6 +78,7 @@ PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(at_least=0)]
 Seed = Annotated[int, Range(at_least=0, below=1 << 32)]
 Probability = Annotated[float, Range(at_least=0, below=1)]
+LossRows = Annotated[int | Literal["auto"], Range(at_least=0)]
 
 
 def parse(config_class: type, arguments: list[str]) -> Any:

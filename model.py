@@ -69,22 +69,22 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # (B, nh, T, hs) each
-        if past is not None:
+        if past is not None:  # append our keys and values, and attend to all of them
             past[:, :, :, position : position + T] = qkv[1:]
             k, v = past[:, :, :, : position + T]  # (B, nh, position + T, hs) each
         if last_only:
             q = q[:, :, -1:]
 
-        # a single query is the last position, which sees everything; behind a cache, query i stands at position + i
-        causal, mask = q.size(2) > 1, None
-        if causal and position > 0:
+        # a single query attends to every key; after a cache, query i is at position + i and needs an explicit mask
+        mask = None
+        if q.size(2) > 1 and position > 0:
             mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device).tril(position)
-            causal = False
+        is_causal = q.size(2) > 1 and position == 0
         dropout = self.dropout if self.training else 0.0
         if q.device.type == "cpu" and q.dtype != torch.float32:
-            y = kernels.cpu_attention(qkv, q, k, v, mask, dropout, causal)
+            y = kernels.cpu_attention(qkv, q, k, v, mask, dropout, is_causal)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, -1, C)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
 
@@ -128,7 +128,7 @@ class LanguageModel(nn.Module):
     config: GPTConfig
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy in nats of logits (B, T, V) and targets (B, T), of which -1 is ignored; 0 if all are."""
+        """Mean cross-entropy in nats: logits (B, T, V), targets (B, T). Targets of -1 are ignored; 0 if all are."""
         total = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1, reduction="sum")
         return total / (targets != -1).sum().clamp(min=1)
 
@@ -145,21 +145,21 @@ class LanguageModel(nn.Module):
         generators: Sequence[torch.Generator] | None = None,
         cache: KVCache | None = None,
     ) -> Iterator[torch.Tensor]:
-        """Sample a continuation of each row of idx (B, T), T >= 1: yield the next tokens, (B, 1) int64, one at a time.
+        """Generate tokens for each row of idx (B, T), T >= 1: yields (B, 1) int64 per step.
 
         Ends after `max_new_tokens`, or when every row has had one of `stop_tokens`; until then a finished row repeats its
-        stop token. `vocab_size` excludes the padding of the model's vocabulary from sampling. `cache` may hold the first
-        `cache.length` tokens of idx, as a chat's does. See `sample_next` for the rest.
+        stop token. `vocab_size` excludes the padding of the model's vocabulary from sampling. `cache` may already hold the
+        first `cache.length` tokens of idx, as in a multi-turn chat. See `sample_next` for the rest.
         """
         block_size = self.config.block_size
         if cache is None:
             cache = self.new_cache(idx.size(0), min(idx.size(1) + max_new_tokens, block_size))
         token, stopped = idx[:, -1:], torch.zeros_like(idx[:, :1], dtype=torch.bool)
         for _ in range(max_new_tokens):
-            if cache is None or idx.size(1) > block_size:  # the window slides: every position changes, no key can be kept
+            if cache is None or idx.size(1) > block_size:  # longer than the context: the window slides, recompute all of it
                 logits, _ = self(idx[:, -block_size:])
-            else:  # 1) prefill: the whole prompt; 2) decode: the last token
-                cache.length = min(cache.length, idx.size(1) - 1)
+            else:  # 1) prefill: what the cache lacks of the prompt; 2) decode: the newest token
+                cache.length = min(cache.length, idx.size(1) - 1)  # the last token must run, for its logits
                 logits, _ = self(idx[:, cache.length :], cache=cache)
             drawn = sample_next(logits[:, -1, :vocab_size], temperature, top_k, top_p, generators)
             token = torch.where(stopped, token, drawn)
@@ -228,7 +228,7 @@ class GPT(LanguageModel):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add to the residual stream: keep its variance near 1
+            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add to the residual stream: scale down (GPT-2)
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
             elif parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -301,7 +301,7 @@ class GPT(LanguageModel):
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
     def flops_per_token(self) -> float:
-        """Return 6N + 12LHQT, as in PaLM (Chowdhery et al. 2022, appendix B)."""
+        """6 per parameter, plus 12 * n_layer * n_embd * block_size for attention (PaLM: Chowdhery et al. 2022, appendix B)."""
         config = self.config
         return 6 * self.get_num_params() + 12 * config.n_layer * config.n_embd * config.block_size
 
@@ -353,20 +353,22 @@ def sample_next(
     """
     if temperature < 1e-5:  # greedy; dividing by it could overflow
         return logits.argmax(dim=-1, keepdim=True)
-    # The Gumbel-max trick (Gumbel 1954): the argmax of logits plus Gumbel noise is a draw from their softmax. The noise
-    # belongs to a token, not to its rank, so that rounding in the logits hardly ever changes the draw.
+    # The Gumbel-max trick (Gumbel 1954): the argmax of logits plus Gumbel noise is a draw from their softmax. Noise is drawn
+    # per token id, before top-k sorts them, so that small rounding differences rarely change the sample.
     V = logits.size(-1)
+    k, p = min(top_k or V, V), top_p or 1.0
     if generators is None:
         uniform = torch.rand(logits.shape, device=logits.device)  # (B, V)
     else:
         uniform = torch.stack([torch.rand(V, device=logits.device, generator=generator) for generator in generators])
     logits, ids = logits.float() / temperature, None
-    if (top_k or V) < V or (top_p or 1.0) < 1.0:
-        logits, ids = logits.topk(min(top_k or V, V))  # (B, k), descending
+    if k < V or p < 1.0:
+        logits, ids = logits.topk(k)  # (B, k), descending
         uniform = uniform.gather(-1, ids)
-    if (top_p or 1.0) < 1.0:
+    if p < 1.0:
         probs = F.softmax(logits, dim=-1)
         before = probs.cumsum(dim=-1) - probs  # total probability of the more likely tokens; 0 for the first
-        logits = logits.masked_fill(before >= top_p, -math.inf)
-    drawn = (logits - (-uniform.log()).log()).argmax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(before >= p, -math.inf)
+    gumbel = -(-uniform.log()).log()
+    drawn = (logits + gumbel).argmax(dim=-1, keepdim=True)
     return drawn if ids is None else ids.gather(-1, drawn)

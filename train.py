@@ -4,33 +4,39 @@ python train.py config/train_shakespeare_char_cpu.py             a small model o
 python train.py --init_from=resume --out_dir=out                 continue the run in out/
 torchrun --standalone --nproc_per_node=8 train.py config/...     eight processes on one machine
 
-Ctrl-C and SIGTERM save the run and stop it; --init_from=resume continues it, bit for bit.
+Ctrl-C and SIGTERM save the run and stop it; --init_from=resume continues it, on a CPU with exactly the same result.
 """
 
 import dataclasses
+import itertools
 import math
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import configurator
-from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Seed
+from configurator import LossRows, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Seed
 from model import GPT, Bigram, GPTConfig
-from nanogpt.checkpoint import MODELS, Checkpoint, build_model, empty_model, open_checkpoint, restore_optimizer, tokenizer_of
+from nanogpt.checkpoint import (
+    MODELS,
+    Checkpoint,
+    build_model,
+    empty_model,
+    open_checkpoint,
+    require_tokenizer,
+    restore_optimizer,
+)
 from nanogpt.dataset import Dataset
 from nanogpt.device import (
     Compile,
     Dtype,
     autocast,
-    describe,
     explain_out_of_memory,
     keep_memory,
-    peak_flops,
     pick_compile,
     pick_device,
     pick_dtype,
@@ -43,28 +49,28 @@ from nanogpt.distributed import Group, clip_gradient, parallelize, process_group
 from nanogpt.errors import UserError, warn
 from nanogpt.evaluation import estimate_loss, sample_text
 from nanogpt.optim import OptimizerName, build_optimizer
-from nanogpt.run import Run, Signals, TrainState, every
+from nanogpt.run import Run, Signals, TrainState, every, summary
 
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
     # run
     out_dir: str = "out"  # folder of the run: checkpoints, metrics.csv, loss.png, config.json
-    init_from: str = "scratch"  # scratch, resume (the run in out_dir), a run folder, a checkpoint file, gpt2, owner/name ...
+    init_from: str = "scratch"  # scratch, resume (out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, a Hub id ...
     eval_interval: PositiveInt = 2000  # iterations between evaluations
-    eval_iters: NonNegativeInt = 200  # batches to evaluate of each split; 0: the whole split
+    eval_iters: NonNegativeInt = 200  # batches per split in an evaluation; 0: the whole split
     eval_only: bool = False  # evaluate once and exit
     log_interval: PositiveInt = 1  # iterations between printed losses
     always_save_checkpoint: bool = True  # write ckpt.pt at every evaluation; False: only if the validation loss improved
-    checkpoint_interval: NonNegativeInt = 0  # iterations between saves of last.pt; 0: at evaluations only
-    checkpoint_minutes: NonNegativeFloat = 15  # save last.pt also after so many minutes; 0: never
+    checkpoint_interval: NonNegativeInt = 0  # also save last.pt every this many iterations; 0: never
+    checkpoint_minutes: NonNegativeFloat = 15  # also save last.pt after this many minutes; 0: never
     sample_interval: NonNegativeInt = 0  # iterations between short samples of the model's text; 0: none
-    patience: NonNegativeInt = 0  # stop after so many evaluations without a better validation loss; 0: never
+    patience: NonNegativeInt = 0  # stop after this many evaluations without improvement; 0: never
     seed: Seed = 1337  # random seed of initial weights, batches and dropout
     # Weights & Biases
-    wandb_log: bool = False  # log to Weights & Biases, too
-    wandb_project: str = "owt"  # its project
-    wandb_run_name: str = "gpt2"  # its run name
+    wandb_log: bool = False  # also log to Weights & Biases
+    wandb_project: str = "owt"  # W&B project
+    wandb_run_name: str = "gpt2"  # W&B run name
     # data
     dataset: str = "openwebtext"  # a folder in data/ with train.bin and val.bin
     gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches per iteration, over all processes
@@ -72,33 +78,33 @@ class Config(configurator.Config):
     batch_size: PositiveInt = 12  # sequences per micro-batch
     block_size: PositiveInt = 1024  # context length, in tokens
     # model
-    model: Literal["gpt", "bigram"] = "gpt"  # a bigram has no layers, heads or channels
+    model: Literal["gpt", "bigram"] = "gpt"  # gpt, or the bigram baseline, which ignores n_layer, n_head and n_embd
     n_layer: PositiveInt = 12  # transformer blocks
     n_head: PositiveInt = 12  # attention heads per block
     n_embd: PositiveInt = 768  # channels, a multiple of n_head
-    dropout: Probability = 0.0  # for pretraining 0 is good, for finetuning try 0.1+
-    bias: bool = False  # biases in Linear and LayerNorm layers; without is a bit better and faster
+    dropout: Probability = 0.0  # dropout rate; 0 for pretraining, 0.1 or more for finetuning
+    bias: bool = False  # biases in Linear and LayerNorm layers; False is slightly better and faster
     # optimizer
     optimizer: OptimizerName = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the rest
     learning_rate: PositiveFloat = 6e-4  # maximum learning rate
     max_iters: NonNegativeInt = 600000  # total number of updates
-    weight_decay: NonNegativeFloat = 1e-1  # for matrices and embeddings
-    beta1: Probability = 0.9  # AdamW's decay rate of the gradient's running mean
-    beta2: Probability = 0.95  # AdamW's decay rate of its running square
+    weight_decay: NonNegativeFloat = 1e-1  # weight decay, of matrices and embeddings only
+    beta1: Probability = 0.9  # AdamW's decay rate for the mean of gradients
+    beta2: Probability = 0.95  # AdamW's decay rate for the mean of squared gradients
     grad_clip: NonNegativeFloat = 1.0  # clip the gradient to this norm; 0: no clipping
     # learning rate schedule
     decay_lr: bool = True  # linear warmup, then cosine decay
     warmup_iters: NonNegativeInt = 2000  # iterations of warmup
-    lr_decay_iters: NonNegativeInt = 600000  # end of the decay; should be about max_iters (Chinchilla)
-    min_lr: NonNegativeFloat = 6e-5  # learning rate after it; should be about learning_rate / 10 (Chinchilla)
+    lr_decay_iters: NonNegativeInt = 600000  # iteration at which the decay ends; about max_iters (Chinchilla)
+    min_lr: NonNegativeFloat = 6e-5  # final learning rate; about learning_rate / 10 (Chinchilla)
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"  # of matrix products; auto: 16 bits where the hardware supports it. float16 scales the loss
+    dtype: Dtype = "auto"  # mixed precision; auto: bf16/fp16 where the device supports it. float16 uses a GradScaler
     compile: Compile = "auto"  # use torch.compile; auto: on CUDA
     fused: bool = True  # fused AdamW, on CUDA and CPUs
-    loss_rows: Annotated[int | Literal["auto"], configurator.Range(at_least=0)] = "auto"  # rows per chunk of the loss; 0: all
+    loss_rows: LossRows = "auto"  # tokens per chunk of the cross-entropy; 0: no chunks. auto: 256 on a CPU if they save memory
     keep_memory: bool = True  # on Linux CPUs: reuse freed memory instead of returning it to the system
-    backend: Literal["auto", "nccl", "gloo"] = "auto"  # of several processes; auto: nccl on CUDA, else gloo
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # torch.distributed backend; auto: nccl on CUDA, else gloo
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each process holds the whole model (ddp) or a shard of it (fsdp)
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more compute
 
@@ -115,11 +121,11 @@ class Config(configurator.Config):
 
 @dataclass(frozen=True)
 class Machine:
-    """What is decided for this machine, mostly keys that are "auto". It is not saved: another machine decides anew."""
+    """Settings resolved for this machine, such as dtype="auto". Not saved: every start resolves them again."""
 
     dtype: torch.dtype
     compile: bool
-    loss_rows: int  # rows per chunk of the loss; 0: all
+    loss_rows: int  # tokens per chunk of the cross-entropy; 0: no chunks
     keeps_memory: bool
     sharded: bool
     micro_batches: int  # per iteration, over all processes
@@ -130,32 +136,33 @@ def main(config: Config) -> None:
     if config.init_from != "scratch":
         with explain_out_of_memory("start from a smaller model"):
             ckpt = open_checkpoint(config.init_from, config.out_dir, newest_state=True)
-    config = settle(config, ckpt)
+    config = resolve_config(config, ckpt)
     accumulate = f" and raise --gradient_accumulation_steps (now {config.gradient_accumulation_steps}) to match"
     advice = (
         f"lower --batch_size (now {config.batch_size}){'' if config.batch_tokens else accumulate}, or use "
-        "--activation_checkpointing=True, neither of which changes the result; or lower --block_size, --n_layer or --n_embd"
+        "--activation_checkpointing=True, which changes no result; or lower --block_size, --n_layer or --n_embd"
     )
     with explain_out_of_memory(advice), process_group(config.device, config.backend) as group:
-        ending = evaluate_only(config, group, ckpt) if config.eval_only else train(config, group, ckpt)
-    if ending is not None:
-        raise ending
+        error = evaluate_only(config, group, ckpt) if config.eval_only else train(config, group, ckpt)
+    if error is not None:
+        raise error  # now that the process group is closed
 
 
 def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit | UserError | None:
-    """Train on one of the processes of `group`; all that refers to the group is gone when this function returns.
+    """Run the training loop. Returns an exception to raise after the process group is closed, or None.
 
-    Returns what the process is to raise once the group is closed: an exit status after a signal, or a failure to save.
+    All references to the group must be local to this function; see process_group.
     """
     with Run(Path(config.out_dir), group) as run:
         # set up data, model and optimizer
         data = Dataset(config.dataset)
         machine = resolve_machine(config, group, ckpt, data)
         model, ckpt = load_or_init(config, data, ckpt, empty=machine.sharded and not group.is_main)
-        compiled, network = parallelize(
+        eval_model, train_model = parallelize(
             model, group, machine.dtype, machine.sharded, machine.compile, config.activation_checkpointing
         )
-        betas, device_type = (config.beta1, config.beta2), torch.device(group.device).type
+        betas = (config.beta1, config.beta2)
+        device_type = torch.device(group.device).type
         optimizer = build_optimizer(
             model, config.optimizer, config.weight_decay, config.learning_rate, betas, device_type, config.fused
         )
@@ -170,16 +177,15 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
 
         # set up logging, evaluation and batches
         sequences_per_iter = machine.micro_batches * config.batch_size
-        peak = peak_flops(group.device, machine.dtype)
-        run.begin(
-            state, model, optimizer, scaler, data.describe(), dataclasses.asdict(config), resumed, sequences_per_iter, peak
-        )
-        run.say(summary(config, machine, model, data, group))
+        keys = dataclasses.asdict(config)
+        run.begin(state, model, optimizer, scaler, data.describe(), keys, resumed, sequences_per_iter, machine.dtype)
+        run.say(summary(keys, model, data, group, sequences_per_iter, choices(config, machine)))
         if resumed:
             run.say(f"resuming after {state.iter_num:,} of {config.max_iters:,} iterations")
         if state.iter_num >= config.max_iters:
             run.say("nothing left to do; a larger --max_iters continues the run")
         mixed_precision = autocast(group.device, machine.dtype)
+        eval_options = evaluation_options(config, machine)
         batches = training_batches(data, config, machine, group, state.iter_num, model.config.vocab_size)
 
         # training loop
@@ -195,8 +201,7 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
             # evaluate the loss and write checkpoints
             if state.eval_due(config.eval_interval, config.max_iters):
                 with run.paused("evaluating"):
-                    sizes = config.eval_iters, config.batch_size, config.block_size, machine.loss_rows
-                    losses = estimate_loss(compiled, data, group, mixed_precision, config.seed, *sizes, run.signals)
+                    losses = estimate_loss(eval_model, data, group, mixed_precision, run.signals, **eval_options)
                     if losses is None:  # interrupted by a signal, on all ranks
                         run.stop()
                         break
@@ -213,18 +218,19 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
             if run.stop_requested or state.finished(config.max_iters, config.patience):
                 break
 
-            # forward and backward over this rank's micro-batches, accumulating gradients
+            # forward and backward, accumulating gradients; rank r takes micro-batches r, r + size, r + 2 * size ...
             loss = 0.0
             for micro_batch in range(group.rank, machine.micro_batches, group.size):
                 if config.dropout > 0:
                     seed_dropout(config.seed, state.iter_num, micro_batch)
-                if isinstance(network, DistributedDataParallel):  # all-reduce with the last micro-batch only
-                    network.require_backward_grad_sync = micro_batch + group.size >= machine.micro_batches
+                if isinstance(train_model, DistributedDataParallel):  # all-reduce gradients with the last micro-batch only
+                    train_model.require_backward_grad_sync = micro_batch + group.size >= machine.micro_batches
                 with mixed_precision:
-                    _, micro_loss = network(x, y, loss_rows=machine.loss_rows)
+                    _, micro_loss = train_model(x, y, loss_rows=machine.loss_rows)
                 x, y = next(batches)  # prefetch while the device computes
                 loss += micro_loss.detach() / machine.micro_batches
-                scaler.scale(micro_loss * group.size / machine.micro_batches).backward()  # DDP and FSDP average over ranks
+                # times size, since DDP and FSDP average gradients over ranks
+                scaler.scale(micro_loss * group.size / machine.micro_batches).backward()
 
             # clip the gradient; all ranks agree on the loss, on saving and on stopping
             scaler.unscale_(optimizer)
@@ -244,7 +250,7 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
             run.log_step(loss, lr, grad_norm)
             state.iter_num += 1
         run.save()
-    return run.ending(f"python {'chat' if data.chat_format else 'sample'}.py --out_dir={shlex.quote(config.out_dir)}")
+    return run.ending("sample.py" if data.chat_format is None else "chat.py")
 
 
 def evaluate_only(config: Config, group: Group, ckpt: Checkpoint | None) -> None:
@@ -252,10 +258,9 @@ def evaluate_only(config: Config, group: Group, ckpt: Checkpoint | None) -> None
     data = Dataset(config.dataset)
     machine = resolve_machine(config, group, ckpt, data)
     model, ckpt = load_or_init(config, data, ckpt, empty=machine.sharded and not group.is_main)
-    compiled, _ = parallelize(model, group, machine.dtype, machine.sharded, machine.compile)
+    eval_model, _ = parallelize(model, group, machine.dtype, machine.sharded, machine.compile)
     mixed_precision = autocast(group.device, machine.dtype)
-    sizes = config.eval_iters, config.batch_size, config.block_size, machine.loss_rows
-    losses = estimate_loss(compiled, data, group, mixed_precision, config.seed, *sizes, Signals())
+    losses = estimate_loss(eval_model, data, group, mixed_precision, Signals(), **evaluation_options(config, machine))
     if group.is_main:
         iter_num = ckpt.iter_num if config.init_from == "resume" else 0
         print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
@@ -274,35 +279,35 @@ def get_lr(iteration: int, learning_rate: float, min_lr: float, warmup_iters: in
 def training_batches(
     data: Dataset, config: Config, machine: Machine, group: Group, first_iter: int, vocab_size: int
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield this rank's micro-batches from `first_iter` on, on its device: (x, y), (batch_size, block_size) each.
+    """Yield this rank's micro-batches (x, y), (batch_size, block_size) each, on its device, starting at `first_iter`.
 
-    The batch of an iteration is drawn as a whole, and cut into micro-batches, so that any number of ranks trains on the same.
+    Each iteration draws one global batch and splits it, so that results do not depend on the number of ranks.
     """
-    iteration, size = first_iter, config.batch_size
-    while True:
+    size = config.batch_size
+    for iteration in itertools.count(first_iter):
         count = machine.micro_batches * size
-        positions = data.draw("train", "train", config.seed, iteration, count, config.block_size)
+        starts = data.draw("train", "train", config.seed, iteration, count, config.block_size)
         for micro_batch in range(group.rank, machine.micro_batches, group.size):
-            chosen = positions[micro_batch * size : (micro_batch + 1) * size]
-            yield to_device(data.windows("train", chosen, config.block_size, vocab_size), group.device)
-        iteration += 1
+            rows = starts[micro_batch * size : (micro_batch + 1) * size]
+            yield to_device(data.windows("train", rows, config.block_size, vocab_size), group.device)
 
 
-# what is decided before the loop
+# set-up
 
 
-def settle(config: Config, ckpt: Checkpoint | None) -> Config:
-    """Return the final config: what the checkpoint decides is taken from it. Raises UserError if it does not fit.
+def resolve_config(config: Config, ckpt: Checkpoint | None) -> Config:
+    """Fill in what the checkpoint fixes: when resuming, all keys that are not given, otherwise the model's shape.
 
-    With init_from="resume" that is every key that is not given, otherwise the shape of the model.
+    Raises UserError if the checkpoint's values do not fit.
     """
     values: dict[str, Any] = {}
     resumed = config.init_from == "resume"
     if resumed:
         own = config.given | {"init_from", "out_dir"}
         if "gradient_accumulation_steps" in config.given:
-            own |= {"batch_tokens"}  # it would override it
-        for name in {field.name for field in dataclasses.fields(config)} & ckpt.config.keys() - own:
+            own |= {"batch_tokens"}  # else the run's batch_tokens would override it
+        restored = ({field.name for field in dataclasses.fields(config)} & ckpt.config.keys()) - own
+        for name in restored:
             values[name] = configurator.check_value(Config, name, ckpt.config[name], str(ckpt.path))
         if "device" not in config.given:
             try:
@@ -310,7 +315,7 @@ def settle(config: Config, ckpt: Checkpoint | None) -> Config:
             except UserError:  # the run began on another kind of machine
                 values |= dict.fromkeys({"device", "dtype", "compile", "backend"} - config.given, "auto")
     if ckpt is not None:
-        shape = {name: ckpt.model_args[name] for name in ("n_layer", "n_head", "n_embd", "bias", "block_size")}
+        shape = {name: value for name, value in ckpt.model_args.items() if hasattr(config, name) and name != "dropout"}
         for name, value in (shape | {"model": ckpt.model_type}).items():
             given = getattr(config, name)
             if name == "block_size" and name in config.given and not resumed and given < value:
@@ -324,7 +329,7 @@ def settle(config: Config, ckpt: Checkpoint | None) -> Config:
 
 
 def resolve_machine(config: Config, group: Group, ckpt: Checkpoint | None, data: Dataset) -> Machine:
-    """Decide what depends on this machine, and set it up. Raises UserError if the keys do not fit it."""
+    """Resolve what depends on this machine, and set up PyTorch. Raises UserError if the keys do not fit it."""
     dtype = pick_dtype(config.dtype, group.device)
     sharded = config.parallel == "fsdp" and group.launched
     if sharded and config.sample_interval:
@@ -333,7 +338,8 @@ def resolve_machine(config: Config, group: Group, ckpt: Checkpoint | None, data:
         raise UserError("--parallel=fsdp has no loss scaling for float16; use --dtype=bfloat16 or --dtype=float32")
     set_up(group.device, config.seed)
     vocab_size = data.tokenizer.model_vocab_size if ckpt is None else ckpt.model_args["vocab_size"]
-    rows, accumulate = config.batch_size * config.block_size, config.gradient_accumulation_steps
+    rows = config.batch_size * config.block_size
+    accumulate = config.gradient_accumulation_steps
     return Machine(
         dtype=dtype,
         compile=pick_compile(config.compile, group.device),
@@ -353,16 +359,11 @@ def load_or_init(
     """
     vocab_size = data.tokenizer.model_vocab_size
     if ckpt is None:
-        keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+        keys = [field.name for field in dataclasses.fields(GPTConfig) if hasattr(config, field.name)]
         shape = GPTConfig(vocab_size=vocab_size, **{key: getattr(config, key) for key in keys})
         model = empty_model(config.model, shape) if empty else MODELS[config.model](shape)
     else:
-        tokenizer = tokenizer_of(ckpt)
-        if tokenizer.to_dict() != data.tokenizer.to_dict():
-            raise UserError(
-                f"{ckpt.path} was trained with another tokenizer ({tokenizer}) than that of dataset '{config.dataset}' "
-                f"({data.tokenizer}); choose a dataset with the same one"
-            )
+        require_tokenizer(ckpt, data.tokenizer, config.dataset)
         ckpt = ckpt if empty else ckpt.in_memory()
         model = build_model(ckpt, config.dropout, empty)
         if config.block_size < model.config.block_size:
@@ -371,25 +372,25 @@ def load_or_init(
     return model, ckpt
 
 
-def summary(config: Config, machine: Machine, model: GPT | Bigram, data: Dataset, group: Group) -> str:
-    """Return what a run prints at its start: model, data, length, machine."""
-    tokens, per_iter = data.tokens["train"], machine.micro_batches * config.batch_size * config.block_size
-    keys = ["block_size"] if config.model == "bigram" else ["n_layer", "n_head", "n_embd", "block_size"]
-    chosen = [str(machine.dtype).removeprefix("torch."), "compiled" if machine.compile else "not compiled"]
-    chosen += [("fused " if config.fused else "") + {"adamw": "AdamW", "muon": "AdamW and Muon"}[config.optimizer]]
-    chosen += [f"loss in chunks of {machine.loss_rows} rows"] * (machine.loss_rows > 0)
-    chosen += ["freed memory kept"] * machine.keeps_memory + ["sharded"] * machine.sharded
-    chosen += ["activation checkpointing"] * config.activation_checkpointing
-    return (
-        f"model: {config.model}, {model.get_num_params():,} parameters, "
-        f"{', '.join(f'{key}={getattr(model.config, key)}' for key in keys)}\n"
-        f"data: {config.dataset} ({data.tokenizer})\n"
-        f"      {tokens:,} tokens to train on, {data.tokens['val']:,} to validate\n"
-        f"tokens per iteration: {per_iter:,} ({tokens / per_iter:,.0f} iterations per epoch)\n"
-        f"run: {config.max_iters:,} iterations, {config.max_iters * per_iter / tokens:,.2f} epochs\n"
-        f"machine: {describe(group.device)}, {group.size} process{'es' if group.size > 1 else ''}\n"
-        f"         {', '.join(chosen)}"
-    )
+def evaluation_options(config: Config, machine: Machine) -> dict[str, int]:
+    """Return the keys of `config` that an evaluation depends on, as arguments of `estimate_loss`."""
+    keys = ("seed", "eval_iters", "batch_size", "block_size")
+    return {key: getattr(config, key) for key in keys} | {"loss_rows": machine.loss_rows}
+
+
+def choices(config: Config, machine: Machine) -> str:
+    """Return how a run computes, in the words that it prints."""
+    optimizer = {"adamw": "AdamW", "muon": "AdamW and Muon"}[config.optimizer]
+    chosen = [
+        str(machine.dtype).removeprefix("torch."),
+        "compiled" if machine.compile else "not compiled",
+        f"fused {optimizer}" if config.fused else optimizer,
+        f"loss in chunks of {machine.loss_rows} tokens" if machine.loss_rows else "",
+        "freed memory kept" if machine.keeps_memory else "",
+        "sharded" if machine.sharded else "",
+        "activation checkpointing" if config.activation_checkpointing else "",
+    ]
+    return ", ".join(filter(None, chosen))
 
 
 if __name__ == "__main__":

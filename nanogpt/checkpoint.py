@@ -127,7 +127,7 @@ class Saver:
                 save(self._out_dir / LAST, state)
         except OSError as error:
             self.failure = f"{error.filename or self._out_dir}: {error.strerror}"
-            warn(f"iteration {iter_num} is not saved ({self.failure}); the earlier checkpoints are whole")
+            warn(f"could not save iteration {iter_num} ({self.failure}); the earlier checkpoints are whole")
         self._saved_at = time.perf_counter()
 
 
@@ -291,6 +291,16 @@ def tokenizer_of(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
     if tokenizer.vocab_size > checkpoint.model_args["vocab_size"]:
         raise UserError(f"{checkpoint.path}: its tokenizer ({tokenizer}) does not belong to its model")
     return tokenizer
+
+
+def require_tokenizer(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer, dataset: str) -> None:
+    """Raise UserError unless a checkpoint's tokenizer is that of `dataset`."""
+    own = tokenizer_of(checkpoint)
+    if own.to_dict() != tokenizer.to_dict():
+        raise UserError(
+            f"{checkpoint.path} was trained with another tokenizer ({own}) than that of dataset '{dataset}' ({tokenizer}); "
+            "choose a dataset with the same one"
+        )
 
 
 # restoring

@@ -26,17 +26,17 @@ def estimate_loss(
     data: Dataset,
     group: Group,
     autocast: AbstractContextManager,
+    signals: Signals,
     seed: int,
     eval_iters: int,
     batch_size: int,
     block_size: int,
     loss_rows: int,
-    signals: Signals,
 ) -> dict[Split, float] | None:
-    """Return the mean loss of each split in nats per token: over `eval_iters` batches, always the same ones, or, with 0, over
-    the whole split.
+    """Return the mean loss of each split, in nats per token.
 
-    The ranks of `group` share the work, and all get the result; None if a signal reached one of them meanwhile.
+    It is taken over `eval_iters` random batches, the same ones every time, or over the whole split if that is 0. The ranks
+    share the work, and all get the result; None if a signal reached one of them meanwhile.
     """
     model.eval()
     losses = {}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-FLASH_MIN_TOKENS = 512  # explicit attention is faster up to here on a CPU in bfloat16; its memory grows with T^2
-PACK_MIN_WEIGHTS = 1 << 17  # smaller matrices stay in the CPU's cache: for a single row, packing makes them slower
+EXPLICIT_MAX_TOKENS = 512  # up to here explicit attention is faster on a CPU in bfloat16; its memory grows with T^2
+UNPACKED_ROW_MAX_WEIGHTS = 1 << 17  # matrices up to this size stay in the cache: a single row is faster unpacked
 
 
 def cpu_attention(
@@ -21,17 +21,19 @@ def cpu_attention(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     dropout: float,
-    causal: bool,
+    is_causal: bool,
 ) -> torch.Tensor:
     """Return `scaled_dot_product_attention(q, k, v)` for 16-bit tensors on a CPU, where PyTorch's own kernel is slow.
 
     Shapes: q (B, nh, Tq, hs), k and v (B, nh, Tk, hs). `qkv`, (3, B, nh, T, hs), is the stack from which they came. Short
-    causal sequences in bfloat16 use plain matrix products, everything else flash attention in float32.
+    causal sequences in bfloat16 use plain matrix products, all others scaled_dot_product_attention in float32.
     """
-    if causal and q.dtype == torch.bfloat16 and q.size(2) <= FLASH_MIN_TOKENS:
+    if is_causal and q.dtype == torch.bfloat16 and q.size(2) <= EXPLICIT_MAX_TOKENS:
         return explicit_attention(qkv, dropout)
     with torch.autocast("cpu", enabled=False):
-        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        y = F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout, is_causal=is_causal
+        )
     return y.to(q.dtype)
 
 
@@ -47,9 +49,9 @@ def explicit_attention(qkv: torch.Tensor, dropout: float) -> torch.Tensor:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of a linear layer's outputs, with the logits of only some rows in memory at a time.
+    """Fused linear + cross-entropy, in chunks of rows, so that the (N, V) logits never exist at once.
 
-    The forward pass also computes the gradients, while the logits are there, so that nothing is computed twice.
+    The forward pass also computes the gradients, so that no logits are recomputed.
     """
 
     @staticmethod
@@ -95,7 +97,7 @@ def chunked_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.
 class PackedLinear(nn.Module):
     """Linear layer for inference on a CPU, its weight stored in oneDNN's blocked layout.
 
-    For one row it is twice as fast as `nn.Linear`, and in float32 faster for many rows, too.
+    For one row a large matrix is twice as fast as with `nn.Linear`; in float32 many rows are faster, too.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -103,11 +105,11 @@ class PackedLinear(nn.Module):
         weight = linear.weight.detach()
         self.bias = linear.bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
-        self.small = weight if weight.numel() <= PACK_MIN_WEIGHTS else None
+        self.unpacked = weight if weight.numel() <= UNPACKED_ROW_MAX_WEIGHTS else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.small is not None and x.numel() == x.size(-1):
-            return F.linear(x, self.small, self.bias)
+        if self.unpacked is not None and x.numel() == x.size(-1):  # a single row
+            return F.linear(x, self.unpacked, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 

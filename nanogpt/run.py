@@ -20,8 +20,8 @@ import torch
 from model import GPT, Bigram
 from nanogpt.checkpoint import BEST, LAST, Checkpoint, Optimizer, Saver
 from nanogpt.curves import Curves
-from nanogpt.dataset import FileLost
-from nanogpt.device import peak_memory, synchronize
+from nanogpt.dataset import Dataset, FileLost
+from nanogpt.device import describe, peak_flops, peak_memory, synchronize
 from nanogpt.distributed import Group, is_sharded
 from nanogpt.errors import UserError, warn
 from nanogpt.files import atomic_write, lock
@@ -42,7 +42,7 @@ def every(interval: int, iteration: int) -> bool:
 
 @dataclass
 class TrainState:
-    """What the training loop changes, besides weights and optimizer; checkpoints hold it."""
+    """Training state other than weights and optimizer; saved in checkpoints."""
 
     iter_num: int = 0  # updates done
     best_val_loss: float = math.inf
@@ -70,7 +70,7 @@ class TrainState:
         return improved
 
     def out_of_patience(self, patience: int) -> bool:
-        """Whether `patience` evaluations in a row were not better; 0 means never."""
+        """Whether the last `patience` evaluations brought no improvement; 0 disables this."""
         return 0 < patience <= self.evals_since_best
 
     def finished(self, max_iters: int, patience: int) -> bool:
@@ -79,10 +79,10 @@ class TrainState:
 
 
 class Run:
-    """One training run around its loop: folder, signals, clock, logging and checkpoints.
+    """A training run's folder, signal handling, timing, logging and checkpoints.
 
-    Entering the `with` block locks the folder for this run; `begin` opens the log and starts to catch signals. Rank 0 prints
-    and writes, the other ranks only take part in what all must do together.
+    Entering the `with` block locks the folder; `begin` opens the log and starts to catch signals. Rank 0 prints and writes,
+    the other ranks only join collective operations.
     """
 
     def __init__(self, out_dir: Path, group: Group):
@@ -107,16 +107,18 @@ class Run:
         config: dict[str, Any],
         resumed: bool,
         sequences_per_iter: int,
-        peak_flops: float | None,
+        dtype: torch.dtype,
     ) -> None:
         """Open the log and get ready to save.
 
-        `description` is the dataset's, for checkpoints. `config` holds the keys of train.py, which are written to config.json
-        and checkpoints; the run reads its intervals from it. `peak_flops` is the peak of one device in FLOP/s, if known.
+        `description` is the dataset's tokenizer and chat format, stored in checkpoints. `config` holds the keys of train.py;
+        it is stored in checkpoints and config.json, and sets the intervals of logging and saving. `dtype` is that of matrix
+        products, for the MFU.
         """
         self.state, self._model, self._config = state, model, config
         self._sequences_per_iter = sequences_per_iter
-        self._peak_flops = None if peak_flops is None else peak_flops * self.group.size
+        peak = peak_flops(self.group.device, dtype)
+        self._peak_flops = None if peak is None else peak * self.group.size
         tokens_per_iter = sequences_per_iter * model.config.block_size
 
         # rank 0 writes the folder
@@ -142,7 +144,8 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         try:
-            # lost token files: the state is whole and worth saving; a sharded one cannot be gathered, as only this rank knows
+            # The token files are gone, but the weights are intact: save them. Sharded weights could only be gathered with the
+            # help of the other ranks, which do not know.
             if isinstance(error, FileLost) and self._saver is not None and not is_sharded(self._model):
                 self.save()
         finally:
@@ -153,7 +156,7 @@ class Run:
     @property
     def stop_requested(self) -> bool:
         """Whether all ranks have agreed to stop, because one of them received a signal; once True, it stays so."""
-        if self.group.size == 1 and self.signals.received:  # alone, a rank need not wait for `agree`
+        if self.group.size == 1 and self.signals.received:  # a single process need not wait for `agree`
             self._stop_agreed = True
         return self._stop_agreed
 
@@ -162,7 +165,7 @@ class Run:
         self._stop_agreed = True
 
     def agree(self, loss: float) -> float:
-        """Return the sum of the ranks' losses, and decide for all of them whether to save and whether to stop."""
+        """Return the sum of `loss` over ranks (all-reduce), and decide for all of them whether to save and to stop."""
         interval, minutes = self._config["checkpoint_interval"], self._config["checkpoint_minutes"]
         due = self._saver.is_due(self.state.iter_num, interval, minutes)
         loss, due, signalled = self.group.sum(loss, due, self.signals.received)
@@ -174,7 +177,7 @@ class Run:
 
     @contextlib.contextmanager
     def paused(self, reason: str) -> Iterator[None]:
-        """Do not count the time of this block as training; `reason` is shown on the progress bar."""
+        """Exclude this block from the time of an iteration; the progress bar shows `reason`."""
         synchronize(self.group.device)
         paused_at = time.perf_counter()
         self._log.pause(reason)
@@ -190,7 +193,7 @@ class Run:
         self._log.evaluation(self.state.iter_num, losses, learning_rate, self._mfu, self.state.best_val_loss)
 
     def log_step(self, loss: float, learning_rate: float, grad_norm: float) -> None:
-        """Count an iteration, and log it if its turn has come."""
+        """Count an iteration, and log it every log_interval iterations."""
         iteration = self.state.iter_num
         self._log.advance(clipped=0 < self._config["grad_clip"] < grad_norm)
         if not every(self._config["log_interval"], iteration):
@@ -206,18 +209,18 @@ class Run:
         self._log.step(iteration, loss, learning_rate, grad_norm, seconds, tokens_per_second, self._mfu, memory)
 
     def require_finite(self, numbers: dict[str, float]) -> None:
-        """Raise UserError if one of `numbers`, losses and the like by name, is infinite or NaN."""
+        """Raise UserError if a value in `numbers`, by name, is infinite or NaN."""
         bad = [f"the {name} is {number}" for name, number in numbers.items() if not math.isfinite(number)]
         if bad:
             last = self.out_dir / LAST
-            kept = f"{last} has the last good state" if last.exists() else "no checkpoint was written yet"
-            where = f"iteration {self.state.iter_num}: {bad[0]}"
-            raise UserError(f"{where}; the run stops; {kept}; try a lower --learning_rate or --grad_clip")
+            kept = f"the last good state is in {last}" if last.exists() else "no checkpoint was written yet"
+            advice = "try a lower --learning_rate, or --grad_clip=1"
+            raise UserError(f"iteration {self.state.iter_num}: {bad[0]}, and the run stops; {kept}; {advice}")
 
     # checkpoints and curves
 
     def save(self, best: bool = False) -> None:
-        """Save the state, with `best` as ckpt.pt, too. At iteration 0 only a stop is saved: there is nothing else to lose."""
+        """Write last.pt, and ckpt.pt if `best`. Iteration 0 is saved only when the run stops there."""
         state = self.state
         if state.iter_num == 0 and not self._stop_agreed:
             return
@@ -228,21 +231,25 @@ class Run:
         self._saver.save(state.iter_num, state.best_val_loss, extra, best)
 
     def update_curves(self) -> None:
-        """Draw the curves anew, if that costs little."""
+        """Redraw loss.png, unless drawing would take too much of the run's time."""
         self._curves.update()
 
-    def ending(self, next_command: str) -> SystemExit | UserError | None:
-        """Print how the run ended and how to go on; return what the process is to raise, if anything."""
+    def ending(self, next_script: str) -> SystemExit | UserError | None:
+        """Print the result and the next command, of `next_script`. Returns the exception to raise, if any.
+
+        That is UserError if the last save failed, SystemExit after a signal.
+        """
         state, config = self.state, self._config
         if self._saver.failure:
-            return UserError(f"the newest state is not saved ({self._saver.failure}); free some space and resume the run")
+            return UserError(f"could not save the newest state ({self._saver.failure}); free some space and resume the run")
         number = self.signals.received or signal.SIGTERM
+        out_dir = shlex.quote(config["out_dir"])
         if self.group.is_main:
             if (self.out_dir / CURVES).exists():
                 print(f"curves in {self.out_dir / CURVES}")
             if (self.out_dir / BEST).exists():
                 print(f"best val loss {state.best_val_loss:.4f}; checkpoint in {self.out_dir / BEST}")
-                print(f"next: {next_command}")
+                print(f"next: python {next_script} --out_dir={out_dir}")
             if state.out_of_patience(config["patience"]):
                 print(f"stopped early: {state.evals_since_best} evaluations without a better validation loss;", end=" ")
                 print("a larger --patience continues the run")
@@ -251,8 +258,26 @@ class Run:
                 launcher = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
                 done = f"{state.iter_num:,} of {config['max_iters']:,} iterations"
                 print(f"{signal.Signals(number).name}: stopped and saved after {done}; to continue:")
-                print(f"  {launcher} train.py --init_from=resume --out_dir={shlex.quote(config['out_dir'])}")
+                print(f"  {launcher} train.py --init_from=resume --out_dir={out_dir}")
         return SystemExit(128 + number) if self._stop_agreed else None
+
+
+def summary(
+    config: dict[str, Any], model: GPT | Bigram, data: Dataset, group: Group, sequences_per_iter: int, choices: str
+) -> str:
+    """Return what a run prints at its start: model, data, length, machine; `choices` says how it computes."""
+    tokens, per_iter = data.tokens["train"], sequences_per_iter * model.config.block_size
+    keys = ["block_size"] if config["model"] == "bigram" else ["n_layer", "n_head", "n_embd", "block_size"]
+    return (
+        f"model: {config['model']}, {model.get_num_params():,} parameters, "
+        f"{', '.join(f'{key}={getattr(model.config, key)}' for key in keys)}\n"
+        f"data: {config['dataset']} ({data.tokenizer})\n"
+        f"      {tokens:,} training tokens, {data.tokens['val']:,} validation tokens\n"
+        f"tokens per iteration: {per_iter:,} ({tokens / per_iter:,.0f} iterations per epoch)\n"
+        f"run: {config['max_iters']:,} iterations, {config['max_iters'] * per_iter / tokens:,.2f} epochs\n"
+        f"machine: {describe(group.device)}, {group.size} process{'es' if group.size > 1 else ''}\n"
+        f"         {choices}"
+    )
 
 
 # the run's folder
@@ -312,7 +337,7 @@ def set_aside(out_dir: Path) -> None:
     for name in RUN_FILES:
         if (out_dir / name).exists():
             os.replace(out_dir / name, previous / name)
-    warn(f"{out_dir} held an earlier run; its files are in {previous} now")
+    warn(f"{out_dir} held an earlier run; moved its files to {previous}")
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
@@ -321,11 +346,11 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
         with atomic_write(path, durable=False) as file:
             file.write((json.dumps(config, indent=1) + "\n").encode())
     except OSError as error:
-        warn(f"{path} is not written ({error.strerror})")
+        warn(f"could not write {path} ({error.strerror})")
 
 
 class Signals:
-    """Notes SIGNALS instead of dying of them, so that the loop can stop when its state is whole.
+    """Records SIGNALS instead of letting them end the process, so that the loop can stop between updates.
 
     Works inside its `with` block and in the main thread. A second signal ends the process at once, unless it comes within
     SIGNAL_DEBOUNCE_SECONDS.
@@ -358,4 +383,4 @@ class Signals:
         if os.environ.get("RANK", "0") == "0":
             line = f"\n{signal.Signals(number).name}: finishing this iteration and saving; a second one ends the run at once\n"
             with contextlib.suppress(OSError):
-                os.write(2, line.encode())  # not print: it may be at work on stderr right now, and must not be re-entered
+                os.write(2, line.encode())  # print is not reentrant

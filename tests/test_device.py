@@ -243,7 +243,7 @@ def test_prepared_model_writes_the_same_text(rows: int, bias: bool, monkeypatch:
     idx = torch.randint(50, (rows, 5))
     expected = model.generate(idx, 60, temperature=0)
     for pack_min_weights in (0, 1 << 30):
-        monkeypatch.setattr("nanogpt.kernels.PACK_MIN_WEIGHTS", pack_min_weights)
+        monkeypatch.setattr("nanogpt.kernels.UNPACKED_ROW_MAX_WEIGHTS", pack_min_weights)
         prepared = gpt(bias=bias)
         prepared.load_state_dict(model.state_dict())
         prepare_for_generation(prepared, "cpu", torch.float32)

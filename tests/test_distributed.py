@@ -40,9 +40,15 @@ curves.draw = lambda *arguments: None
 NO_THREADS = """
 import atexit, os, pathlib
 
+def name_of(task):
+    try:
+        return (task / "comm").read_text()
+    except OSError:  # it has ended since
+        return ""
+
 def fail_if_threads_are_left():  # one of them may abort the process at exit
     tasks = pathlib.Path("/proc/self/task")
-    if tasks.exists() and any("gloo" in (task / "comm").read_text() for task in tasks.iterdir()):
+    if tasks.exists() and any("gloo" in name_of(task) for task in tasks.iterdir()):
         os.write(2, b"the group left threads behind\\n")
         os._exit(70)
 
@@ -68,11 +74,11 @@ SIGNALLED = """
 import os, signal
 from nanogpt import evaluation
 
-def estimate_loss(*arguments, uninterrupted=evaluation.estimate_loss):
+def estimate_loss(*arguments, uninterrupted=evaluation.estimate_loss, **keywords):
     evaluations.append(1)
     if len(evaluations) == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
-    return uninterrupted(*arguments)
+    return uninterrupted(*arguments, **keywords)
 
 evaluations, evaluation.estimate_loss = [], estimate_loss
 """

@@ -33,7 +33,7 @@ def evaluate(model: GPT | Bigram, data: Dataset, eval_iters: int, group: Group |
     """Call estimate_loss with seed 1, batches of 7 sequences and 16 tokens, and the whole logits at once."""
     signals = Signals()
     signals.received = signal
-    return estimate_loss(model, data, group or Group(), nullcontext(), 1, eval_iters, 7, 16, 0, signals)
+    return estimate_loss(model, data, group or Group(), nullcontext(), signals, 1, eval_iters, 7, 16, 0)
 
 
 # the loss

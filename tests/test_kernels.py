@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from nanogpt import kernels
-from nanogpt.kernels import FLASH_MIN_TOKENS, chunked_cross_entropy, explicit_attention
+from nanogpt.kernels import EXPLICIT_MAX_TOKENS, chunked_cross_entropy, explicit_attention
 
 # chunked cross-entropy
 
@@ -86,7 +86,7 @@ def test_explicit_attention_drops_weights() -> None:
     assert y.std() > 0.05
 
 
-@pytest.mark.parametrize("T", [FLASH_MIN_TOKENS, FLASH_MIN_TOKENS + 1])
+@pytest.mark.parametrize("T", [EXPLICIT_MAX_TOKENS, EXPLICIT_MAX_TOKENS + 1])
 def test_bfloat16_attention_on_a_cpu(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches the scores of a long context in memory at once, and flash attention in bfloat16, six times as slow."""
     dtypes = []
@@ -96,15 +96,15 @@ def test_bfloat16_attention_on_a_cpu(T: int, monkeypatch: pytest.MonkeyPatch) ->
     idx = torch.randint(13, (1, T))
     with torch.autocast("cpu", torch.bfloat16):
         model(idx, idx)
-    assert dtypes == ([torch.float32] if T > FLASH_MIN_TOKENS else [])
+    assert dtypes == ([torch.float32] if T > EXPLICIT_MAX_TOKENS else [])
 
 
-@pytest.mark.parametrize("T", [8, FLASH_MIN_TOKENS + 1])
+@pytest.mark.parametrize("T", [8, EXPLICIT_MAX_TOKENS + 1])
 def test_cpu_attention_matches_pytorch(T: int) -> None:
     """Catches a result in another dtype or of another kernel's arguments, on either side of the limit."""
     torch.manual_seed(1)
     qkv = torch.randn(3, 1, 2, T, 8, dtype=torch.bfloat16)
-    y = kernels.cpu_attention(qkv, *qkv, mask=None, dropout=0.0, causal=True)
+    y = kernels.cpu_attention(qkv, *qkv, mask=None, dropout=0.0, is_causal=True)
     expected = F.scaled_dot_product_attention(*qkv.float(), is_causal=True)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), expected, atol=0.04, rtol=0.04)
@@ -121,7 +121,7 @@ def test_packed_linear_is_linear(
     shape: tuple[int, ...], bias: bool, pack_min_weights: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a packed layer that loses its bias or mixes up rows, be its weight small or large."""
-    monkeypatch.setattr(kernels, "PACK_MIN_WEIGHTS", pack_min_weights)
+    monkeypatch.setattr(kernels, "UNPACKED_ROW_MAX_WEIGHTS", pack_min_weights)
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(48, 32, bias=bias))
     x = torch.randn(shape)
