@@ -80,33 +80,33 @@ SHORTEST = {"learning_rate": 1.5e-2, "warmup_iters": 0, "max_iters": 240, "lr_de
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
-    what: Literal["training", "generation", "sizing", "time_to_loss"] = "training"  # what to measure; sizing only computes
+    what: Literal["training", "generation", "sizing", "time_to_loss"] = "training"  # sizing estimates FLOPs and memory
     size: Literal["laptop", "shakespeare", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # model size
-    against: Literal["plain", "transformers", "nothing"] = "plain"  # baseline. plain: nanoGPT; transformers: generation only
+    against: Literal["plain", "transformers", "nothing"] = "plain"  # baseline: nanoGPT's settings, or transformers (generation)
     batch_size: NonNegativeInt = 0  # sequences per batch. 0: the recipe's for training, 1 for generation
     block_size: NonNegativeInt = 0  # tokens per training sequence. 0: the model's context
-    rounds: PositiveInt = 3  # rounds, each of which times both ways once
-    seed: Seed = 1337  # of weights, batches and texts
+    rounds: PositiveInt = 3  # rounds; each times the fast run and the baseline once
+    seed: Seed = 1337  # random seed
     # training
     steps: NonNegativeInt = 0  # training steps per round. 0: as many as take two seconds
-    optimizer: Literal["adamw", "muon"] = "adamw"  # of the fast way
+    optimizer: Literal["adamw", "muon"] = "adamw"  # optimizer of the fast run
     real_data: bool = False  # train on the dataset instead of synthetic data (random tokens)
     dataset: str = "openwebtext"  # folder in data/ with train.bin and val.bin, for real_data
     profile: bool = False  # write trace.json, for ui.perfetto.dev, and list the operations that take the most time
     # generation
-    prompt_tokens: PositiveInt = 8  # tokens of the prompt
+    prompt_tokens: PositiveInt = 8  # prompt length
     new_tokens: PositiveInt = 300  # tokens to generate
     temperature: NonNegativeFloat = 0.8  # as in sample.py
     top_k: NonNegativeInt = 200  # as in sample.py
     # time_to_loss
     target: PositiveFloat = 1.92  # validation loss to reach, on all of Tiny Shakespeare's val.bin
-    # machine (for the fast way, as in train.py)
+    # machine (for the fast run, as in train.py)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"  # of matrix products; in generation, of weights, too. auto: bf16/fp16 where the device supports it
+    dtype: Dtype = "auto"  # mixed precision; in generation, also of weights. auto: bf16/fp16 where the device supports it
     compile: Compile = "auto"  # compile the model with torch.compile for training. auto: on CUDA
-    fused: bool = True  # fused AdamW kernel, on CUDA and CPUs
+    fused: bool = True  # fused AdamW, on CUDA and CPUs
     loss_rows: LossRows = "auto"  # tokens per chunk of the cross-entropy; 0: no chunks. auto: 256 on a CPU if they save memory
-    keep_memory: bool = True  # on a CPU under Linux: keep the memory of freed tensors for the next step
+    keep_memory: bool = True  # on Linux CPUs: reuse freed memory instead of returning it to the system
 
     def validate(self) -> None:
         if self.against == "transformers" and (self.what != "generation" or not self.size.startswith("gpt2")):

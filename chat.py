@@ -56,7 +56,7 @@ class Config(configurator.Config):
     max_new_tokens: PositiveInt = 300  # longest reply, in tokens
     temperature: NonNegativeFloat = 0.8  # below 1 is less random, above 1 more random; 0 is greedy decoding
     top_k: NonNegativeInt = 200  # sample from the k most likely tokens; 0: from all
-    top_p: Annotated[float, configurator.Range(above=0, at_most=1)] = 1.0  # nucleus sampling: keep this much probability
+    top_p: Annotated[float, configurator.Range(above=0, at_most=1)] = 1.0  # nucleus sampling: total probability kept; 1: all
     seed: Seed = 1337  # the same seed and messages give the same replies
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"  # of weights and matrix products. auto: bf16/fp16 where the device supports it, else float32

@@ -165,7 +165,7 @@ def help_text(config_class: type, script: str) -> str:
     lines = [f"usage: python {script} [{plain} ...] [--key=value ...]", ""]
     description = (sys.modules[config_class.__module__].__doc__ or "").strip().split("\n\n")[0]
     lines += [*textwrap.wrap(description, 100), ""]
-    lines.append("Arguments apply from left to right. Keys, with type, default and meaning:")
+    lines.append("Later arguments override earlier ones. Keys, with type and default:")
     for key, comment in _comments(config_class):
         if key is None:
             lines += ["", f"{comment}:"]

@@ -39,11 +39,11 @@ class Config(configurator.Config):
     init_from: str = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
     out_dir: str = "out"  # run folder to load with init_from=resume
     start: str = "\n"  # the prompt, or FILE:prompt.txt to read it from a file
-    num_samples: PositiveInt = 10  # number of samples, generated as a batch; the first is printed as it grows
+    num_samples: PositiveInt = 10  # number of samples, generated in batches; the first is printed as it grows
     max_new_tokens: NonNegativeInt = 500  # tokens to generate in each sample
     temperature: NonNegativeFloat = 0.8  # below 1 is less random, above 1 more random; 0 is greedy decoding
     top_k: NonNegativeInt = 200  # sample from the k most likely tokens; 0: from all
-    top_p: Annotated[float, configurator.Range(above=0, at_most=1)] = 1.0  # nucleus sampling: keep this much probability
+    top_p: Annotated[float, configurator.Range(above=0, at_most=1)] = 1.0  # nucleus sampling: total probability kept; 1: all
     stop: str = ""  # end a sample before this string; separate several strings with |
     seed: Seed = 1337  # the same seed gives the same samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -80,10 +80,10 @@ def main(config: Config) -> None:
 
 
 def read_prompt(prompt: str, given: bool, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """Return the prompt's text, read from a file if `prompt` is FILE:path, and its ids, at least one.
+    """Return the prompt, read from a file if it is FILE:path, and its token ids, at least one.
 
-    `given` is False for the default prompt, which is dropped if a character table lacks it. An empty prompt becomes the
-    end-of-text token, or a line break. Raises UserError if a character table lacks one of the prompt's characters.
+    The default prompt (not `given`) is skipped if the vocabulary lacks it. An empty prompt becomes <|endoftext|>, else a
+    newline, else token 0. Raises UserError if the vocabulary lacks one of the prompt's characters.
     """
     if prompt.startswith("FILE:"):
         prompt = corpus.read_text(Path(prompt.removeprefix("FILE:")))
@@ -106,7 +106,7 @@ def sample(
     device: str,
     show: Callable[[str], None],
 ) -> tuple[list[str], int]:
-    """Sample one batch, a text for each of `numbers`; return the texts, without the prompt, and how many tokens they took.
+    """Sample one batch, a text for each of `numbers`; return the texts, without the prompt, and the number of tokens generated.
 
     Each text depends on the seed and its number only. Calls `show` with each new piece of the first text.
     """
@@ -140,7 +140,7 @@ def sample(
 def max_batch_size(model: GPT | Bigram, length: int) -> int:
     """Return how many texts of `length` tokens fit into a KV cache of CACHE_BYTES, at least 1."""
     config = model.config
-    bytes_per_token = 8 * config.n_layer * config.n_embd  # a float32 key and value
+    bytes_per_token = 8 * config.n_layer * config.n_embd  # key and value, 4 bytes each
     return max(1, CACHE_BYTES // (bytes_per_token * min(length, config.block_size)))
 
 

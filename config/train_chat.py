@@ -1,4 +1,4 @@
-# Train a tiny chat model from scratch, in minutes on a laptop: 600 synthetic conversations, by character.
+# Train a tiny chat model from scratch, in minutes on a laptop: 540 synthetic conversations (60 more validate), by character.
 #
 #   python data/chat/prepare.py
 #   python train.py config/train_chat.py
