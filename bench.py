@@ -1,4 +1,4 @@
-"""Benchmark this machine: training, generation and the time to a loss, each against a baseline; or compute what a size takes.
+"""Benchmark training, generation and the time to a loss, each against a baseline; or estimate a model size's FLOPs and memory.
 
 python bench.py --size=laptop                            training steps, the fast way and the baseline in turn
 python bench.py --size=gpt2 --batch_size=4 --block_size=256 --profile=True
