@@ -142,7 +142,8 @@ def make(project: Path, python: str, **environment: str) -> subprocess.Completed
     stub.write_text(f"#!/bin/sh\n{python}\n")
     stub.chmod(0o755)
     (project / ".venv" / "installed").touch()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "VENV", "PYTHON")}
+    environment = inherited | {"OMP_NUM_THREADS": "1"} | environment  # not what `make test VENV=...` gives to its children
     return subprocess.run(["make"], cwd=project, env=environment, capture_output=True, text=True, timeout=120)
 
 
