@@ -23,8 +23,11 @@ COPIED = ["*.py", "*.md", "Makefile", "requirements*.txt", "config/*.py", "nanog
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test goes to the Hub, whose library reads this when it is first imported
 torch.set_num_threads(1)  # fastest for tiny models, and the same sums on every machine
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background jobs, where the tests of Ctrl-C would fail
+# background jobs ignore SIGINT, and nohup ignores SIGHUP; the tests of signals need both
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def run_train(*flags: str | Path) -> None:
