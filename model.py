@@ -67,7 +67,7 @@ class CausalSelfAttention(nn.Module):
         tokens before x, and those of x are added to it.
         """
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
         q, k, v = qkv  # (B, nh, T, hs) each
         if past is not None:  # append our keys and values, and attend to all of them
             past[:, :, :, position : position + T] = qkv[1:]
@@ -75,13 +75,12 @@ class CausalSelfAttention(nn.Module):
         if last_only:
             q = q[:, :, -1:]
 
-        # a single query attends to every key; after a cache, query i is at position + i and needs an explicit mask
-        mask = None
-        if q.size(2) > 1 and position > 0:
+        queries, mask = q.size(2), None  # a single query is the last one, and attends to every key
+        is_causal = queries > 1 and position == 0  # query i attends to keys 0 to i
+        if queries > 1 and position > 0:  # query i is at position + i, which is_causal cannot express
             mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device).tril(position)
-        is_causal = q.size(2) > 1 and position == 0
         dropout = self.dropout if self.training else 0.0
-        if q.device.type == "cpu" and q.dtype != torch.float32:
+        if q.device.type == "cpu" and q.dtype != torch.float32:  # PyTorch's own kernel is slow here
             y = kernels.cpu_attention(qkv, q, k, v, mask, dropout, is_causal)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
@@ -154,15 +153,15 @@ class LanguageModel(nn.Module):
         block_size = self.config.block_size
         if cache is None:
             cache = self.new_cache(idx.size(0), min(idx.size(1) + max_new_tokens, block_size))
-        token, stopped = idx[:, -1:], torch.zeros_like(idx[:, :1], dtype=torch.bool)
+        stopped = torch.zeros_like(idx[:, :1], dtype=torch.bool)  # rows that have had a stop token
         for _ in range(max_new_tokens):
             if cache is None or idx.size(1) > block_size:  # longer than the context: the window slides, recompute all of it
                 logits, _ = self(idx[:, -block_size:])
             else:  # 1) prefill: what the cache lacks of the prompt; 2) decode: the newest token
                 cache.length = min(cache.length, idx.size(1) - 1)  # the last token must run, for its logits
                 logits, _ = self(idx[:, cache.length :], cache=cache)
-            drawn = sample_next(logits[:, -1, :vocab_size], temperature, top_k, top_p, generators)
-            token = torch.where(stopped, token, drawn)
+            token = sample_next(logits[:, -1, :vocab_size], temperature, top_k, top_p, generators)
+            token = torch.where(stopped, idx[:, -1:], token)  # a finished row repeats its stop token
             yield token
             if stop_tokens:
                 stopped = stopped | torch.isin(token, torch.tensor(stop_tokens, device=token.device))
@@ -242,11 +241,11 @@ class GPT(LanguageModel):
         cache: KVCache | None = None,
         loss_rows: int = 0,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return (logits, loss): (B, T, V) and the mean loss with targets, (B, 1, V) for the last position and None without.
+        """With targets, return logits (B, T, V) and the mean loss; without, the last position's logits (B, 1, V) and None.
 
         `idx` and `targets` are (B, T) int64, T at most block_size. With a `cache`, idx continues the tokens in it and is
-        added to it. `loss_rows` > 0 saves memory: the loss is computed for that many rows of logits at a time, and the
-        returned logits are None.
+        added to it. `loss_rows` saves memory: with more than that many targets, the loss is computed for that many rows of
+        logits at a time, and the returned logits are None.
         """
         B, T = idx.shape
         position = 0 if cache is None else cache.length
@@ -301,7 +300,7 @@ class GPT(LanguageModel):
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
     def flops_per_token(self) -> float:
-        """6 per parameter, plus 12 * n_layer * n_embd * block_size for attention (PaLM: Chowdhery et al. 2022, appendix B)."""
+        """6 per parameter but those of positions, plus attention (PaLM: Chowdhery et al. 2022, appendix B)."""
         config = self.config
         return 6 * self.get_num_params() + 12 * config.n_layer * config.n_embd * config.block_size
 
@@ -348,13 +347,14 @@ def sample_next(
     """Sample the next token: logits (B, V) -> ids (B, 1) int64.
 
     `temperature` divides the logits; 0 is greedy decoding. `top_k` keeps the k most likely tokens; of these, `top_p` (nucleus
-    sampling, Holtzman et al. 2020) keeps the smallest set with at least that total probability. Row i draws from
-    `generators[i]`, so that its text does not depend on the other rows; by default, all draw from PyTorch's generator.
+    sampling, Holtzman et al. 2020) keeps the smallest set with at least that total probability; 0 or None turns either off.
+    Row i draws from `generators[i]`, so that its text does not depend on the other rows; by default, all draw from PyTorch's
+    generator.
     """
     if temperature < 1e-5:  # greedy; dividing by it could overflow
         return logits.argmax(dim=-1, keepdim=True)
-    # The Gumbel-max trick (Gumbel 1954): the argmax of logits plus Gumbel noise is a draw from their softmax. Noise is drawn
-    # per token id, before top-k sorts them, so that small rounding differences rarely change the sample.
+    # The Gumbel-max trick (Gumbel 1954), in place of torch.multinomial: argmax(logits + Gumbel noise) samples from
+    # softmax(logits). Each token id has its own noise, so rounding that swaps two ids in top-k rarely changes the sample.
     V = logits.size(-1)
     k, p = min(top_k or V, V), top_p or 1.0
     if generators is None:

@@ -61,9 +61,9 @@ class Config(configurator.Config):
     eval_iters: NonNegativeInt = 200  # batches per split in an evaluation; 0: the whole split
     eval_only: bool = False  # evaluate once and exit
     log_interval: PositiveInt = 1  # iterations between printed losses
-    always_save_checkpoint: bool = True  # write ckpt.pt at every evaluation; False: only if the validation loss improved
+    always_save_checkpoint: bool = True  # write ckpt.pt at every evaluation but the first; False: only if the loss improved
     checkpoint_interval: NonNegativeInt = 0  # also save last.pt every this many iterations; 0: never
-    checkpoint_minutes: NonNegativeFloat = 15  # also save last.pt after this many minutes; 0: never
+    checkpoint_minutes: NonNegativeFloat = 15  # also save last.pt this many minutes after the last save; 0: never
     sample_interval: NonNegativeInt = 0  # iterations between short samples of the model's text; 0: none
     patience: NonNegativeInt = 0  # stop after this many evaluations without improvement; 0: never
     seed: Seed = 1337  # random seed of initial weights, batches and dropout
@@ -78,7 +78,7 @@ class Config(configurator.Config):
     batch_size: PositiveInt = 12  # sequences per micro-batch
     block_size: PositiveInt = 1024  # context length, in tokens
     # model
-    model: Literal["gpt", "bigram"] = "gpt"  # gpt, or the bigram baseline, which ignores n_layer, n_head and n_embd
+    model: Literal["gpt", "bigram"] = "gpt"  # gpt, or the bigram baseline, which has a table and nothing else
     n_layer: PositiveInt = 12  # transformer blocks
     n_head: PositiveInt = 12  # attention heads per block
     n_embd: PositiveInt = 768  # channels, a multiple of n_head
@@ -100,7 +100,7 @@ class Config(configurator.Config):
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"  # mixed precision; auto: bf16/fp16 where the device supports it. float16 uses a GradScaler
-    compile: Compile = "auto"  # use torch.compile; auto: on CUDA
+    compile: Compile = "auto"  # use torch.compile; auto: on CUDA if there is a C compiler
     fused: bool = True  # fused AdamW, on CUDA and CPUs
     loss_rows: LossRows = "auto"  # tokens per chunk of the cross-entropy; 0: no chunks. auto: 256 on a CPU if they save memory
     keep_memory: bool = True  # on Linux CPUs: reuse freed memory instead of returning it to the system
@@ -138,8 +138,9 @@ def main(config: Config) -> None:
             ckpt = open_checkpoint(config.init_from, config.out_dir, newest_state=True)
     config = resolve_config(config, ckpt)
     accumulate = f" and raise --gradient_accumulation_steps (now {config.gradient_accumulation_steps}) to match"
+    accumulate = "" if config.batch_tokens else accumulate
     advice = (
-        f"lower --batch_size (now {config.batch_size}){'' if config.batch_tokens else accumulate}, or use "
+        f"lower --batch_size (now {config.batch_size}){accumulate}, or use "
         "--activation_checkpointing=True, which changes no result; or lower --block_size, --n_layer or --n_embd"
     )
     with explain_out_of_memory(advice), process_group(config.device, config.backend) as group:
@@ -149,16 +150,16 @@ def main(config: Config) -> None:
 
 
 def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit | UserError | None:
-    """Run the training loop. Returns an exception to raise after the process group is closed, or None.
+    """Run the training loop. Returns its error or exit status, to be raised after the process group is closed, or None.
 
-    All references to the group must be local to this function; see process_group.
+    Keep no reference to the group outside this function: a live one may abort the process at exit; see process_group.
     """
     with Run(Path(config.out_dir), group) as run:
         # set up data, model and optimizer
         data = Dataset(config.dataset)
         machine = resolve_machine(config, group, ckpt, data)
-        model, ckpt = load_or_init(config, data, ckpt, empty=machine.sharded and not group.is_main)
-        eval_model, train_model = parallelize(
+        model, ckpt = load_or_init(config, data, ckpt, empty=machine.sharded and not group.is_main)  # FSDP: from rank 0
+        eval_model, train_model = parallelize(  # both share the weights of model: compiled if wanted; the second in DDP
             model, group, machine.dtype, machine.sharded, machine.compile, config.activation_checkpointing
         )
         betas = (config.beta1, config.beta2)
@@ -177,13 +178,13 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
 
         # set up logging, evaluation and batches
         sequences_per_iter = machine.micro_batches * config.batch_size
-        keys = dataclasses.asdict(config)
-        run.begin(state, model, optimizer, scaler, data.describe(), keys, resumed, sequences_per_iter, machine.dtype)
-        run.say(summary(keys, model, data, group, sequences_per_iter, choices(config, machine)))
+        values = dataclasses.asdict(config)
+        run.begin(state, model, optimizer, scaler, data.describe(), values, resumed, sequences_per_iter, machine.dtype)
+        run.say(summary(values, model, data, group, sequences_per_iter, choices(config, machine, device_type)))
         if resumed:
             run.say(f"resuming after {state.iter_num:,} of {config.max_iters:,} iterations")
         if state.iter_num >= config.max_iters:
-            run.say("nothing left to do; a larger --max_iters continues the run")
+            run.say("no iterations left; a larger --max_iters continues the run")
         mixed_precision = autocast(group.device, machine.dtype)
         eval_options = evaluation_options(config, machine)
         batches = training_batches(data, config, machine, group, state.iter_num, model.config.vocab_size)
@@ -222,24 +223,24 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
             loss = 0.0
             for micro_batch in range(group.rank, machine.micro_batches, group.size):
                 if config.dropout > 0:
-                    seed_dropout(config.seed, state.iter_num, micro_batch)
-                if isinstance(train_model, DistributedDataParallel):  # all-reduce gradients with the last micro-batch only
+                    seed_dropout(config.seed, state.iter_num, micro_batch)  # the same on any number of ranks
+                if isinstance(train_model, DistributedDataParallel):  # sync gradients in the last micro-batch only
                     train_model.require_backward_grad_sync = micro_batch + group.size >= machine.micro_batches
                 with mixed_precision:
                     _, micro_loss = train_model(x, y, loss_rows=machine.loss_rows)
                 x, y = next(batches)  # prefetch while the device computes
-                loss += micro_loss.detach() / machine.micro_batches
-                # times size, since DDP and FSDP average gradients over ranks
+                loss += micro_loss.detach() / machine.micro_batches  # to log
+                # to differentiate: times size, since DDP and FSDP average gradients over ranks
                 scaler.scale(micro_loss * group.size / machine.micro_batches).backward()
 
-            # clip the gradient; all ranks agree on the loss, on saving and on stopping
+            # clip the gradient; all ranks agree on the loss, on saving and on stopping; save if due
             scaler.unscale_(optimizer)
             grad_norm = clip_gradient(model, config.grad_clip)
-            loss = run.agree(loss.item())
+            loss = run.agree(loss.item())  # all-reduce (sum); also sets run.save_due and run.stop_requested
             run.require_finite({"loss": loss})
             if not scaler.is_enabled():  # a GradScaler skips a step whose gradient is not finite, and lowers its scale
                 run.require_finite({"norm of the gradient": grad_norm})
-            if run.save_due:  # before the update: this state is known to be good
+            if run.save_due:  # before the update: these weights just gave a finite loss
                 with run.paused("saving"):
                     run.save()
 
@@ -281,34 +282,32 @@ def training_batches(
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield this rank's micro-batches (x, y), (batch_size, block_size) each, on its device, starting at `first_iter`.
 
-    Each iteration draws one global batch and splits it, so that results do not depend on the number of ranks.
+    Each iteration draws one global batch and splits it, so that the batches do not depend on the number of ranks.
     """
-    size = config.batch_size
     for iteration in itertools.count(first_iter):
-        count = machine.micro_batches * size
+        count = machine.micro_batches * config.batch_size
         starts = data.draw("train", "train", config.seed, iteration, count, config.block_size)
-        for micro_batch in range(group.rank, machine.micro_batches, group.size):
-            rows = starts[micro_batch * size : (micro_batch + 1) * size]
-            yield to_device(data.windows("train", rows, config.block_size, vocab_size), group.device)
+        for micro_starts in starts.reshape(machine.micro_batches, -1)[group.rank :: group.size]:
+            yield to_device(data.windows("train", micro_starts, config.block_size, vocab_size), group.device)
 
 
 # set-up
 
 
 def resolve_config(config: Config, ckpt: Checkpoint | None) -> Config:
-    """Fill in what the checkpoint fixes: when resuming, all keys that are not given, otherwise the model's shape.
+    """Take from the checkpoint what it fixes: the model's shape, and when resuming all keys that are not given.
 
     Raises UserError if the checkpoint's values do not fit.
     """
     values: dict[str, Any] = {}
     resumed = config.init_from == "resume"
     if resumed:
-        own = config.given | {"init_from", "out_dir"}
+        kept = config.given | {"init_from", "out_dir"}  # not taken from the checkpoint
         if "gradient_accumulation_steps" in config.given:
-            own |= {"batch_tokens"}  # else the run's batch_tokens would override it
-        restored = ({field.name for field in dataclasses.fields(config)} & ckpt.config.keys()) - own
-        for name in restored:
-            values[name] = configurator.check_value(Config, name, ckpt.config[name], str(ckpt.path))
+            kept |= {"batch_tokens"}  # else the run's batch_tokens would override it
+        for name in [field.name for field in dataclasses.fields(config)]:
+            if name in ckpt.config and name not in kept:
+                values[name] = configurator.check_value(Config, name, ckpt.config[name], str(ckpt.path))
         if "device" not in config.given:
             try:
                 pick_device(values.get("device", config.device))
@@ -378,13 +377,13 @@ def evaluation_options(config: Config, machine: Machine) -> dict[str, int]:
     return {key: getattr(config, key) for key in keys} | {"loss_rows": machine.loss_rows}
 
 
-def choices(config: Config, machine: Machine) -> str:
+def choices(config: Config, machine: Machine, device_type: str) -> str:
     """Return how a run computes, in the words that it prints."""
-    optimizer = {"adamw": "AdamW", "muon": "AdamW and Muon"}[config.optimizer]
+    adamw = "fused AdamW" if config.fused and device_type in ("cuda", "cpu") else "AdamW"
     chosen = [
         str(machine.dtype).removeprefix("torch."),
         "compiled" if machine.compile else "not compiled",
-        f"fused {optimizer}" if config.fused else optimizer,
+        f"Muon and {adamw}" if config.optimizer == "muon" else adamw,
         f"loss in chunks of {machine.loss_rows} tokens" if machine.loss_rows else "",
         "freed memory kept" if machine.keeps_memory else "",
         "sharded" if machine.sharded else "",

@@ -52,7 +52,7 @@ class TrainState:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> "TrainState":
-        """Return the state in a checkpoint."""
+        """Return the state in a checkpoint, where last_eval is called "evaluated" and evals_since_best "stale"."""
         extra = checkpoint.extra
         last_eval, evals_since_best = extra.get("evaluated", -1), extra.get("stale", 0)
         return cls(checkpoint.iter_num, checkpoint.best_val_loss, last_eval, evals_since_best, extra.get("wandb"))
@@ -91,7 +91,7 @@ class Run:
         self.save_due = False
         self._stop_agreed = False
         self._saver: Saver | None = None
-        self._open_parts = contextlib.ExitStack()
+        self._open_parts = contextlib.ExitStack()  # closed in reverse: curves, signals, log, lock
 
     def __enter__(self) -> "Run":
         self._open_parts.enter_context(lock_folder(self.out_dir, self.group))
@@ -133,7 +133,7 @@ class Run:
             log = Metrics(self.out_dir, config["max_iters"], tokens_per_iter, state.iter_num, state.last_eval, wandb_run)
         else:
             log = SilentMetrics()
-        saved = (state.iter_num, state.last_eval) if resumed else (-1, -1)
+        saved = (state.iter_num, state.last_eval) if resumed else (-1, -1)  # the state on the disk; -1: none
         self._saver = Saver(self.out_dir, model, optimizer, scaler, description, config, saved, self.group.is_main)
         self._log = self._open_parts.enter_context(log)
         self._open_parts.enter_context(self.signals)
@@ -144,8 +144,8 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         try:
-            # The token files are gone, but the weights are intact: save them. Sharded weights could only be gathered with the
-            # help of the other ranks, which do not know.
+            # The token files are gone but the weights are intact: save them. Not if they are sharded: gathering needs all
+            # ranks, and only this one failed.
             if isinstance(error, FileLost) and self._saver is not None and not is_sharded(self._model):
                 self.save()
         finally:
@@ -220,7 +220,7 @@ class Run:
     # checkpoints and curves
 
     def save(self, best: bool = False) -> None:
-        """Write last.pt, and ckpt.pt if `best`. Iteration 0 is saved only when the run stops there."""
+        """Write last.pt, and ckpt.pt if `best`. Iteration 0 is saved only if a signal stops the run there."""
         state = self.state
         if state.iter_num == 0 and not self._stop_agreed:
             return
@@ -242,7 +242,7 @@ class Run:
         state, config = self.state, self._config
         if self._saver.failure:
             return UserError(f"could not save the newest state ({self._saver.failure}); free some space and resume the run")
-        number = self.signals.received or signal.SIGTERM
+        number = self.signals.received or signal.SIGTERM  # another rank's signal is reported as SIGTERM
         out_dir = shlex.quote(config["out_dir"])
         if self.group.is_main:
             if (self.out_dir / CURVES).exists():
