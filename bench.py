@@ -138,7 +138,7 @@ def training(config: Config) -> None:
     workers = {"fast": Worker(config, "fast")}
     print(f"fast: {workers['fast'].description}", flush=True)
     if config.against == "plain":
-        workers["plain"] = Worker(dataclasses.replace(config, **PLAIN), "plain")
+        workers["plain"] = Worker(config.replace(**PLAIN), "plain")
         print(f"plain: {workers['plain'].description}", flush=True)
 
     # time both ways in turn

@@ -311,7 +311,7 @@ def changed(config: Config, assignment: str) -> Config:
     if key.strip() not in SETTABLE:
         raise UserError(f"/set {assignment}: write /set temperature=0.7; the keys are {', '.join(SETTABLE)}")
     parsed = configurator.parse(Config, [f"--{assignment}".replace(" ", "")])
-    return replace(config, **{key.strip(): getattr(parsed, key.strip())})
+    return config.replace(**{key.strip(): getattr(parsed, key.strip())})
 
 
 def show(pieces: Generator[str, None, None], name: str) -> None:

@@ -87,7 +87,7 @@ def parse(config_class: type, arguments: list[str]) -> Any:
     `config.given` holds the keys that were set. Raises UserError if a key or a value is wrong.
     """
     kinds = typing.get_type_hints(config_class, include_extras=True)
-    values = {field.name: getattr(config_class(), field.name) for field in dataclasses.fields(config_class)}
+    values = dataclasses.asdict(config_class())
     keys = list(values)
     given: set[str] = set()
     for argument in arguments:
@@ -160,7 +160,7 @@ def run(main: Callable[[Any], None], config_class: type) -> None:
 def help_text(config_class: type, script: str) -> str:
     """Return the --help page: each key's type, default and comment, under the headings in the class."""
     kinds = typing.get_type_hints(config_class, include_extras=True)
-    defaults = {field.name: getattr(config_class(), field.name) for field in dataclasses.fields(config_class)}
+    defaults = dataclasses.asdict(config_class())
     plain = config_class.positional or "config/file.py"
     lines = [f"usage: python {script} [{plain} ...] [--key=value ...]", ""]
     description = (sys.modules[config_class.__module__].__doc__ or "").strip().split("\n\n")[0]

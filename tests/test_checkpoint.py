@@ -17,6 +17,7 @@ from nanogpt import checkpoint
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import CharTokenizer
 
+MAPS = Path("/proc/self/maps")  # of Linux
 TOKENIZER = CharTokenizer.from_text("abcdefghijk")
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True, "vocab_size": 11, "dropout": 0.0}
 LAYER = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
@@ -515,3 +516,19 @@ def test_any_damage_is_a_user_error_or_harmless(keys: tuple, value: Any, tmp_pat
         use(path)
     except UserError as error:
         assert "\n" not in str(error)
+
+
+def test_release_unmaps_the_file(tmp_path: Path) -> None:
+    """Catches a map that keeps the blocks of a replaced checkpoint on the disk, and tensors lost with it."""
+    checkpoint.save(tmp_path / "ckpt.pt", our_state())
+    mapped = checkpoint.open_checkpoint(str(tmp_path), "")
+    assert maps_of(tmp_path / "ckpt.pt") > 0 or not MAPS.exists()
+    read = mapped.in_memory()
+    assert maps_of(tmp_path / "ckpt.pt") == 0
+    assert (mapped.weights, mapped.optimizer) == ({}, None)
+    assert equal(read.weights, checkpoint.load(tmp_path / "ckpt.pt").weights)
+
+
+def maps_of(path: Path) -> int:
+    """Return how often this process has mapped a file; 0 on systems that do not tell."""
+    return MAPS.read_text().count(str(path)) if MAPS.exists() else 0

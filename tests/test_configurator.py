@@ -334,6 +334,35 @@ def test_help_lists_every_key(script: Any) -> None:
         assert re.search(rf"--{field.name}=<[^>]+>  ?\[[^]]*\] {re.escape(comment)}( |$)", page), field.name
 
 
+@dataclass(frozen=True)
+class FrozenConfig(configurator.Config):
+    # first heading
+    size: Literal[
+        "small",  # the first
+        "large",  # the second
+    ] = "small"
+    # second heading
+    seed: int = 1  # random seed
+
+
+def test_help_of_a_field_over_several_lines() -> None:
+    """Catches a comment inside a field that becomes a heading, or is lost."""
+    page = configurator.help_text(FrozenConfig, "script.py")
+    headings = [line for line in page.splitlines() if line.endswith(":") and "heading" in line]
+    assert headings == ["first heading:", "second heading:"]
+    assert "the first the second" in page
+
+
+def test_replace_keeps_what_was_given() -> None:
+    """Catches a copy that takes given keys for defaults, and a config that can be changed in place."""
+    config = parse(FrozenConfig, ["--seed=2"])
+    changed = config.replace(size="large")
+    assert (changed.size, changed.seed, changed.given) == ("large", 2, {"seed"})
+    assert (config.size, config.given) == ("small", {"seed"})
+    with pytest.raises(AttributeError):
+        config.seed = 3
+
+
 def test_positional_arguments() -> None:
     """Catches a run folder taken for a config file, or one that replaces the one before it."""
     for arguments in (["a", "b/c"], ["--runs=a", "b/c"], ["--runs=a,b/c"]):

@@ -402,6 +402,8 @@ def test_batch_tokens_after_a_resume(flags: list[str], out_dir: Path) -> None:
     """Catches a resumed run with other batches, or one that ignores a new --gradient_accumulation_steps."""
     run(*flags, "--batch_tokens=192", "--max_iters=1")
     assert int(rows(out_dir)[-1]["tokens"]) == 192
+    saved = torch.load(out_dir / "last.pt", weights_only=True)["config"]  # the keys as given, for another machine to resolve
+    assert (saved["gradient_accumulation_steps"], saved["batch_tokens"], saved["compile"]) == (2, 192, "auto")
     resume = [f"--out_dir={out_dir}", "--init_from=resume"]
     run(*resume, "--batch_size=2", "--max_iters=2")
     assert int(rows(out_dir)[-1]["tokens"]) == 2 * 192
