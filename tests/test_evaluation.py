@@ -39,21 +39,30 @@ def evaluate(model: GPT | Bigram, data: Dataset, eval_iters: int, group: Group |
 # the loss
 
 
-def test_whole_split_counts_each_token_once(dataset: Path, data: Dataset) -> None:
-    """Catches windows that overlap or leave out the end, a short last one that weighs too much, dropout left on."""
+@pytest.mark.parametrize("masked", [False, True])
+def test_whole_split_counts_each_learned_token_once(dataset: Path, masked: bool) -> None:
+    """Catches windows that overlap or leave out the end, batches not weighted by their learned targets, dropout left on."""
+    splits = {name: np.fromfile(dataset / f"{name}.bin", dtype=np.uint8) for name in ("train", "val")}
+    masks = {name: np.ones(len(ids), np.uint8) for name, ids in splits.items()}
+    if masked:
+        for name, mask in masks.items():
+            mask[: len(mask) // 2] = np.arange(len(mask) // 2) % 9 == 0  # few are learned in the first half, all in the second
+            mask.tofile(dataset / f"{name}.mask.bin")
+    data = Dataset(str(dataset))
     model = new_model(data.tokenizer.vocab_size)
     losses = evaluate(model, data, eval_iters=0)
     assert model.training
     model.eval()
-    for split in ("train", "val"):
-        ids = torch.from_numpy(np.fromfile(dataset / f"{split}.bin", dtype=np.uint8).astype(np.int64))
+    for name, ids in splits.items():
+        ids = torch.from_numpy(ids.astype(np.int64))
         total = 0.0
         with torch.no_grad():
             for i in range(0, len(ids) - 1, 16):
                 x, y = ids[i : i + 16], ids[i + 1 : i + 17]
                 logits, _ = model(x[None, : len(y)], y[None])
-                total -= torch.log_softmax(logits[0], dim=-1).gather(1, y[:, None]).sum().item()
-        assert losses[split] == pytest.approx(total / (len(ids) - 1), abs=1e-5)
+                nats = -torch.log_softmax(logits[0], dim=-1).gather(1, y[:, None])[:, 0]
+                total += nats[torch.from_numpy(masks[name][i + 1 : i + 17]) == 1].sum().item()
+        assert losses[name] == pytest.approx(total / masks[name][1:].sum(), abs=1e-5)
 
 
 def test_sampled_loss_is_the_mean_over_its_batches(data: Dataset) -> None:
