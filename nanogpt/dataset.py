@@ -1,10 +1,10 @@
 """Datasets: checks token files and draws random batches from them.
 
 The windows of a batch are a pure function of (seed, stream, iteration): there is no state to save, and every world size sees
-the same tokens, interrupted or not. Windows are read with plain file reads instead of a memory map: reads are faster for
-pieces this small, and a file that shrinks during the run raises an error instead of killing the process (SIGBUS).
+the same tokens, interrupted or not. Token files are memory-mapped.
 """
 
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +29,45 @@ STREAMS = {"train": 0, "eval_train": 1, "eval_val": 2}
 
 class FileLost(UserError):
     """A token file has disappeared or changed since the dataset was opened."""
+
+
+class MappedFile:
+    """A memory-mapped array in a file that must not change while it is open."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self._path, self._dtype = path, dtype
+        with open(path, "rb") as file:
+            self._version = _version(os.fstat(file.fileno()))
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""  # an empty map is an error
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file when it was opened."""
+        return self._version[0]
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Copy windows of `length` items: (len(starts), length).
+
+        Raises FileLost if the file has changed. One that is truncated while this reads it ends the process (SIGBUS).
+        """
+        self._require_unchanged()
+        items = np.frombuffer(self._map, self._dtype)
+        rows = np.empty((len(starts), length), self._dtype)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            row[:] = items[start : start + length]
+        if hasattr(mmap, "MADV_DONTNEED"):  # release the pages, or the process would grow to the size of the file
+            self._map.madvise(mmap.MADV_DONTNEED)
+        self._require_unchanged()
+        return rows
+
+    def _require_unchanged(self) -> None:
+        """Raise FileLost unless the file at the path is the mapped one: a map keeps a file that was removed or replaced."""
+        try:
+            version = _version(os.stat(self._path))
+        except OSError as error:
+            raise FileLost(f"{self._path} can no longer be read ({error.strerror})") from error
+        if version != self._version:
+            raise FileLost(f"{self._path} has changed during the run: do not prepare a dataset that a run uses")
 
 
 class Dataset:
@@ -61,8 +100,10 @@ class Dataset:
 
         # token files
         self.tokens: dict[Split, int] = {}
+        self._ids: dict[Split, MappedFile] = {}
         for split in ("train", "val"):
-            size = (self.folder / f"{split}.bin").stat().st_size
+            self._ids[split] = MappedFile(self.folder / f"{split}.bin", self.dtype)
+            size = self._ids[split].size
             if size % self.dtype.itemsize:
                 raise self._damaged(f"{split}.bin", f"its {size:,} bytes are not a whole number of {self.dtype.name} tokens")
             self.tokens[split] = size // self.dtype.itemsize
@@ -72,11 +113,13 @@ class Dataset:
                 raise self._damaged(f"{split}.bin", f"it has {self.tokens[split]:,} tokens, but meta.json says {expected}")
 
         # loss masks
-        self.masks = [split for split in self.tokens if (self.folder / f"{split}.mask.bin").is_file()]
-        for split in self.masks:
-            flags = (self.folder / f"{split}.mask.bin").stat().st_size
-            if flags != self.tokens[split]:
-                raise self._damaged(f"{split}.mask.bin", f"it has {flags:,} flags for {self.tokens[split]:,} tokens")
+        self._masks: dict[Split, MappedFile] = {}
+        for split, count in self.tokens.items():
+            path = self.folder / f"{split}.mask.bin"
+            if path.is_file():
+                mask = self._masks[split] = MappedFile(path, np.dtype(np.uint8))
+                if mask.size != count:
+                    raise self._damaged(path.name, f"it has {mask.size:,} flags for {count:,} tokens")
 
     def check(self, block_size: int, vocab_size: int) -> None:
         """Raise UserError if a split is too short for `block_size`, or has ids that are not below `vocab_size`.
@@ -92,7 +135,7 @@ class Dataset:
                 )
             for end in {min(count, CHECKED_TOKENS), count}:
                 for start in range(max(0, end - CHECKED_TOKENS), end, CHECK_CHUNK_TOKENS):
-                    chunk = self._read(split, "", self.dtype, np.array([start]), min(CHECK_CHUNK_TOKENS, end - start))
+                    chunk = self._ids[split].windows(np.array([start]), min(CHECK_CHUNK_TOKENS, end - start))
                     self._check_ids(split, chunk, vocab_size)
 
     def describe(self) -> dict[str, Any]:
@@ -123,30 +166,27 @@ class Dataset:
 
         Targets that the loss mask leaves out are -1. Raises UserError if an id is not below `vocab_size`.
         """
-        rows = self._read(split, "", self.dtype, starts, length + 1)  # (B, T + 1)
+        rows = self._ids[split].windows(starts, length + 1)  # (B, T + 1)
         self._check_ids(split, rows, vocab_size)
         inputs, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
-        if split in self.masks:
-            learned = self._read(split, ".mask", np.dtype(np.uint8), starts, length + 1)
-            targets[learned[:, 1:] == 0] = -1
+        if split in self._masks:
+            targets[~self._learned(split, starts, length)] = -1
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def _read(self, split: Split, suffix: str, dtype: np.dtype, starts: np.ndarray, length: int) -> np.ndarray:
-        """Read windows from a file of the split: (len(starts), length). Raises FileLost if the file has changed."""
-        path = self.folder / f"{split}{suffix}.bin"
-        rows = np.empty((len(starts), length), dtype)
-        expected = self.tokens[split] * dtype.itemsize
-        try:
-            with open(path, "rb", buffering=0) as file:
-                whole = os.fstat(file.fileno()).st_size == expected
-                for row, start in zip(rows, starts.tolist(), strict=True):
-                    file.seek(start * dtype.itemsize)
-                    whole = whole and file.readinto(row) == row.nbytes
-        except OSError as error:
-            raise FileLost(f"{path} can no longer be read ({error.strerror})") from error
-        if not whole:
-            raise FileLost(f"{path} has changed during the run: it no longer has {expected:,} bytes")
-        return rows
+    def loss_weights(self, split: Split, starts: np.ndarray, length: int) -> list[float]:
+        """Return a weight for the mean loss of each micro-batch of windows: starts (micro-batches, B).
+
+        It is the micro-batch's share of the learned targets times the number of micro-batches: 1 without a loss mask. So the
+        mean of the weighted losses is the mean over all learned targets.
+        """
+        if split not in self._masks:
+            return [1.0] * len(starts)
+        learned = self._learned(split, starts.reshape(-1), length).reshape(len(starts), -1).sum(1)  # (micro-batches,)
+        return (learned * len(starts) / max(1, learned.sum())).tolist()
+
+    def _learned(self, split: Split, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return which targets of some windows are learned: (len(starts), length) bool."""
+        return self._masks[split].windows(starts, length + 1)[:, 1:] != 0
 
     def _check_ids(self, split: Split, ids: np.ndarray, vocab_size: int) -> None:
         if ids.max() >= vocab_size:
@@ -157,6 +197,11 @@ class Dataset:
 
     def _damaged(self, file: str, why: str) -> UserError:
         return UserError(f"{self.folder / file} is damaged ({why}); prepare the dataset again")
+
+
+def _version(stat: os.stat_result) -> tuple[int, ...]:
+    """Return what changes if a file is written or replaced; its size is the first."""
+    return stat.st_size, stat.st_ino, stat.st_mtime_ns
 
 
 def _missing(name: str, folder: Path, split: str) -> str:
