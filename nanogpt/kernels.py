@@ -90,6 +90,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def chunked_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
     """Return the mean cross-entropy of logits `x @ weight.T` for x (N, C), weight (V, C), targets (N,), in chunks of `rows`."""
+    if not torch.is_grad_enabled():  # evaluation: no gradients; inside an autograd.Function the mode is always off
+        x, weight = x.detach(), weight.detach()
     total = ChunkedCrossEntropy.apply(x, weight, targets, rows)
     return total / (targets != -1).sum().clamp(min=1)
 

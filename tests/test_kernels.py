@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, GPTConfig
 from nanogpt import kernels
@@ -46,10 +47,11 @@ def test_chunked_loss_of_ignored_targets_is_zero() -> None:
 
 
 def test_chunked_loss_without_gradients() -> None:
-    """Catches an evaluation that fails under no_grad, or returns another loss."""
+    """Catches an evaluation that fails under no_grad, computes the gradients as well, or returns another loss."""
     x, weight, targets = head_and_targets()
-    with torch.no_grad():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         loss = chunked_cross_entropy(x, weight, targets, rows=3)
+    assert counter.get_total_flops() == 2 * x.numel() * len(weight)  # the logits, and no gradients
     assert loss.item() == pytest.approx(F.cross_entropy(x @ weight.T, targets).item(), abs=1e-6)
     assert not loss.requires_grad
 
