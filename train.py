@@ -190,7 +190,7 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
         batches = training_batches(data, config, machine, group, state.iter_num, model.config.vocab_size)
 
         # training loop
-        x, y = next(batches)  # (B, T) each
+        x, y, weight = next(batches)  # (B, T) each, and a number
         while True:
             # set the learning rate for this iteration
             lr = config.learning_rate
@@ -228,7 +228,8 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
                     train_model.require_backward_grad_sync = micro_batch + group.size >= machine.micro_batches
                 with mixed_precision:
                     _, micro_loss = train_model(x, y, loss_rows=machine.loss_rows)
-                x, y = next(batches)  # prefetch while the device computes
+                micro_loss = micro_loss * weight  # its share of the learned targets; 1 without a loss mask
+                x, y, weight = next(batches)  # prefetch while the device computes
                 loss += micro_loss.detach() / machine.micro_batches  # to log
                 # to differentiate: times size, since DDP and FSDP average gradients over ranks
                 scaler.scale(micro_loss * group.size / machine.micro_batches).backward()
@@ -238,8 +239,7 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
             grad_norm = clip_gradient(model, config.grad_clip)
             loss = run.agree(loss.item())  # all-reduce (sum); also sets run.save_due and run.stop_requested
             run.require_finite({"loss": loss})
-            if not scaler.is_enabled():  # a GradScaler skips a step whose gradient is not finite, and lowers its scale
-                run.require_finite({"norm of the gradient": grad_norm})
+            run.require_finite_gradient(grad_norm)
             if run.save_due:  # before the update: these weights just gave a finite loss
                 with run.paused("saving"):
                     run.save()
@@ -279,16 +279,20 @@ def get_lr(iteration: int, learning_rate: float, min_lr: float, warmup_iters: in
 
 def training_batches(
     data: Dataset, config: Config, machine: Machine, group: Group, first_iter: int, vocab_size: int
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield this rank's micro-batches (x, y), (batch_size, block_size) each, on its device, starting at `first_iter`.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Yield this rank's micro-batches (x, y, weight) from `first_iter` on: x and y (batch_size, block_size), on its device.
 
-    Each iteration draws one global batch and splits it, so that the batches do not depend on the number of ranks.
+    Each iteration draws one global batch and splits it, so that the batches do not depend on the number of ranks. The mean
+    of weight x loss over all micro-batches is the loss of the global batch.
     """
     for iteration in itertools.count(first_iter):
         count = machine.micro_batches * config.batch_size
         starts = data.draw("train", "train", config.seed, iteration, count, config.block_size)
-        for micro_starts in starts.reshape(machine.micro_batches, -1)[group.rank :: group.size]:
-            yield to_device(data.windows("train", micro_starts, config.block_size, vocab_size), group.device)
+        starts = starts.reshape(machine.micro_batches, config.batch_size)
+        weights = data.loss_weights("train", starts, config.block_size)
+        for micro_batch in range(group.rank, machine.micro_batches, group.size):
+            x, y = data.windows("train", starts[micro_batch], config.block_size, vocab_size)
+            yield *to_device((x, y), group.device), weights[micro_batch]
 
 
 # set-up

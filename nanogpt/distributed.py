@@ -44,7 +44,8 @@ class Group:
         """Return the sum of each number over all ranks, every one of which must call this."""
         if self.size == 1:
             return list(numbers)
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        device = "cpu" if self.device == "mps" else self.device  # MPS has no float64
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
         dist.all_reduce(tensor)
         return tensor.tolist()
 

@@ -1,7 +1,6 @@
 """Evaluation during training: the loss of both splits, and a short sample of the model's text."""
 
 import itertools
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,6 +13,7 @@ from nanogpt import conversation
 from nanogpt.dataset import Dataset, Split
 from nanogpt.device import text_generators, to_device
 from nanogpt.distributed import Group, is_sharded
+from nanogpt.errors import UserError
 from nanogpt.run import Signals
 from nanogpt.tokenizer import END_OF_TEXT, StreamDecoder
 
@@ -36,7 +36,8 @@ def estimate_loss(
     """Return the mean loss of each split, in nats per token.
 
     It is taken over `eval_iters` random batches, the same ones every time, or over the whole split if that is 0. The ranks
-    share the work, and all get the result; None if a signal reached one of them meanwhile.
+    share the work, and all get the result; None if a signal reached one of them meanwhile. Raises UserError if the loss mask
+    leaves out every target.
     """
     model.eval()
     losses = {}
@@ -58,7 +59,11 @@ def estimate_loss(
         total, count, interrupted = group.sum(total, count, signals.received)
         if interrupted:
             break
-        losses[split] = total / count if count else math.nan
+        if not count:
+            raise UserError(
+                f"the loss mask leaves no {split} target to learn in {eval_iters or 'all'} batches; raise --eval_iters"
+            )
+        losses[split] = total / count
     model.train()
     return None if interrupted else losses
 

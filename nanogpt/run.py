@@ -32,6 +32,7 @@ CONFIG, METRICS, CURVES = "config.json", "metrics.csv", "loss.png"
 RUN_FILES = (BEST, LAST, METRICS, CONFIG, CURVES)
 PREVIOUS = "previous"  # folder for the files of an earlier run
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, preemption, a closed terminal (not on Windows)
+MAX_SKIPPED_STEPS = 40  # in a row; a GradScaler halves its scale each time, from 2^16
 SIGNAL_DEBOUNCE_SECONDS = 1.0  # a second signal within this time is the same one, sent by the cluster and by torchrun
 
 
@@ -90,6 +91,9 @@ class Run:
         self.signals = Signals()
         self.save_due = False
         self._stop_agreed = False
+        self._skipped_steps = 0  # in a row, by the GradScaler
+        self._val_loss: float | None = None  # of the last evaluation of this process
+        self._ckpt_val_loss: float | None = None  # of the weights in ckpt.pt; None: not known
         self._saver: Saver | None = None
         self._open_parts = contextlib.ExitStack()  # closed in reverse: curves, signals, log, lock
 
@@ -115,7 +119,7 @@ class Run:
         it is stored in checkpoints and config.json, and sets the intervals of logging and saving. `dtype` is that of matrix
         products, for the MFU.
         """
-        self.state, self._model, self._config = state, model, config
+        self.state, self._model, self._scaler, self._config = state, model, scaler, config
         self._sequences_per_iter = sequences_per_iter
         peak = peak_flops(self.group.device, dtype)
         self._peak_flops = None if peak is None else peak * self.group.size
@@ -133,6 +137,8 @@ class Run:
             log = Metrics(self.out_dir, config["max_iters"], tokens_per_iter, state.iter_num, state.last_eval, wandb_run)
         else:
             log = SilentMetrics()
+        if resumed and (state.evals_since_best == 0 or not config["always_save_checkpoint"]):
+            self._ckpt_val_loss = state.best_val_loss
         saved = (state.iter_num, state.last_eval) if resumed else (-1, -1)  # the state on the disk; -1: none
         self._saver = Saver(self.out_dir, model, optimizer, scaler, description, config, saved, self.group.is_main)
         self._log = self._open_parts.enter_context(log)
@@ -190,6 +196,7 @@ class Run:
 
     def log_eval(self, losses: dict[str, float], learning_rate: float) -> None:
         """Log an evaluation, which the state has recorded already."""
+        self._val_loss = losses["val"]
         self._log.evaluation(self.state.iter_num, losses, learning_rate, self._mfu, self.state.best_val_loss)
 
     def log_step(self, loss: float, learning_rate: float, grad_norm: float) -> None:
@@ -217,6 +224,14 @@ class Run:
             advice = "try a lower --learning_rate, or --grad_clip=1"
             raise UserError(f"iteration {self.state.iter_num}: {bad[0]}, and the run stops; {kept}; {advice}")
 
+    def require_finite_gradient(self, norm: float) -> None:
+        """Raise UserError if the norm is infinite or NaN; with a GradScaler, which skips such a step, only if that goes on."""
+        self._skipped_steps = 0 if math.isfinite(norm) else self._skipped_steps + 1
+        if self._skipped_steps and not self._scaler.is_enabled():
+            self.require_finite({"norm of the gradient": norm})
+        if self._skipped_steps == MAX_SKIPPED_STEPS:
+            self.require_finite({f"norm of the gradient in {MAX_SKIPPED_STEPS} iterations in a row": norm})
+
     # checkpoints and curves
 
     def save(self, best: bool = False) -> None:
@@ -227,6 +242,8 @@ class Run:
         extra = {"evaluated": state.last_eval, "stale": state.evals_since_best}
         if state.wandb_id is not None:
             extra["wandb"] = state.wandb_id
+        if best:
+            self._ckpt_val_loss = self._val_loss
         self._log.sync()
         self._saver.save(state.iter_num, state.best_val_loss, extra, best)
 
@@ -248,7 +265,10 @@ class Run:
             if (self.out_dir / CURVES).exists():
                 print(f"curves in {self.out_dir / CURVES}")
             if (self.out_dir / BEST).exists():
-                print(f"best val loss {state.best_val_loss:.4f}; checkpoint in {self.out_dir / BEST}")
+                loss = f"val loss {self._ckpt_val_loss:.4f}; " if self._ckpt_val_loss is not None else ""
+                is_best = self._ckpt_val_loss == state.best_val_loss
+                best = "" if is_best else f" (best val loss so far: {state.best_val_loss:.4f})"
+                print(f"{'best ' * is_best}{loss}checkpoint in {self.out_dir / BEST}{best}")
                 print(f"next: python {next_script} --out_dir={out_dir}")
             if state.out_of_patience(config["patience"]):
                 print(f"stopped early: {state.evals_since_best} evaluations without a better validation loss;", end=" ")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import launcher
+import numpy as np
 import pytest
 import torch
 from conftest import counting, read_rows, write_dataset
@@ -101,6 +102,7 @@ class Launch:
 SIX, MUON = "--gradient_accumulation_steps=6", "--gradient_accumulation_steps=6 --optimizer=muon"
 BIGRAM = "--model=bigram --learning_rate=0.1"
 SAMPLED = "--eval_iters=3 --max_iters=6"
+MASKED = "--dataset={folder}/masked"  # few of its targets are learned, and in some micro-batches none
 RUNS = {  # by name: launches that one after the other train 12 iterations, if no other number is given
     "one": [Launch(0, "")],
     "ddp2": [Launch(2, "--sample_interval=4", COUNTED)],
@@ -122,6 +124,12 @@ RUNS = {  # by name: launches that one after the other train 12 iterations, if n
         Launch(2, "--init_from=resume --max_iters=6", IN_FLOAT32),
         Launch(0, "--init_from=resume --max_iters=12", IN_FLOAT32),
     ],
+    "masked": [Launch(0, MASKED)],
+    "masked2": [Launch(2, MASKED)],
+    "masked4": [Launch(4, MASKED)],
+    "masked_fsdp2": [Launch(2, f"{MASKED} --parallel=fsdp")],
+    "masked_one": [Launch(0, f"{MASKED} --gradient_accumulation_steps=1 --batch_size=8 --dropout=0 --max_iters=1")],
+    "masked_eight": [Launch(2, f"{MASKED} --gradient_accumulation_steps=8 --batch_size=1 --dropout=0 --max_iters=1")],
     "bigram": [Launch(0, BIGRAM)],
     "bigram2": [Launch(2, f"{BIGRAM} --parallel=fsdp")],
 }
@@ -145,12 +153,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """A function that returns the folder of one of RUNS, and what it printed; each is run once, when it is first needed."""
     folder = tmp_path_factory.mktemp("runs")
     write_dataset(folder / "dataset", counting(40))
+    write_dataset(folder / "masked", counting(40))
+    mask = np.zeros((folder / "masked" / "train.bin").stat().st_size, np.uint8)
+    mask[: len(mask) // 3] = 1
+    mask[len(mask) // 3 : len(mask) // 2 : 7] = 1
+    mask.tofile(folder / "masked" / "train.mask.bin")
 
     @functools.cache
     def run(name: str) -> tuple[Path, str]:
         printed, out_dir = "", f"--out_dir={folder / name}"
         for launch in RUNS[name]:
-            flags = launch.flags.split()
+            flags = launch.flags.format(folder=folder).split()
             if "--init_from=resume" not in flags:
                 flags = [*FLAGS.split(), f"--dataset={folder / 'dataset'}", *flags]
             finished = train(launch.ranks, *flags, out_dir, setup=NO_THREADS + launch.setup)
@@ -170,6 +183,7 @@ def parts(optimizer: dict) -> list[dict]:
 @pytest.mark.parametrize(
     "name, reference",
     [(name, "one") for name in ("ddp2", "ddp4", "fsdp2", "fsdp4")]
+    + [("masked2", "masked"), ("masked4", "masked"), ("masked_fsdp2", "masked")]
     + [("sampled2", "sampled"), ("chain", "six"), ("muon_chain", "muon"), ("bigram2", "bigram")],
 )
 def test_any_number_of_processes_gives_the_same_run(runs: Runs, name: str, reference: str) -> None:
@@ -187,6 +201,13 @@ def test_any_number_of_processes_gives_the_same_run(runs: Runs, name: str, refer
         torch.testing.assert_close(part["state"], expected_part["state"], rtol=0, atol=1e-4)
     first, *_, last = numbers(expected)
     assert last[0] == (6 if reference == "sampled" else 12) and last[3] < first[3] - 0.01  # something was learned
+
+
+@needs_fork
+def test_masked_loss_does_not_depend_on_the_split(runs: Runs) -> None:
+    """Catches a loss or a gradient in which micro-batches with few learned targets count as much as others."""
+    one, eight = (numbers(runs(name)[0])[1] for name in ("masked_one", "masked_eight"))
+    assert eight == pytest.approx(one, rel=1e-6)
 
 
 @needs_fork

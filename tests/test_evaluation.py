@@ -13,6 +13,7 @@ from model import GPT, Bigram, GPTConfig
 from nanogpt import corpus
 from nanogpt.dataset import Dataset
 from nanogpt.distributed import Group
+from nanogpt.errors import UserError
 from nanogpt.evaluation import SAMPLE_TOKENS, estimate_loss, sample_text
 from nanogpt.run import Signals
 from nanogpt.tokenizer import TiktokenTokenizer
@@ -76,6 +77,14 @@ def test_sampled_loss_is_the_mean_over_its_batches(data: Dataset) -> None:
         with torch.no_grad():
             expected = sum(model(x, y)[1].item() for x, y in batches) / 3
         assert losses[split] == pytest.approx(expected, abs=1e-5)
+
+
+def test_evaluation_without_learned_targets_is_refused(dataset: Path) -> None:
+    """Catches a NaN that is blamed on the learning rate."""
+    np.zeros((dataset / "val.bin").stat().st_size, np.uint8).tofile(dataset / "val.mask.bin")
+    data = Dataset(str(dataset))
+    with pytest.raises(UserError, match="leaves no val target to learn in 3 batches; raise --eval_iters"):
+        evaluate(new_model(data.tokenizer.vocab_size), data, eval_iters=3)
 
 
 def test_ranks_share_the_batches(data: Dataset) -> None:

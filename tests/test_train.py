@@ -1,24 +1,29 @@
 """train.py: schedule, loop, resuming and finetuning, with tiny models and in this process."""
 
 import csv
+import itertools
 import json
 import math
 import os
 import re
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 import configurator
 import train
 from nanogpt import checkpoint, corpus
 from nanogpt.dataset import Dataset
+from nanogpt.device import seed_dropout
 from nanogpt.distributed import Group, share_batch
 from nanogpt.errors import UserError
+from nanogpt.run import MAX_SKIPPED_STEPS
 from nanogpt.tokenizer import CharTokenizer
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2"]
@@ -158,6 +163,52 @@ def test_micro_batches_change_no_loss(flags: list[str], out_dir: Path) -> None:
     assert losses(out_dir) == pytest.approx(first, abs=1e-4)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2, 8])
+def test_masked_loss_is_the_mean_over_learned_targets(
+    flags: list[str], dataset: Path, out_dir: Path, micro_batches: int
+) -> None:
+    """Catches micro-batches that count equally although they have few learned targets, or none."""
+    mask = np.zeros((dataset / "train.bin").stat().st_size, np.uint8)
+    mask[: len(mask) // 3] = 1  # the rest of the windows have none
+    mask.tofile(dataset / "train.mask.bin")
+    split = [f"--gradient_accumulation_steps={micro_batches}", f"--batch_size={8 // micro_batches}"]
+    config = run(*flags, *split, "--max_iters=1", "--eval_iters=0")
+    torch.manual_seed(config.seed)
+    data = Dataset(str(dataset))
+    model, _ = train.load_or_init(config, data, None)
+    x, y = data.windows("train", data.draw("train", "train", config.seed, 0, 8, 16), 16, 100)
+    assert 0 < (y != -1).any(1).sum() < 8
+    F.cross_entropy(model(x, y)[0].flatten(0, 1), y.flatten(), ignore_index=-1).backward()
+    with torch.no_grad():
+        loss = F.cross_entropy(model(x, y)[0].flatten(0, 1), y.flatten(), ignore_index=-1).item()
+    assert losses(out_dir)[0] == pytest.approx(loss, abs=1e-6)
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    assert float(next(row["grad_norm"] for row in rows(out_dir) if row["grad_norm"])) == pytest.approx(norm, rel=1e-5)
+
+
+def test_batch_without_learned_targets(flags: list[str], dataset: Path, out_dir: Path) -> None:
+    """Catches a division by zero."""
+    mask = np.zeros((dataset / "train.bin").stat().st_size, np.uint8)
+    mask[-1] = 1  # the first batch does not reach it
+    mask.tofile(dataset / "train.mask.bin")
+    run(*flags, "--max_iters=1", "--eval_iters=0")
+    assert losses(out_dir) == {0: 0.0}
+
+
+def test_each_micro_batch_has_its_own_dropout(flags: list[str], dataset: Path, out_dir: Path) -> None:
+    """Catches micro-batches that drop the same units."""
+    config = run(*flags, "--max_iters=1", "--dropout=0.5")
+    torch.manual_seed(config.seed)
+    data = Dataset(str(dataset))
+    model, _ = train.load_or_init(config, data, None)
+    x, y = data.windows("train", data.draw("train", "train", config.seed, 0, 8, 16), 16, 100)
+    expected = 0.0
+    for micro_batch, (micro_x, micro_y) in enumerate(zip(x.split(4), y.split(4), strict=True)):
+        seed_dropout(config.seed, 0, micro_batch)
+        expected += model(micro_x, micro_y)[1].item() / 2
+    assert losses(out_dir)[0] == pytest.approx(expected, abs=1e-5)
+
+
 def test_whole_split_evaluation(flags: list[str], dataset: Path, out_dir: Path) -> None:
     """Catches a reported loss that is not the saved model's mean over all tokens of the split, without dropout."""
     config = run(*flags, "--max_iters=1", "--eval_iters=0", "--batch_size=7", "--dropout=0.5")
@@ -227,6 +278,22 @@ def test_best_checkpoint_survives_a_worse_loss(flags: list[str], out_dir: Path) 
     assert (last["iter_num"], float(last["best_val_loss"])) == (20, pytest.approx(best))
 
 
+def test_ending_names_the_loss_of_the_saved_weights(
+    flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches the best loss beside a file whose weights are worse."""
+    run(*flags, "--learning_rate=1e-2")
+    assert re.search(rf"^best val loss (\d\.\d{{4}}); checkpoint in {out_dir / 'ckpt.pt'}$", capsys.readouterr().out, re.M)
+    resume = ["--init_from=resume", f"--out_dir={out_dir}"]
+    run(*resume, "--max_iters=20", "--learning_rate=3", "--decay_lr=False")
+    *_, best, last = [float(row["val_loss"]) for row in rows(out_dir) if row["val_loss"]]
+    best = min(float(row["val_loss"]) for row in rows(out_dir) if row["val_loss"])
+    ending = f"checkpoint in {out_dir / 'ckpt.pt'} (best val loss so far: {best:.4f})\n"
+    assert f"\nval loss {last:.4f}; {ending}" in capsys.readouterr().out
+    run(*resume)  # no iterations left: the loss of the weights is not known to this process
+    assert f"\n{ending}" in capsys.readouterr().out
+
+
 def test_finetuning_starts_from_the_weights(flags: list[str], out_dir: Path, tmp_path: Path) -> None:
     """Catches finetuning from random weights, with the old optimizer, or at the old iteration."""
     run(*flags, "--learning_rate=1e-2")
@@ -260,6 +327,18 @@ def test_nan_loss_stops_the_run_before_the_update(flags: list[str], out_dir: Pat
         with pytest.raises(UserError, match=f"iteration 6: the {name} is (nan|inf)"):
             run(*flags, "--init_from=resume", "--learning_rate=1e30", "--decay_lr=False", f"--eval_interval={eval_interval}")
         assert (out_dir / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("finite_again", [False, True])
+def test_gradient_that_stays_infinite_stops_a_float16_run(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, finite_again: bool
+) -> None:
+    """Catches a GradScaler that skips every step for ever; it may skip some."""
+    norms = itertools.cycle([math.inf] * (MAX_SKIPPED_STEPS - 1) + [1.0 if finite_again else math.inf])
+    monkeypatch.setattr(train, "clip_gradient", lambda *arguments: next(norms))
+    flags = [*flags, "--max_iters=90", "--eval_interval=90", "--dtype=float16"]
+    with nullcontext() if finite_again else pytest.raises(UserError, match=r"iteration 39: .* 40 iterations in a row is inf"):
+        run(*flags)
 
 
 def test_bigram_reaches_the_entropy_of_pairs(dataset: Path, out_dir: Path) -> None:
