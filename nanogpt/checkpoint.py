@@ -14,7 +14,6 @@ A checkpoint is nanoGPT's dictionary, so that files pass both ways: `model`, `op
 """
 
 import dataclasses
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +27,16 @@ from nanogpt import conversation, huggingface
 from nanogpt import tokenizer as tokenizers
 from nanogpt.dataset import DATA
 from nanogpt.distributed import gather, is_sharded, shard_like
-from nanogpt.errors import UserError, first_line, shown, warn
-from nanogpt.files import atomic_write, sync_folder
+from nanogpt.errors import UserError, first_line, one_line, shown, warn
+from nanogpt.files import atomic_write
 from nanogpt.optim import Muon, MuonWithAdamW
+from nanogpt.weights import HEAD, WPE, WTE, bare_name, checked, is_stored, read_pickled, require_finite, require_tied
 
-BEST = "ckpt.pt"  # the best weights; the newest with always_save_checkpoint
-LAST = "last.pt"  # the newest training state
+BEST = "ckpt.pt"  # the best state; the newest with always_save_checkpoint
+LAST = "last.pt"  # the newest state, only there if it is newer than BEST
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 MODELS = {"gpt": GPT, "bigram": Bigram}
-PREFIXES = ("_orig_mod.", "module.")  # added to names by torch.compile and DistributedDataParallel
+MAX_ITERS = (1 << 63) - 1
 Optimizer = torch.optim.Optimizer | MuonWithAdamW
 
 
@@ -48,7 +48,7 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, Any] | None
     model_args: dict[str, Any]
-    iter_num: int
+    iter_num: int  # updates done; -1: the file does not say, so that its run cannot be resumed
     best_val_loss: float
     config: dict[str, Any]
     extra: dict[str, Any]
@@ -120,9 +120,9 @@ class Saver:
         if not self._is_main:
             return
         try:
-            if is_best:  # in this order: if the process is killed in between, BEST is the newest state; see `newest`
+            if is_best:
                 save(self._out_dir / BEST, state)
-                link(self._out_dir / BEST, self._out_dir / LAST)
+                (self._out_dir / LAST).unlink(missing_ok=True)  # older now; if the process is killed before, see `newest`
             else:
                 save(self._out_dir / LAST, state)
         except OSError as error:
@@ -143,20 +143,6 @@ def save(path: Path, state: dict[str, Any]) -> None:
             if cause is None:
                 raise
         raise OSError(cause.errno, cause.strerror, str(path)) from error
-
-
-def link(path: Path, other: Path) -> None:
-    """Make `other` a hard link to the checkpoint at `path`, atomically; a copy on disks without links."""
-    part = other.with_name(other.name + ".tmp")
-    part.unlink(missing_ok=True)
-    try:
-        os.link(path, part)
-    except OSError:
-        save(other, torch.load(path, map_location="cpu", weights_only=True))
-    else:
-        os.replace(part, other)
-        part.unlink(missing_ok=True)  # still there if both were links to one file already
-        sync_folder(other.parent)
 
 
 def pack(
@@ -205,13 +191,20 @@ def open_checkpoint(init_from: str, out_dir: str, newest_state: bool = False) ->
     path = Path(out_dir if init_from == "resume" else init_from)
     if init_from != "resume" and (huggingface.is_folder(path) or (huggingface.is_name(init_from) and not path.exists())):
         return _pretrained(init_from)
+    resumes = init_from == "resume" and newest_state
     if path.is_dir():
-        path = newest(path) if newest_state and init_from == "resume" else find(path, (BEST, LAST))
+        path = newest(path) if resumes else find(path, (BEST, LAST))
     elif init_from == "resume":
         raise UserError(f"--out_dir={out_dir}: no such folder; train a model there first, or name another")
     elif not path.is_file():
         raise UserError(f"--init_from={init_from}: no such run folder or checkpoint file, nor a name of GPT-2 weights")
-    return load(path, mmap=True)
+    elif path.suffix == ".safetensors" or path.name.startswith("pytorch_model"):
+        missing = "" if (path.parent / "config.json").is_file() else ", once the model's config.json is in it"
+        raise UserError(f"{path}: a file of weights; --init_from takes its folder{missing}: --init_from={path.parent}")
+    checkpoint = load(path, mmap=True)
+    if resumes and checkpoint.iter_num < 0:
+        raise UserError(f"{path}: no iter_num in it to resume from; --init_from={path} starts a new run from its weights")
+    return checkpoint
 
 
 def find(out_dir: Path, names: tuple[str, ...]) -> Path:
@@ -225,15 +218,27 @@ def find(out_dir: Path, names: tuple[str, ...]) -> Path:
 
 
 def newest(out_dir: Path) -> Path:
-    """Return the file with the newest training state in a run folder. Raises UserError if there is none."""
-    path, best = find(out_dir, (LAST, BEST)), out_dir / BEST
-    if not best.is_file() or best.samefile(path):
-        return path
-    try:
-        last = load(path, mmap=True)
-    except UserError as error:
-        raise UserError(f"{error}; remove that file to resume from {best}") from error
-    return best if load(best, mmap=True).iter_num > last.iter_num else path
+    """Return the file with the newest training state in a run folder. Raises UserError if there is none.
+
+    There are two if a run was killed before it removed the older one, and where earlier versions or nanoGPT have trained.
+    """
+    best, last = out_dir / BEST, out_dir / LAST
+    if not (best.is_file() and last.is_file()) or best.samefile(last):
+        return find(out_dir, (BEST, LAST))
+    updates = []
+    for path, other in ((best, last), (last, best)):
+        try:
+            updates.append(load(path, mmap=True).iter_num)
+        except UserError as error:
+            raise UserError(f"{error}; remove that file to resume from {other}") from error
+    return last if updates[1] > updates[0] else best
+
+
+def remove_older(out_dir: Path) -> None:
+    """Remove last.pt from a run folder unless it is newer than ckpt.pt."""
+    last = out_dir / LAST
+    if last.is_file() and newest(out_dir) != last:
+        last.unlink()
 
 
 def load(path: Path, mmap: bool = False) -> Checkpoint:
@@ -241,18 +246,21 @@ def load(path: Path, mmap: bool = False) -> Checkpoint:
 
     With `mmap`, tensors stay in the file until they are used. Raises UserError if the file is not a checkpoint.
     """
-    state = huggingface.read_pickled(path, "a checkpoint", mmap)
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+    state = read_pickled(path, "a checkpoint", mmap)
+    if not isinstance(state, dict) or not isinstance(state.get("model", state), dict):
         raise UserError(f"{path}: not a checkpoint: it has no 'model'")
+    if "model" not in state or "model_args" not in state:
+        raise UserError(f"{path}: {_shape_needed(state.get('model', state))}")
+    weights = _read_weights(state["model"], path)
     checkpoint = Checkpoint(
         path=path,
-        weights=_read_weights(state["model"], path),
-        optimizer=_read(state, "optimizer", dict, path, optional=True),
-        model_args=_read(state, "model_args", dict, path),
-        iter_num=_read(state, "iter_num", int, path),
+        weights=weights,
+        optimizer=_read(state, "optimizer", path),
+        model_args=_read_model_args(state["model_args"], weights, path),
+        iter_num=_read_iter_num(state["iter_num"], path) if "iter_num" in state else -1,
         best_val_loss=_read_number(state.get("best_val_loss", float("inf")), path),
-        config=_read(state, "config", dict, path, optional=True) or {},
-        extra=_read(state, "extra", dict, path, optional=True) or {},
+        config=_read(state, "config", path) or {},
+        extra=_read(state, "extra", path) or {},
     )
     _check_extra(checkpoint)
     _check_shape(checkpoint)
@@ -277,6 +285,7 @@ def _pretrained(name: str) -> Checkpoint:
 
 def tokenizer_of(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
     """Return the tokenizer in a checkpoint; for nanoGPT's checkpoints, which have none, that of the dataset they name."""
+    args, advice = checkpoint.model_args, ""
     if "tokenizer" in checkpoint.extra:
         try:
             tokenizer = tokenizers.from_dict(checkpoint.extra["tokenizer"])
@@ -284,17 +293,23 @@ def tokenizer_of(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
             raise UserError(f"{checkpoint.path}: damaged: {error}") from error
     else:
         dataset = str(checkpoint.config.get("dataset", ""))
+        advice = f"; prepare its dataset, {shown(dataset)}, first" if dataset else "; it names no dataset"
         try:
             tokenizer = tokenizers.from_folder(DATA / dataset)
         except OSError as error:  # not a name of a folder
             raise UserError(f"{checkpoint.path}: its dataset {shown(dataset)} is not found in data/") from error
-    if tokenizer.vocab_size > checkpoint.model_args["vocab_size"]:
-        raise UserError(f"{checkpoint.path}: its tokenizer ({tokenizer}) does not belong to its model")
+    if tokenizer.vocab_size > args["vocab_size"]:
+        raise UserError(f"{checkpoint.path}: its tokenizer ({tokenizer}) does not belong to its model{advice}")
     return tokenizer
 
 
 def require_tokenizer(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer, dataset: str) -> None:
-    """Raise UserError unless a checkpoint's tokenizer is that of `dataset`."""
+    """Raise UserError unless a checkpoint's tokenizer is that of `dataset`, or may be, if the checkpoint names none."""
+    if "tokenizer" not in checkpoint.extra and "dataset" not in checkpoint.config:
+        rows = checkpoint.model_args["vocab_size"]
+        if rows not in (tokenizer.vocab_size, tokenizer.model_vocab_size):
+            raise UserError(f"{checkpoint.path} has a vocabulary of {rows:,} tokens, but dataset '{dataset}' has {tokenizer}")
+        return
     own = tokenizer_of(checkpoint)
     if own.to_dict() != tokenizer.to_dict():
         raise UserError(
@@ -315,7 +330,8 @@ def empty_model(model_type: str, config: GPTConfig) -> GPT | Bigram:
 def build_model(checkpoint: Checkpoint, dropout: float = 0.0, empty: bool = False) -> GPT | Bigram:
     """Return the checkpoint's model on the CPU in float32; its weights are removed from the checkpoint.
 
-    An `empty` model has no weights and is on the "meta" device. Raises UserError if the weights do not fit the shape.
+    An `empty` model has no weights and is on the "meta" device. Raises UserError if the weights do not fit the shape, or if
+    one is NaN or infinite.
     """
     args = {name: checkpoint.model_args[name] for name in MODEL_ARGS}
     config = GPTConfig(**args | {"dropout": dropout, "gelu": checkpoint.extra.get("gelu", "erf")})
@@ -339,6 +355,7 @@ def build_model(checkpoint: Checkpoint, dropout: float = 0.0, empty: bool = Fals
         storage = tensor.data_ptr(), tensor.shape, tensor.stride()
         if storage not in copies:
             copies[storage] = tensor.to(torch.float32, copy=checkpoint.in_file)
+            require_finite(copies[storage], name, checkpoint.path)
         weights[name] = copies[storage]
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
@@ -352,13 +369,15 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, scaler: torc
     """
     saved, scaler_state = checkpoint.optimizer, checkpoint.extra.get("scaler")
     try:
+        if saved is None:
+            raise ValueError("there is none")
         if isinstance(optimizer, MuonWithAdamW):
-            if saved is None or saved.keys() != optimizer.parts.keys():
+            if saved.keys() != optimizer.parts.keys():
                 raise ValueError("it is AdamW's, not Muon's")
             for name, part in optimizer.parts.items():
                 _restore(part, saved[name])
         else:
-            if saved is not None and saved.keys() == {"muon", "adamw"}:
+            if saved.keys() == {"muon", "adamw"}:
                 raise ValueError("it is Muon's, not AdamW's")
             _restore(optimizer, saved)
         if scaler.is_enabled() and scaler_state:
@@ -375,7 +394,7 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, scaler: torc
 
 def _restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Load one optimizer's state. Raises ValueError, or another error, if it does not belong to its parameters."""
-    if not all(_is_plain(value) for state in saved["state"].values() for value in state.values()):
+    if not all(is_stored(value) for state in saved["state"].values() for value in state.values()):
         raise ValueError("not plain tensors")
 
     # keep our settings, and give each rank its shard
@@ -414,12 +433,57 @@ class _SkipInit(TorchFunctionMode):
 # checks
 
 
+def _shape_needed(named: dict[Any, Any]) -> str:
+    """Return why weights alone are not a checkpoint, and how to save them so that they are one."""
+    try:
+        weights = _read_weights(named, Path())
+        layers = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
+        (vocab_size, n_embd), block_size = weights[WTE].shape, len(weights[WPE])
+    except (UserError, KeyError, ValueError, IndexError, TypeError):
+        return "not a checkpoint: it has no 'model', or no 'model_args'"
+    shape = f"'n_layer': {len(layers)}, 'n_head': ?, 'n_embd': {n_embd}, 'block_size': {block_size}, "
+    shape += f"'bias': {_has_biases(weights)}, 'vocab_size': {vocab_size}"
+    return (
+        "weights without model_args, which do not tell n_head; load them in Python and save them with "
+        f"torch.save({{'model': weights, 'model_args': {{{shape}}}}}, 'ckpt.pt')"
+    )
+
+
 def _read_weights(named: dict[Any, Any], path: Path) -> dict[str, torch.Tensor]:
-    """Return a state dict by bare names, without the attention masks that old nanoGPT files hold."""
-    if not named or not all(isinstance(name, str) and _is_plain(value) for name, value in named.items()):
-        raise UserError(f"{path}: damaged: its 'model' is not a dictionary of tensors")
-    weights = {_strip_prefixes(name): tensor for name, tensor in named.items()}
-    return {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
+    """Return a state dict by bare names, with a head, and without the attention masks that old nanoGPT files hold."""
+    weights: dict[str, torch.Tensor] = {}
+    for theirs, tensor in named.items():
+        if not isinstance(theirs, str):
+            raise UserError(f"{path}: damaged: its 'model' is not a dictionary of tensors")
+        name = bare_name(theirs)
+        if name is None:
+            continue
+        if name in weights:
+            raise UserError(f"{path}: {shown(theirs)} is a duplicate: another name is the same without its prefixes")
+        weights[name] = checked(tensor, theirs, path)
+    if not weights:
+        raise UserError(f"{path}: damaged: its 'model' is empty")
+    if WTE in weights:
+        require_tied(weights.setdefault(HEAD, weights[WTE]), weights[WTE], path)
+    return weights
+
+
+def _has_biases(weights: dict[str, torch.Tensor]) -> bool:
+    return any(name.endswith(".bias") for name in weights)
+
+
+def _read_model_args(args: Any, weights: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
+    """Return the arguments of nanoGPT's GPTConfig; a file from before one was added has the value that it had then."""
+    if not isinstance(args, dict):
+        raise UserError(f"{path}: not a checkpoint, or damaged: its 'model_args' is {shown(args)}")
+    unknown = {name: value for name, value in args.items() if name not in MODEL_ARGS}
+    if unknown:
+        names = ", ".join(f"{one_line(str(name))}={shown(value)}" for name, value in list(unknown.items())[:5])
+        raise UserError(f"{path}: its model_args have {names}, which this model does not know: another program's checkpoint")
+    args = {"dropout": 0.0, "bias": _has_biases(weights)} | args
+    if type(args["bias"]) is int and args["bias"] in (0, 1):  # from a config file with bias = 0
+        args["bias"] = bool(args["bias"])
+    return {name: args[name] for name in MODEL_ARGS if name in args}
 
 
 def _check_shape(checkpoint: Checkpoint) -> None:
@@ -463,36 +527,31 @@ def _check_extra(checkpoint: Checkpoint) -> None:
         raise UserError(f"{path}: damaged: its scaler is {shown(scaler)}")
 
 
-def _read(state: dict, key: str, kind: type, path: Path, optional: bool = False) -> Any:
+def _read(state: dict, key: str, path: Path) -> dict[str, Any] | None:
     value = state.get(key)
-    if optional and value is None:
-        return None
-    if type(value) is not kind or (kind is int and value < 0):
+    if value is not None and not isinstance(value, dict):
         raise UserError(f"{path}: not a checkpoint, or damaged: its '{key}' is {shown(value)}")
     return value
 
 
+def _read_iter_num(value: Any, path: Path) -> int:
+    number = _plain(value)
+    if type(number) is float and number.is_integer():
+        number = int(number)
+    if type(number) is not int or not 0 <= number <= MAX_ITERS:
+        raise UserError(f"{path}: damaged: its 'iter_num' is {shown(value)}")
+    return number
+
+
 def _read_number(value: Any, path: Path) -> float:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()  # nanoGPT's is a tensor
-    if type(value) is int and abs(value) < 1 << 62:
-        value = float(value)
-    if type(value) is not float:
+    number = _plain(value)  # nanoGPT's best_val_loss is a tensor
+    if type(number) is int and abs(number) < 1 << 62:
+        number = float(number)
+    if type(number) is not float:
         raise UserError(f"{path}: damaged: its 'best_val_loss' is {shown(value)}")
-    return value
+    return number
 
 
-def _strip_prefixes(name: str) -> str:
-    for prefix in PREFIXES * 2:
-        name = name.removeprefix(prefix)
-    return name
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a dense CPU tensor of real numbers."""
-    return (
-        isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_complex()
-    )
+def _plain(value: Any) -> Any:
+    """Return the number in a tensor of one; any other value as it is."""
+    return value.item() if is_stored(value) and value.numel() == 1 else value

@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,9 +25,10 @@ from typing import Any
 
 import torch
 
-from nanogpt.errors import UserError, first_line, shown
+from nanogpt.errors import UserError, first_line, shown, warn
 from nanogpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, CharTokenizer, TiktokenTokenizer, Tokenizer
 from nanogpt.tokenizer import from_dict as tokenizer_from_dict
+from nanogpt.weights import HEAD, WPE, WTE, bare_name, can_map, checked, read_pickled, require_tied
 
 NAMES = {  # short names of models on the Hub
     "gpt2": "openai-community/gpt2",
@@ -39,6 +39,7 @@ NAMES = {  # short names of models on the Hub
 }
 CONFIG_FILES = ["config.json", "vocab.json", "tokenizer.json"]
 SAFETENSORS = ["model.safetensors", "model.safetensors.index.json"]
+ADAPTER = "adapter_config.json"  # of PEFT
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json"]
 EXPORTED = {  # every file that `save` may write
     *CONFIG_FILES,
@@ -69,14 +70,11 @@ FIXED_SETTINGS = {  # settings for which our model supports one value only, whic
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
     "quantization_config": None,
 }
-WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks, which older files hold as buffers
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_MAPPED_BYTES = 64 << 20  # of float32 weights to read before a mapped file is opened anew
+GPT2_PADDED_SIZES = {-(-GPT2_VOCAB_SIZE // multiple) * multiple for multiple in (1, 8, 16, 32, 64, 128, 256, 512, 1024)}
 GPT2_DIGEST = "069daad39dc37a5e524fa56dabd4e3721844e429140b8e9bc13c8049f4759894"  # GPT-2's vocabulary_digest
 
 
@@ -105,9 +103,13 @@ def is_name(init_from: str) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether `path` is a folder in the Hugging Face layout; a run folder, whose config.json is ours, is not."""
+    """Return whether `path` is a folder in the Hugging Face layout; a run folder, whose config.json is ours, is not.
+
+    A PEFT adapter's folder is, for `load` to say how to merge it.
+    """
     held = {name for name in ("config.json", "ckpt.pt", "last.pt", *SAFETENSORS, *PICKLED) if (path / name).is_file()}
-    return "config.json" in held and len(held) > 1 and not held & {"ckpt.pt", "last.pt"}
+    is_model = "config.json" in held and len(held) > 1
+    return (is_model or (path / ADAPTER).is_file()) and not held & {"ckpt.pt", "last.pt"}
 
 
 def load(name_or_folder: str) -> Pretrained:
@@ -191,7 +193,8 @@ def _download(name: str) -> Path:
     try:
         for weights in (SAFETENSORS, PICKLED):
             shards = weights[0].replace(".", "-*.")  # model-00001-of-00002.safetensors
-            folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=[*CONFIG_FILES, *weights, shards]))
+            wanted = [*CONFIG_FILES, ADAPTER, *weights, shards]
+            folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
             if any((folder / file).is_file() for file in weights):
                 break
     except Exception as error:  # network, Hub and disk errors have no common class
@@ -225,14 +228,24 @@ def _download_failure(name: str, error: Exception) -> str:
 
 def _load_folder(folder: Path) -> Pretrained:
     path = folder / "config.json"
+    if (folder / ADAPTER).is_file() and not path.is_file():
+        raise UserError(
+            f"{folder}: a LoRA adapter, not a whole model; merge it in Python first: peft.AutoPeftModelForCausalLM"
+            f".from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('merged'), then --init_from=merged"
+        )
     settings = _read_json(path)
     args, gelu = _model_args(settings, path)
-    bias, tokenizer = True, {"kind": "tiktoken", "name": "gpt2", "vocab_size": GPT2_VOCAB_SIZE}
+    bias, tokenizer, added = True, {"kind": "tiktoken", "name": "gpt2", "vocab_size": GPT2_VOCAB_SIZE}, set()
     if "nanogpt" in settings:
         bias, tokenizer = _own_settings(settings["nanogpt"], args["vocab_size"], path)
     else:
-        _check_vocabulary(folder, args["vocab_size"])
-    weights = _read_weights(folder, args)
+        added = _check_vocabulary(folder, args["vocab_size"])
+    rows = tokenizer["vocab_size"] if tokenizer["kind"] == "tiktoken" else args["vocab_size"]
+    weights = _read_weights(folder, args, rows, settings.get("tie_word_embeddings", True))
+    if rows < args["vocab_size"]:
+        others = f": {shown(', '.join(sorted(added)))}" if added else " (padding)"
+        warn(f"{folder}: kept GPT-2's {rows:,} tokens, left out {args['vocab_size'] - rows:,} more{others}")
+        args["vocab_size"] = rows
     biases = [name for name in weights if name.endswith(".bias")]
     if not bias and not any(weights[name].any() for name in biases):  # unless transformers has trained them since
         weights = {name: tensor for name, tensor in weights.items() if name not in biases}
@@ -258,6 +271,9 @@ def _model_args(settings: dict[str, Any], path: Path) -> tuple[dict[str, Any], s
     for key, only in FIXED_SETTINGS.items():
         if settings.get(key, only) != only:
             raise UserError(f"{path}: {key} must be {only}, got {shown(settings[key])}")
+    tied = settings.get("tie_word_embeddings", True)  # if False, the head must equal the embedding all the same
+    if type(tied) is not bool:
+        raise UserError(f"{path}: tie_word_embeddings must be True or False, got {shown(tied)}")
     activation = settings.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in GELUS:
         raise UserError(f"{path}: activation_function must be one of {', '.join(GELUS)}, got {shown(activation)}")
@@ -272,50 +288,61 @@ def _own_settings(own: Any, vocab_size: int, path: Path) -> tuple[bool, dict[str
         tokenizer = tokenizer_from_dict(own.get("tokenizer"))
     except UserError as error:
         raise UserError(f"{path}: damaged: {error}") from error
-    if tokenizer.vocab_size != vocab_size:
+    added = isinstance(tokenizer, TiktokenTokenizer) and tokenizer.vocab_size < vocab_size  # by transformers, since the export
+    if tokenizer.vocab_size != vocab_size and not added:
         raise UserError(f"{path}: vocab_size must be that of its tokenizer ({tokenizer}), got {vocab_size}")
     return own["bias"], tokenizer.to_dict()
 
 
-def _check_vocabulary(folder: Path, vocab_size: int) -> None:
-    """Raise UserError if a model's vocabulary is not GPT-2's; models for other languages may have as many tokens.
+def _check_vocabulary(folder: Path, vocab_size: int) -> set[str]:
+    """Return the tokens that somebody has added to GPT-2's; padding may follow, too.
 
-    A folder without tokenizer files is judged by the number of its tokens.
+    Raises UserError if the first tokens are not GPT-2's; models for other languages may have as many. A folder without
+    tokenizer files is judged by the number of its tokens: GPT-2's, as they are or padded to a multiple.
     """
-    if vocab_size != GPT2_VOCAB_SIZE:
-        raise UserError(f"{folder / 'config.json'}: vocab_size must be GPT-2's {GPT2_VOCAB_SIZE}, got {vocab_size}")
-    for name in ("vocab.json", "tokenizer.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
+    added: set[str] = set()
+    files = [folder / name for name in ("vocab.json", "tokenizer.json") if (folder / name).is_file()]
+    if vocab_size < GPT2_VOCAB_SIZE or (not files and vocab_size not in GPT2_PADDED_SIZES):
+        raise UserError(
+            f"{folder / 'config.json'}: vocab_size must be GPT-2's {GPT2_VOCAB_SIZE} or padded, as 50304 is, got {vocab_size}; "
+            "if tokens were added to GPT-2's, put the tokenizer.json beside it"
+        )
+    for path in files:
+        name = path.name
         vocabulary = _read_json(path)
         if name == "tokenizer.json":
             match vocabulary:
                 case {"model": {"vocab": dict(tokens)}, **rest}:
-                    added = rest.get("added_tokens") or []
+                    special = rest.get("added_tokens") or []
                 case _:
                     raise UserError(f"{path}: not a tokenizer file")
-            if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+            if not isinstance(special, list) or not all(isinstance(token, dict) for token in special):
                 raise UserError(f"{path}: not a tokenizer file")
-            vocabulary = tokens | {str(token.get("content")): token.get("id") for token in added}
+            vocabulary = tokens | {str(token.get("content")): token.get("id") for token in special}
         if not all(type(index) is int for index in vocabulary.values()):
             raise UserError(f"{path}: not a vocabulary")
-        known = {token: index for token, index in vocabulary.items() if index < vocab_size}  # others the model cannot know
+        known = {token: index for token, index in vocabulary.items() if index < GPT2_VOCAB_SIZE}
         if vocabulary_digest(known) != GPT2_DIGEST:
             raise UserError(f"{path}: not GPT-2's vocabulary, the only one supported for models that export.py did not write")
+        added |= {token for token, index in vocabulary.items() if GPT2_VOCAB_SIZE <= index < vocab_size}
+    return added
 
 
-def _read_weights(folder: Path, args: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return a folder's weights under our names, in our model's order. Raises UserError if they do not fit `args`."""
+def _read_weights(folder: Path, args: dict[str, Any], rows: int, tied: bool) -> dict[str, torch.Tensor]:
+    """Return a folder's weights under our names, in our model's order. Raises UserError if they do not fit `args`.
+
+    Of the token embedding, the first `rows` are kept. Unless the folder says that the head is `tied` to it, the file must
+    hold both.
+    """
     # 1) list the tensors in all files, without reading them
     source, files = _weight_files(folder)
     found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}  # our name: (file, their name, their shape)
     for file in files:
         for theirs, shape in _shapes(file).items():
-            bare = theirs.removeprefix("transformer.")
-            name = bare if bare == HEAD else f"transformer.{bare}"
-            if MASK.fullmatch(bare):
+            bare = bare_name(theirs)
+            if bare is None:
                 continue
+            name = bare if bare == HEAD else f"transformer.{bare.removeprefix('transformer.')}"
             if name in found:
                 raise UserError(f"{file}: {shown(theirs)} is a duplicate, already found in {found[name][0].name}")
             found[name] = (file, theirs, shape)
@@ -331,7 +358,7 @@ def _read_weights(folder: Path, args: dict[str, Any]) -> dict[str, torch.Tensor]
         if shape != want:
             raise UserError(f"{file}: {shown(theirs)} must have shape {want} by its config.json, got {shape}")
     for name in wanted:
-        if name not in found and not (name in (WTE, HEAD) and {WTE, HEAD} & found.keys()):
+        if name not in found and not (tied and name in (WTE, HEAD) and {WTE, HEAD} & found.keys()):
             raise UserError(f"{source}: {name.removeprefix('transformer.')!r} is missing")
 
     # 3) read and convert them; the head and the token embedding become one tensor
@@ -339,11 +366,11 @@ def _read_weights(folder: Path, args: dict[str, Any]) -> dict[str, torch.Tensor]
     for file, names in _groups(found):
         for name, tensor in zip(names, _tensors(file, [found[name][1] for name in names]), strict=True):
             twin = {WTE: HEAD, HEAD: WTE}.get(name)
+            tensor = tensor[:rows] if twin else tensor
             if twin in weights:
-                if not torch.equal(weights[twin], tensor.float()):
-                    raise UserError(f"{file}: {HEAD!r} differs from the token embedding; this model ties the two")
+                require_tied(weights[twin], tensor, file)
             else:
-                weights[name] = _converted(tensor, name, _can_map(file))
+                weights[name] = _converted(tensor, name, can_map(file))
             del tensor
     embedding = weights.get(WTE, weights.get(HEAD))
     weights |= {WTE: embedding, HEAD: embedding}
@@ -367,7 +394,7 @@ def _parameter_shapes(args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     C = args["n_embd"]
     layer = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
     layer |= {"ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
-    shapes: dict[str, tuple[int, ...]] = {WTE: (args["vocab_size"], C), "transformer.wpe.weight": (args["block_size"], C)}
+    shapes: dict[str, tuple[int, ...]] = {WTE: (args["vocab_size"], C), WPE: (args["block_size"], C)}
     for i in range(args["n_layer"]):
         for part, shape in layer.items():
             shapes[f"transformer.h.{i}.{part}.weight"] = shape
@@ -402,7 +429,7 @@ def _groups(found: dict[str, tuple[Path, str, tuple[int, ...]]]) -> Iterator[tup
     peak is at the end, where the pages of small tensors add little. A file that cannot be mapped is in memory as a whole
     anyway, and is read once.
     """
-    mapped = {file: _can_map(file) for file, _, _ in found.values()}
+    mapped = {file: can_map(file) for file, _, _ in found.values()}
     sizes = {name: 4 * torch.Size(shape).numel() for name, (_, _, shape) in found.items()}  # bytes in float32
     order = sorted(found, key=lambda name: (mapped[found[name][0]], -sizes[name] * mapped[found[name][0]], found[name][0]))
     group: list[str] = []
@@ -435,31 +462,13 @@ def _tensors(file: Path, names: list[str]) -> Iterator[torch.Tensor]:
         state = _unpickled(file)
         state = {name: state[name] for name in names}
         for name in names:
-            yield _checked(state.pop(name), name, file)
+            yield checked(state.pop(name), name, file)
         return
     import safetensors
 
     with safetensors.safe_open(file, framework="pt") as opened:
         for name in names:
-            yield _checked(opened.get_tensor(name), name, file)
-
-
-def read_pickled(file: Path, what: str, mmap: bool) -> Any:
-    """Load a file of `torch.save` without running code from it. Raises UserError, which says it is not `what`, if it fails.
-
-    With `mmap`, tensors stay in the file until they are used; the file format before PyTorch 1.6 does not allow that, and is
-    read at once.
-    """
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and _can_map(file))
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it names {named[1]}, which could run code" if named else f"not {what}, or damaged"
-        raise UserError(f"{file}: refused: {why}") from error
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{file}: not {what}, or damaged ({first_line(error)})") from error
+            yield checked(opened.get_tensor(name), name, file)
 
 
 def _unpickled(file: Path) -> dict[str, torch.Tensor]:
@@ -471,20 +480,6 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise UserError(f"{file}: not a file of weights: it has {shown(name)}")
     return state
-
-
-def _checked(tensor: torch.Tensor, name: str, file: Path) -> torch.Tensor:
-    """Return `tensor` if it is dense, floating-point and stored in full; else raise UserError."""
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in DTYPES
-    if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        raise UserError(f"{file}: {shown(name)} must be a dense floating-point tensor, stored in full, got {tensor.dtype}")
-    return tensor
-
-
-def _can_map(file: Path) -> bool:
-    """Return whether a file can be memory-mapped: all but those of `torch.save` before PyTorch 1.6."""
-    with open(file, "rb") as opened:
-        return file.suffix == ".safetensors" or opened.read(4) == b"PK\x03\x04"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

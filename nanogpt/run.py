@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from model import GPT, Bigram
-from nanogpt.checkpoint import BEST, LAST, Checkpoint, Optimizer, Saver
+from nanogpt.checkpoint import BEST, LAST, Checkpoint, Optimizer, Saver, remove_older
 from nanogpt.curves import Curves
 from nanogpt.dataset import Dataset, FileLost
 from nanogpt.device import describe, peak_flops, peak_memory, synchronize
@@ -131,7 +131,9 @@ class Run:
             if config["wandb_log"]:
                 wandb_run = start_wandb(config["wandb_project"], config["wandb_run_name"], config, state.wandb_id)
                 state.wandb_id = wandb_run.id
-            if not resumed:
+            if resumed:
+                remove_older(self.out_dir)
+            else:
                 set_aside(self.out_dir)
             write_config(self.out_dir / CONFIG, config)
             log = Metrics(self.out_dir, config["max_iters"], tokens_per_iter, state.iter_num, state.last_eval, wandb_run)
@@ -219,8 +221,8 @@ class Run:
         """Raise UserError if a value in `numbers`, by name, is infinite or NaN."""
         bad = [f"the {name} is {number}" for name, number in numbers.items() if not math.isfinite(number)]
         if bad:
-            last = self.out_dir / LAST
-            kept = f"the last good state is in {last}" if last.exists() else "no checkpoint was written yet"
+            saved = [self.out_dir / name for name in (LAST, BEST) if (self.out_dir / name).exists()]
+            kept = f"the last good state is in {saved[0]}" if saved else "no checkpoint was written yet"
             advice = "try a lower --learning_rate, or --grad_clip=1"
             raise UserError(f"iteration {self.state.iter_num}: {bad[0]}, and the run stops; {kept}; {advice}")
 
@@ -235,7 +237,7 @@ class Run:
     # checkpoints and curves
 
     def save(self, best: bool = False) -> None:
-        """Write last.pt, and ckpt.pt if `best`. Iteration 0 is saved only if a signal stops the run there."""
+        """Write ckpt.pt if `best`, else last.pt. Iteration 0 is saved only if a signal stops the run there."""
         state = self.state
         if state.iter_num == 0 and not self._stop_agreed:
             return

@@ -79,10 +79,10 @@ def kill_and_resume(flags: list[str], out_dir: Path, kills: int, seed: int) -> i
 
 
 def result(out_dir: Path) -> tuple[list[torch.Tensor], list[list[str]]]:
-    """Return the tensors of both checkpoints, and the rows of metrics.csv without the MEASURED columns."""
+    """Return the tensors of the checkpoints, and the rows of metrics.csv without the MEASURED columns."""
     tensors = []
-    for name in (BEST, LAST):
-        state = torch.load(out_dir / name, weights_only=True)
+    for path in sorted(out_dir.glob("*.pt")):
+        state = torch.load(path, weights_only=True)
         tensors += [torch.tensor([state["iter_num"], state["best_val_loss"]]), *state["model"].values()]
         tensors += [tensor for moments in state["optimizer"]["state"].values() for tensor in moments.values()]
     with open(out_dir / "metrics.csv", newline="") as file:

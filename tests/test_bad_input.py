@@ -84,7 +84,7 @@ TABLE = [
     ("train", f"{RUN} --init_from=TMP/cut.pt", "TMP/cut.pt: not a checkpoint, or damaged"),
     ("train", f"{RUN} --init_from=TMP/random.pt", "TMP/random.pt: refused: not a checkpoint"),
     ("train", f"{RUN} --init_from=TMP/hostile_zip.pt", "TMP/hostile_zip.pt: refused: it names"),
-    ("train", f"{RUN} --init_from=TMP/weights.pt", "TMP/weights.pt: not a checkpoint: it has no 'model'"),
+    ("train", f"{RUN} --init_from=TMP/weights.pt", "TMP/weights.pt: weights without model_args, which do not tell n_head"),
     ("train", f"{RUN} --init_from=TMP/shape.pt", "is (3, 3), but its model_args need"),
     ("train", f"{RUN} --init_from=TMP/run --dataset=TMP/three", "another tokenizer"),
     ("train", "--init_from=resume --out_dir=TMP/none", "no such folder"),
@@ -139,7 +139,19 @@ TABLE = [
     ("sample", "--init_from=TMP/cut.pt", "TMP/cut.pt: not a checkpoint, or damaged"),
     ("sample", "--init_from=TMP/random.pt", "TMP/random.pt: refused: not a checkpoint"),
     ("sample", "--init_from=TMP/hostile_zip.pt", "TMP/hostile_zip.pt: refused: it names"),
-    ("sample", "--init_from=TMP/weights.pt", "it has no 'model'"),
+    ("sample", "--init_from=TMP/weights.pt", "'n_layer': 1, 'n_head': ?, 'n_embd': 16, 'block_size': 16, 'bias': "),
+    ("sample", "--init_from=TMP/other.pt", "TMP/other.pt: not a checkpoint: it has no 'model'"),
+    ("sample", "--init_from=TMP/rope.pt", "its model_args have use_rope=True, which this model does not know"),
+    ("sample", "--init_from=TMP/head.pt", "'lm_head.weight' differs from the token embedding"),
+    ("sample", "--init_from=TMP/nan.pt", "'transformer.ln_f.weight' has weights that are NaN or infinite"),
+    ("chat", "--init_from=TMP/nan.pt", "'transformer.ln_f.weight' has weights that are NaN or infinite"),
+    ("export", "--init_from=TMP/nan.pt --to=TMP/new", "'transformer.ln_f.weight' has weights that are NaN or infinite"),
+    ("train", f"{RUN} --init_from=TMP/nan.pt", "'transformer.ln_f.weight' has weights that are NaN or infinite"),
+    ("train", "--init_from=resume --out_dir=TMP/alone_run", "TMP/alone_run/ckpt.pt: no iter_num in it to resume from"),
+    ("sample", "--init_from=TMP/lora", "TMP/lora: a LoRA adapter, not a whole model; merge it in Python first"),
+    ("train", f"{RUN} --init_from=TMP/lora", "merge_and_unload().save_pretrained('merged'), then --init_from=merged"),
+    ("sample", "--init_from=TMP/other_model/model.safetensors", "takes its folder: --init_from=TMP/other_model"),
+    ("sample", "--init_from=TMP/alone.safetensors", "once the model's config.json is in it: --init_from=TMP"),
     ("sample", "--init_from=TMP/shape.pt", "is (3, 3), but its model_args need"),
     ("sample", "--init_from=TMP/layers.pt", "n_layer=4,096"),
     ("sample", "--init_from=TMP/tokenizer.pt", "TMP/tokenizer.pt: damaged"),
@@ -200,6 +212,9 @@ STATES = {  # checkpoints with one wrong value: the keys that lead to it, and th
     "tokenizer": ("extra", "tokenizer", {"kind": "char", "characters": ["B", "B"]}),
     "typed_run": ("config", "max_iters", "many"),
     "moments_run": ("optimizer", "state", 0, "exp_avg", torch.zeros(3)),
+    "rope": ("model_args", "use_rope", True),
+    "head": ("model", "lm_head.weight", torch.zeros(2, 16)),
+    "nan": ("model", "transformer.ln_f.weight", torch.full((16,), torch.nan)),
     "stale_run": ("extra", "stale", "two"),
     "wandb_run": ("extra", "wandb", 7),
 }
@@ -219,6 +234,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (tmp / "other_model").mkdir()
     (tmp / "other_model" / "config.json").write_text('{"model_type": "llama"}')
     (tmp / "other_model" / "model.safetensors").write_bytes(b"")
+    (tmp / "lora").mkdir()
+    (tmp / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "gpt2"}')
+    (tmp / "lora" / "adapter_model.safetensors").write_bytes(b"")
+    (tmp / "alone.safetensors").write_bytes(b"")
     (tmp / "one.txt").write_text("e")
     (tmp / "random.pt").write_bytes(NOISE)
     tokenizer = CharTokenizer(["B", "e"])
@@ -245,12 +264,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (tmp / name / "meta.pkl").write_bytes(content)
     corpus.write_dataset(tmp / "three", ["Bea" * 100], ["eBa" * 30], CharTokenizer(["B", "a", "e"]), "three letters")
     run_train(*RUN.replace("DATA", str(tmp / "data")).split(), f"--out_dir={tmp / 'run'}")
-    whole = (tmp / "run" / "last.pt").read_bytes()
+    whole = (tmp / "run" / "ckpt.pt").read_bytes()
     (tmp / "cut.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"model": {"a": Hostile()}}, tmp / "hostile_zip.pt")
-    torch.save(torch.load(tmp / "run" / "last.pt")["model"], tmp / "weights.pt")
+    state = torch.load(tmp / "run" / "ckpt.pt")
+    torch.save(state["model"], tmp / "weights.pt")
+    torch.save({"state_dict": state["model"], "epoch": 3}, tmp / "other.pt")
+    (tmp / "alone_run").mkdir()
+    torch.save({"model": state["model"], "model_args": state["model_args"]}, tmp / "alone_run" / "ckpt.pt")
     for name, (*keys, key, value) in STATES.items():
-        state = torch.load(tmp / "run" / "last.pt")
+        state = torch.load(tmp / "run" / "ckpt.pt")
         part = state
         for outer in keys:
             part = part[outer]
@@ -258,7 +281,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         path = tmp / name / "last.pt" if name.endswith("_run") else tmp / f"{name}.pt"
         path.parent.mkdir(exist_ok=True)
         torch.save(state, path)
-    state = torch.load(tmp / "run" / "last.pt")
+    state = torch.load(tmp / "run" / "ckpt.pt")
     del state["extra"]  # as in nanoGPT's checkpoints, whose tokenizer is the dataset's
     state["config"]["dataset"] = "gone"
     torch.save(state, tmp / "nanogpt.pt")

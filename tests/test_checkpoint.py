@@ -3,10 +3,12 @@
 import copy
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from model import GPT, Bigram, GPTConfig
 from nanogpt import checkpoint
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import CharTokenizer
+from nanogpt.weights import read_pickled
 
 MAPS = Path("/proc/self/maps")  # of Linux
 TOKENIZER = CharTokenizer.from_text("abcdefghijk")
@@ -166,6 +169,142 @@ def test_resuming_a_nanogpt_run(tmp_path: Path, prefix: str) -> None:
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=1e-6)
 
 
+def renamed(change: Callable[[str], str]) -> Callable[[dict[str, Any]], None]:
+    def edit(state: dict[str, Any]) -> None:
+        state["model"] = {change(name): tensor for name, tensor in state["model"].items()}
+
+    return edit
+
+
+def cast(dtype: torch.dtype) -> Callable[[dict[str, Any]], None]:
+    def edit(state: dict[str, Any]) -> None:
+        state["model"] = {name: tensor.to(dtype) for name, tensor in state["model"].items()}
+
+    return edit
+
+
+def without(*keys: str) -> Callable[[dict[str, Any]], None]:
+    return lambda state: damage(state, keys, GONE)
+
+
+def put(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.update(values)
+
+
+def numpy_scalars(state: dict[str, Any]) -> None:
+    state.update(iter_num=np.int64(3), best_val_loss=np.float32(2.25))
+    state["config"] |= {"learning_rate": np.float64(1e-3), "compile": np.bool_(True), "dataset": np.str_("gone")}
+    state["model_args"] = {name: np.int32(value) if type(value) is int else value for name, value in SHAPE.items()}
+    state["model_args"] |= {"bias": np.bool_(True), "dropout": np.array(0.0, ">f8")[()]}
+
+
+def only(*keys: str) -> Callable[[dict[str, Any]], None]:
+    def edit(state: dict[str, Any]) -> None:
+        for key in state.keys() - set(keys):
+            del state[key]
+
+    return edit
+
+
+TAKEN = {  # what was done to nanoGPT's checkpoint of a model that can still be told from it
+    "nothing": lambda state: None,
+    "two prefixes of a kind": renamed(lambda name: f"module._orig_mod.module.{name}"),
+    "layers compiled one by one": renamed(lambda name: name.replace("h.0.", "h.0._orig_mod.")),
+    "masks of both kinds": lambda state: state["model"].update({"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}),
+    "no head": without("model", "lm_head.weight"),
+    "a head of its own that is equal": lambda state: state["model"].update(
+        {"lm_head.weight": state["model"]["lm_head.weight"].clone()}
+    ),
+    "float16": cast(torch.float16),
+    "bfloat16": cast(torch.bfloat16),
+    "float64": cast(torch.float64),
+    "no dropout": without("model_args", "dropout"),
+    "no bias": without("model_args", "bias"),
+    "a bias of 1": lambda state: state["model_args"].update(bias=1),
+    "numpy scalars": numpy_scalars,
+    "a whole float": put(iter_num=3.0),
+    "a tensor of one number": put(iter_num=torch.tensor(3)),
+    "model and model_args alone": only("model", "model_args"),
+    "parameters": lambda state: state.update(model={k: torch.nn.Parameter(v) for k, v in state["model"].items()}),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_nanogpt_takes(tmp_path: Path, name: str) -> None:
+    """Catches a checkpoint of an older nanoGPT, or one edited in Python, that is refused or read as another model."""
+    model = new_model()
+    update(model, nanogpt_adamw(model), 3)
+    state = nanogpt_state(model, nanogpt_adamw(model), "")
+    TAKEN[name](state)
+    torch.save(state, tmp_path / "ckpt.pt")
+    ckpt = checkpoint.load(tmp_path / "ckpt.pt")
+    assert ckpt.model_args == SHAPE
+    assert [type(value) for value in ckpt.model_args.values()] == [int] * 4 + [bool, int, float]
+    assert (ckpt.iter_num, ckpt.best_val_loss) == ((3, 2.25) if "iter_num" in state else (-1, float("inf")))
+    assert {type(value) for value in ckpt.config.values()} <= {str, float, bool}
+    loaded = checkpoint.build_model(ckpt)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight and loaded.lm_head.weight.dtype == torch.float32
+    half = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(name, torch.float32)
+    idx = torch.arange(8)[None]
+    assert torch.equal(loaded(idx, idx)[0], model.to(half).float()(idx, idx)[0])
+
+
+def test_no_bias_follows_from_the_weights(tmp_path: Path) -> None:
+    """Catches a model without biases taken for one with, where model_args do not say."""
+    model = new_model(bias=False)
+    state = nanogpt_state(model, nanogpt_adamw(model), "")
+    del state["model_args"]["bias"]
+    torch.save(state, tmp_path / "ckpt.pt")
+    assert checkpoint.load(tmp_path / "ckpt.pt").model_args["bias"] is False
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_scalars_of_numpy_1_and_2(tmp_path: Path, module: str) -> None:
+    """Catches scalars of numpy 1 that only numpy 1 can read, and the reverse."""
+    torch.save({"a": np.int64(3), "b": np.float64(0.5)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    content = re.sub(rb"cnumpy\._?core\.multiarray\n", f"c{module}\n".encode(), (tmp_path / "a.pt").read_bytes())
+    (tmp_path / "a.pt").write_bytes(content)
+    assert module.encode() in content
+    state = read_pickled(tmp_path / "a.pt", "a checkpoint", mmap=False)
+    assert state == {"a": 3, "b": 0.5} and [type(value) for value in state.values()] == [int, float]
+
+
+def test_resuming_needs_more(tmp_path: Path) -> None:
+    """Catches a run resumed at iteration 0, or with a fresh optimizer, from a file that can only be sampled from."""
+    state = our_state()
+    torch.save({name: state[name] for name in ("model", "model_args", "extra")}, tmp_path / "ckpt.pt")
+    assert checkpoint.load_model("resume", str(tmp_path))[1].vocab_size == 11
+    with pytest.raises(UserError, match=r"ckpt\.pt: no iter_num in it to resume from; --init_from=.*ckpt\.pt starts a new run"):
+        checkpoint.open_checkpoint("resume", str(tmp_path), newest_state=True)
+    torch.save({name: state[name] for name in state.keys() - {"optimizer"}}, tmp_path / "ckpt.pt")
+    ckpt = checkpoint.open_checkpoint("resume", str(tmp_path), newest_state=True)
+    with pytest.raises(UserError, match=r"optimizer state does not fit \(there is none\)"):
+        checkpoint.restore_optimizer(ckpt, adamw(checkpoint.build_model(ckpt)), no_scaler())
+
+
+def test_dataset_of_a_checkpoint_that_names_none(tmp_path: Path) -> None:
+    """Catches a new run that cannot start from model and model_args, or that starts with a vocabulary of another size."""
+    torch.save({name: our_state()[name] for name in ("model", "model_args")}, tmp_path / "ckpt.pt")
+    ckpt = checkpoint.load(tmp_path / "ckpt.pt")
+    checkpoint.require_tokenizer(ckpt, TOKENIZER, "letters")
+    with pytest.raises(UserError, match="vocabulary of 11 tokens, but dataset 'two' has 2 characters"):
+        checkpoint.require_tokenizer(ckpt, CharTokenizer(["a", "b"]), "two")
+    with pytest.raises(UserError, match=r"its tokenizer \(gpt2.*\) does not belong to its model; it names no dataset"):
+        checkpoint.tokenizer_of(ckpt)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    """Catches a diverged model that samples noise."""
+    state = our_state()
+    cast(dtype)(state)
+    state["model"]["transformer.ln_f.weight"][3] = value
+    torch.save(state, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"ckpt\.pt: 'transformer.ln_f.weight' has weights that are NaN or infinite"):
+        checkpoint.load_model("resume", str(tmp_path))
+
+
 def test_restoring_keeps_new_settings(tmp_path: Path) -> None:
     """Catches a learning rate or a weight decay, given for the resumed run, that the checkpoint undoes."""
     torch.save(our_state(), tmp_path / "ckpt.pt")
@@ -230,37 +369,57 @@ def test_save_does_not_write_into_a_leftover_link(tmp_path: Path, saved: str) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["other.pt", saved])
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_link_keeps_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    """Catches a best checkpoint that changes with the newest, or that a disk without hard links does not get."""
-
-    def refuse(*paths: Path) -> None:
-        raise OSError(1, "Operation not permitted")
-
-    if not links:
-        monkeypatch.setattr(os, "link", refuse)
-    last, best = tmp_path / checkpoint.LAST, tmp_path / checkpoint.BEST
-    (tmp_path / "ckpt.pt.tmp").write_bytes(b"left by a killed process")
-    checkpoint.save(last, our_state())
-    checkpoint.link(last, best)
-    assert best.samefile(last) == links
-    checkpoint.link(last, best)  # again, with both names there
-    checkpoint.save(last, our_state(seed=2, iter_num=7))
-    assert (checkpoint.load(last).iter_num, checkpoint.load(best).iter_num) == (7, 3)
-    assert equal(checkpoint.load(best).weights, our_state()["model"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "last.pt"]
+@pytest.mark.parametrize("is_best, files", [(True, ["ckpt.pt"]), (False, ["ckpt.pt", "last.pt"])])
+def test_newest_state_is_in_one_file(tmp_path: Path, is_best: bool, files: list[str]) -> None:
+    """Catches ckpt.pt and last.pt as one file, so that `cp other ckpt.pt` damages both, and a last.pt older than ckpt.pt."""
+    for name, iter_num in ((checkpoint.BEST, 1), (checkpoint.LAST, 2)):
+        checkpoint.save(tmp_path / name, our_state(iter_num=iter_num))
+    model = new_model()
+    saver = checkpoint.Saver(tmp_path, model, adamw(model), no_scaler(), {"tokenizer": TOKENIZER.to_dict()}, {})
+    saver.save(3, 2.5, {"evaluated": 3}, is_best)
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    assert {path.stat().st_nlink for path in tmp_path.iterdir()} == {1}
+    assert checkpoint.newest(tmp_path) == tmp_path / files[-1]
+    assert checkpoint.load(tmp_path / files[-1]).iter_num == 3
 
 
 # finding
 
 
-@pytest.mark.parametrize("best, last, expected", [(20, 10, 20), (10, 20, 20), (10, None, 10), (None, 20, 20)])
-def test_newest_has_the_most_updates(tmp_path: Path, best: int | None, last: int | None, expected: int) -> None:
-    """Catches a run resumed from the older of its states, as after nanoGPT has continued one of ours."""
+@pytest.mark.parametrize(
+    "best, last, expected",
+    [(20, 10, "ckpt.pt"), (10, 20, "last.pt"), (10, 10, "ckpt.pt"), (10, None, "ckpt.pt"), (None, 20, "last.pt")],
+)
+def test_newest_has_the_most_updates(tmp_path: Path, best: int | None, last: int | None, expected: str) -> None:
+    """Catches a run resumed from the older of its states, and an older last.pt that stays.
+
+    There are both if nanoGPT has continued a run of ours, or if a kill came between saving the best and removing the last.
+    """
     for name, iter_num in ((checkpoint.BEST, best), (checkpoint.LAST, last)):
         if iter_num is not None:
             checkpoint.save(tmp_path / name, our_state(iter_num=iter_num))
-    assert checkpoint.load(checkpoint.newest(tmp_path)).iter_num == expected
+    assert checkpoint.newest(tmp_path).name == expected
+    checkpoint.remove_older(tmp_path)
+    assert (tmp_path / checkpoint.LAST).exists() is (expected == "last.pt")
+    assert checkpoint.newest(tmp_path).name == expected
+
+
+def test_linked_files_of_earlier_versions(tmp_path: Path) -> None:
+    """Catches the run of an earlier version, whose ckpt.pt and last.pt are one file, that is not resumed or stays linked."""
+    checkpoint.save(tmp_path / checkpoint.BEST, our_state(iter_num=10))
+    os.link(tmp_path / checkpoint.BEST, tmp_path / checkpoint.LAST)
+    assert checkpoint.newest(tmp_path) == tmp_path / checkpoint.BEST
+    checkpoint.remove_older(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("damaged, whole", [("ckpt.pt", "last.pt"), ("last.pt", "ckpt.pt")])
+def test_damage_names_the_other_file(tmp_path: Path, damaged: str, whole: str) -> None:
+    """Catches an error that does not say that the run's other state is whole."""
+    checkpoint.save(tmp_path / whole, our_state(iter_num=10))
+    (tmp_path / damaged).write_bytes(b"half")
+    with pytest.raises(UserError, match=rf"{damaged}: .*; remove that file to resume from .*{whole}"):
+        checkpoint.newest(tmp_path)
 
 
 def test_load_model_takes_the_best_weights(tmp_path: Path) -> None:
@@ -348,13 +507,67 @@ def test_truncated_file_is_refused(tmp_path: Path, share: float, mmap: bool) -> 
         checkpoint.load(path, mmap=mmap)
 
 
-def test_pickle_runs_no_code(tmp_path: Path) -> None:
-    """Catches a downloaded checkpoint that runs commands on this machine."""
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"model": Bomb(tmp_path / "ran")}, protocol=2))
-    torch.save({"model": {"a": Bomb(tmp_path / "ran")}}, tmp_path / "zip.pt")
-    refusal(tmp_path / "plain.pt")
-    refusal(tmp_path / "zip.pt")
-    assert not (tmp_path / "ran").exists()
+class Call:
+    """Unpickles to what a function returns; `state` goes to its __setstate__."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any, state: Any = None):
+        self.reduced = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self) -> tuple:
+        return self.reduced
+
+
+SCALAR, F8, RECORD = np.float64(0).__reduce__()[0], np.dtype("f8"), np.dtype([("a", "O")])  # SCALAR builds numpy's scalars
+AFAR = {"a": (F8, 1 << 40)}  # a field far outside the memory of its record
+
+
+def saved_bomb(path: Path) -> str:
+    file = str(path.with_name("bomb.npy"))
+    np.save(file, np.array([Bomb(path)], dtype=object), allow_pickle=True)
+    return file
+
+
+HOSTILE: dict[str, Callable[[Path], Any]] = {  # make an object that, unpickled, makes `path` or reads memory of others
+    "a function": Bomb,
+    "an array of objects": lambda path: np.array([Bomb(path)], dtype=object),
+    "an array": lambda path: np.zeros(3),
+    "an object as a scalar": lambda path: Call(SCALAR, np.dtype("O"), pickle.dumps(Bomb(path))),
+    "a record of objects as a scalar": lambda path: Call(SCALAR, RECORD, np.array([(Bomb(path),)], RECORD)),
+    "bytes as a record of objects": lambda path: Call(SCALAR, RECORD, pickle.dumps(Bomb(path))),
+    "a scalar without a type": lambda path: Call(SCALAR, "f8", bytes(8)),
+    "a scalar of too few bytes": lambda path: Call(SCALAR, F8, bytes(3)),
+    "a scalar of too many bytes": lambda path: Call(SCALAR, F8, bytes(16)),
+    "a scalar of text": lambda path: Call(SCALAR, F8, "12345678"),
+    "a type that turns into objects": lambda path: Call(
+        SCALAR, Call(np.dtype, "f8", state=(3, "|", None, None, None, 8, 8, 63)), pickle.dumps(Bomb(path))
+    ),
+    "a type with a field far away": lambda path: Call(
+        SCALAR, Call(np.dtype, "V8", state=(3, "|", None, ("a",), AFAR, 8, 1, 0)), bytes(8)
+    ),
+    "a type that is made by code": lambda path: Call(np.dtype, Bomb(path)),
+    "a type of objects in a list": lambda path: Call(np.dtype, "O,O"),
+    "a byte order that is code": lambda path: Call(SCALAR, Call(np.dtype, "f8", state=(3, Bomb(path), *[None] * 6)), bytes(8)),
+    "a class of a type": lambda path: Call(type(F8)),
+    "numpy.load": lambda path: Call(np.load, saved_bomb(path), None, True),
+    "numpy.memmap": lambda path: Call(np.memmap, str(path), "u1", "w+", 0, (8,)),
+    "numpy's runstring": lambda path: Call(np.testing.runstring, f"import os; os.mkdir({str(path)!r})", {}),
+    "numpy's frompyfunc": lambda path: Call(np.frompyfunc, os.mkdir, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_pickle_runs_no_code(tmp_path: Path, name: str) -> None:
+    """Catches a downloaded checkpoint that runs commands on this machine, by itself or through numpy's functions."""
+    state = our_state()
+    for key in ("model", "config", "model_args"):
+        hostile = state | {key: state[key] | {"a": HOSTILE[name](tmp_path / "ran")}}
+        (tmp_path / "plain.pt").write_bytes(pickle.dumps(hostile, protocol=2))
+        torch.save(hostile, tmp_path / "zip.pt")
+        torch.save(hostile, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+        for path in (tmp_path / "plain.pt", tmp_path / "zip.pt", tmp_path / "legacy.pt"):
+            assert "refused" in refusal(path) or "damaged" in refusal(path)
+        assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"model": None}, {"model": [torch.zeros(2)]}, {"model": {}}, torch.zeros(2)])
@@ -393,11 +606,24 @@ DAMAGE = {
     "a huge n_layer": ("model_args", "n_layer", 1 << 40),
     "a huge n_embd": ("model_args", "n_embd", 1 << 20),
     "a huge vocab_size": ("model_args", "vocab_size", 1 << 23),
-    "a bias that is a number": ("model_args", "bias", 1),
+    "a bias that is a number": ("model_args", "bias", 2),
+    "an unknown argument": ("model_args", "use_rope", True),
+    "an unknown argument of two lines": ("model_args", "two\nlines", "two\nlines"),
     "another bias": ("model_args", "bias", False),
     "a dropout above one": ("model_args", "dropout", 1.5),
     "a dropout that is no number": ("model_args", "dropout", "none"),
-    "no iter_num": ("iter_num", GONE),
+    "an iter_num of None": ("iter_num", None),
+    "an iter_num that is no whole number": ("iter_num", 3.5),
+    "an iter_num that is infinite": ("iter_num", float("inf")),
+    "an iter_num of 2 ** 63": ("iter_num", 1 << 63),
+    "an iter_num of 2 ** 63 as a float": ("iter_num", 2.0**63),
+    "a head that differs": ("model", "lm_head.weight", torch.zeros(11, 16)),
+    "a weight twice": ("model", f"module.{C_FC}", torch.zeros(64, 16)),
+    "a weight that claims terabytes": ("model", C_FC, torch.zeros(1).expand(1 << 20, 1 << 20)),
+    "a weight that is expanded": ("model", C_FC, torch.zeros(16).expand(64, 16)),
+    "a mean that claims terabytes": ("optimizer", "state", 0, "exp_avg", torch.zeros(1).half().expand(1 << 20, 1 << 20)),
+    "a weight of whole numbers": ("model", C_FC, torch.zeros(64, 16, dtype=torch.int64)),
+    "weights that are NaN": ("model", C_FC, torch.full((64, 16), torch.nan)),
     "an iter_num that is a string": ("iter_num", "3"),
     "an iter_num that is a tensor": ("iter_num", torch.zeros(40, 40)),
     "a negative iter_num": ("iter_num", -1),
@@ -470,6 +696,36 @@ def test_damage_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     damage(state, tuple(keys), value)
     torch.save(state, tmp_path / "ckpt.pt")
     assert len(refusal(tmp_path / "ckpt.pt")) < 1000
+
+
+@pytest.mark.parametrize(
+    "keys, value, words",
+    [
+        (("model_args", "use_rope"), True, r"its model_args have use_rope=True, which this model does not know"),
+        (("model", "lm_head.weight"), torch.zeros(11, 16), r"'lm_head.weight' differs from the token embedding"),
+        (
+            ("model", C_FC),
+            torch.zeros(16).expand(64, 16),
+            r"c_fc.weight' must be a dense floating-point tensor, stored in full",
+        ),
+        (("iter_num",), 2.0**63, r"its 'iter_num' is 9.2"),
+        (("model_args",), GONE, r"torch.save\(\{'model': weights, 'model_args': \{'n_layer': 2, 'n_head': \?, 'n_embd': 16, "),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, keys: tuple, value: Any, words: str) -> None:
+    """Catches a line that does not say what the file has and the model has not."""
+    state = our_state()
+    damage(state, keys, value)
+    torch.save(state, tmp_path / "ckpt.pt")
+    assert re.search(words, refusal(tmp_path / "ckpt.pt"))
+
+
+def test_bare_state_dict_says_all_but_n_head(tmp_path: Path) -> None:
+    """Catches a guess of n_head, and a line that leaves what the weights tell to the reader."""
+    for bias in (True, False):
+        torch.save(new_model(n_layer=1, bias=bias).state_dict(), tmp_path / "ckpt.pt")
+        shape = f"'n_layer': 1, 'n_head': ?, 'n_embd': 16, 'block_size': 8, 'bias': {bias}, 'vocab_size': 11"
+        assert shape in refusal(tmp_path / "ckpt.pt")
 
 
 def test_a_million_layers_are_not_built(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_any_number_of_processes_gives_the_same_run(runs: Runs, name: str, refer
     (ours, _), (expected, _) = runs(name), runs(reference)
     for row, expected_row in zip(numbers(ours), numbers(expected), strict=True):
         assert row == pytest.approx(expected_row, abs=1e-4)
-    state, expected_state = (checkpoint.load(folder / "last.pt") for folder in (ours, expected))
+    state, expected_state = (checkpoint.load(checkpoint.newest(folder)) for folder in (ours, expected))
     assert list(state.weights) == list(expected_state.weights)
     torch.testing.assert_close(state.weights, expected_state.weights, rtol=0, atol=1e-4)
     for part, expected_part in zip(parts(state.optimizer), parts(expected_state.optimizer), strict=True):
@@ -235,7 +235,7 @@ def test_gradients_are_reduced_once_an_iteration(runs: Runs) -> None:
 @needs_fork
 def test_sharded_run_writes_an_ordinary_checkpoint(runs: Runs) -> None:
     """Catches tied weights that are stored twice, and shards or names that other programs do not know."""
-    state, expected = (torch.load(runs(name)[0] / "last.pt", weights_only=True) for name in ("fsdp2", "one"))
+    state, expected = (torch.load(checkpoint.newest(runs(name)[0]), weights_only=True) for name in ("fsdp2", "one"))
     assert state.keys() == expected.keys()
     assert state["model"]["lm_head.weight"].data_ptr() == state["model"]["transformer.wte.weight"].data_ptr()
     assert state["optimizer"]["param_groups"] == expected["optimizer"]["param_groups"]
@@ -289,7 +289,7 @@ def test_signal_to_torchrun_stops_all_ranks_after_one_update(dataset: Path, tmp_
     assert running.returncode != 0
     *_, stopped, command = out.splitlines()
     done = int(re.search(r"SIGTERM: stopped and saved after ([\d,]+) of ", stopped)[1].replace(",", ""))
-    assert checkpoint.load(tmp_path / "out" / "last.pt").iter_num == done == len(numbers(tmp_path / "out")) - 1
+    assert checkpoint.load(checkpoint.newest(tmp_path / "out")).iter_num == done == len(numbers(tmp_path / "out")) - 1
     assert "SIGTERM: finishing" in err and 'train.py", line' not in err  # torchrun prints a traceback of its own
     assert "left threads behind" not in err
     assert f"torchrun --standalone --nproc_per_node=2 train.py --init_from=resume --out_dir={tmp_path / 'out'}" in command
@@ -297,7 +297,7 @@ def test_signal_to_torchrun_stops_all_ranks_after_one_update(dataset: Path, tmp_
     resumed = train(2, "--init_from=resume", f"--out_dir={tmp_path / 'out'}", f"--max_iters={done + 3}")
     whole = train(2, *flags, f"--out_dir={tmp_path / 'whole'}", f"--max_iters={done + 3}")
     assert (resumed.returncode, whole.returncode) == (0, 0), resumed.stderr + whole.stderr
-    weights = [checkpoint.load(tmp_path / name / "last.pt").weights for name in ("out", "whole")]
+    weights = [checkpoint.load(checkpoint.newest(tmp_path / name)).weights for name in ("out", "whole")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert numbers(tmp_path / "out") == numbers(tmp_path / "whole")
 

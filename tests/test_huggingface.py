@@ -118,6 +118,16 @@ def write_theirs(folder: Path, form: str, theirs: torch.nn.Module) -> None:
         state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
         state |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
         safetensors.torch.save_file(state, folder / "model.safetensors")
+    elif form == "prefixes":
+        state = {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}
+        torch.save(state, folder / "pytorch_model.bin")
+    elif form == "prefixes alone":
+        state = {f"_orig_mod.module.{name.removeprefix('transformer.')}": tensor for name, tensor in state.items()}
+        torch.save(state, folder / "pytorch_model.bin")
+    elif form == "untied":  # and equal all the same
+        state[huggingface.HEAD] = state[huggingface.HEAD].clone()
+        (folder / "config.json").write_text(json.dumps(theirs.config.to_dict() | {"tie_word_embeddings": False}))
+        safetensors.torch.save_file(state, folder / "model.safetensors")
     elif form == "head alone":
         safetensors.torch.save_file(
             {name: tensor for name, tensor in state.items() if name != huggingface.WTE}, folder / "model.safetensors"
@@ -160,6 +170,8 @@ def test_names(init_from: str, expected: bool) -> None:
         (["model.safetensors"], False),
         (["config.json", "ckpt.pt"], False),
         (["config.json", "model.safetensors", "last.pt"], False),
+        (["adapter_config.json", "adapter_model.safetensors"], True),
+        (["adapter_config.json", "ckpt.pt"], False),
         ([], False),
     ],
 )
@@ -199,6 +211,7 @@ def test_from_pretrained(tmp_path: Path) -> None:
 
 
 FORMS = ["whole", "sharded", "halves", "original", "head alone", "pickle", "old pickle", "pickled pieces"]
+FORMS += ["prefixes", "prefixes alone", "untied"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -339,6 +352,51 @@ def test_vocabulary_check(
             huggingface.load(str(folder))
 
 
+@pytest.mark.parametrize(
+    "vocab_size, change, said",
+    [
+        (50304, None, "kept GPT-2's 50,257 tokens, left out 47 more (padding)"),
+        (50264, None, "kept GPT-2's 50,257 tokens, left out 7 more (padding)"),
+        (50258, lambda file: add(file, '{"id": 50257, "content": "[PAD]"}'), "left out 1 more: '[PAD]'"),
+        (50304, lambda file: add(file, '{"id": 50257, "content": "[PAD]"}'), "left out 47 more: '[PAD]'"),
+    ],
+)
+@pytest.mark.parametrize("untied", [False, True])
+def test_added_tokens_are_left_out(
+    tmp_path: Path,
+    gpt2_files: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    vocab_size: int,
+    change: Callable[[str], str] | None,
+    said: str,
+    untied: bool,
+) -> None:
+    """Catches GPT-2's vocabulary, padded or with a pad token behind it, that is refused, or kept without a word."""
+    theirs = make_theirs(n_embd=2, n_head=1, own=False, n_layer=1, vocab_size=vocab_size)
+    write_theirs(tmp_path / "model", "untied" if untied else "whole", theirs)
+    if change is not None:
+        (tmp_path / "model/tokenizer.json").write_text(change(gpt2_files["tokenizer.json"]), encoding="utf-8")
+    found = huggingface.load(str(tmp_path / "model"))
+    assert said in capsys.readouterr().err
+    assert found.model_args["vocab_size"] == len(found.weights[huggingface.WTE]) == 50257
+    assert found.weights[huggingface.WTE].untyped_storage().nbytes() == 50257 * 2 * 4  # and not that of all rows
+    idx = torch.arange(16)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(build(found)(idx, idx)[0], theirs(idx).logits[..., :50257], rtol=0, atol=1e-4)
+
+
+def test_tokens_added_to_an_export(tmp_path: Path, gpt2_vocabulary: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an export that is refused once transformers has added a pad token to it."""
+    tokenizer = TiktokenTokenizer("gpt2")
+    save(tmp_path / "out", make_ours(tokenizer, n_embd=2, n_layer=1), tokenizer)
+    theirs = theirs_of(tmp_path / "out")
+    theirs.resize_token_embeddings(50258)
+    theirs.save_pretrained(tmp_path / "padded")
+    found = huggingface.load(str(tmp_path / "padded"))
+    assert found.model_args["vocab_size"] == 50257
+    assert "kept GPT-2's 50,257 tokens, left out 1 more" in capsys.readouterr().err
+
+
 def test_vocabulary_check_accepts_transformers_files(
     tmp_path: Path, gpt2_sized: Path, gpt2_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,7 +511,8 @@ REFUSALS = {
     ),
     "cross attention": (settings(add_cross_attention=True), "add_cross_attention must be False, got True"),
     "epsilon": (settings(layer_norm_epsilon=1e-6), "layer_norm_epsilon must be 1e-05, got 1e-06"),
-    "untied": (settings(tie_word_embeddings=False), "tie_word_embeddings must be True, got False"),
+    "untied without a head": (settings(tie_word_embeddings=False), "'lm_head.weight' is missing"),
+    "untied perhaps": (settings(tie_word_embeddings="no"), "tie_word_embeddings must be True or False, got 'no'"),
     "quantized": (settings(quantization_config={"bits": 4}), "quantization_config must be None, got {'bits': 4}"),
     "n_layer of text": (settings(n_layer="2"), "n_layer must be a whole number .*, got '2'"),
     "n_layer of zero": (settings(n_layer=0), "n_layer must be a whole number from 1 .*, got 0"),
@@ -466,9 +525,13 @@ REFUSALS = {
     "n_embd of millions": (settings(n_embd=1 << 23), "must have shape .* by its config.json, got "),
     "n_head": (settings(n_head=5), "n_embd must be a multiple of n_head, got 32 and 5"),
     "n_positions": (settings(n_positions=8), "'transformer.wpe.weight' must have shape \\(8, 32\\) .* got \\(16, 32\\)"),
-    "vocabulary": (
-        both(settings(vocab_size=50304), lambda folder: forget(folder)),
-        "vocab_size must be GPT-2's 50257, got 50304",
+    "fewer tokens": (
+        both(settings(vocab_size=50256), lambda folder: forget(folder)),
+        "vocab_size must be GPT-2's 50257 or padded, as 50304 is, got 50256; if tokens were added to GPT-2's, put the",
+    ),
+    "more tokens without their names": (
+        both(settings(vocab_size=50258), lambda folder: forget(folder)),
+        "vocab_size must be GPT-2's 50257 or padded, as 50304 is, got 50258; if tokens were added to GPT-2's, put the",
     ),
     "own of text": (settings(nanogpt="yes"), "nanogpt = 'yes'"),
     "own without bias": (settings(nanogpt={"tokenizer": TABLE.to_dict()}), "damaged: nanogpt = "),
@@ -484,6 +547,18 @@ REFUSALS = {
     "weights whole": (
         tensors(**{LN: torch.ones(32, dtype=torch.int64)}),
         "ln_1.weight' must be a dense floating-point tensor.*int64",
+    ),
+    "an adapter": (
+        both(
+            lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+            lambda folder: (folder / "model.safetensors").rename(folder / "adapter_model.safetensors"),
+        ),
+        "a LoRA adapter, not a whole model; merge it in Python first: .*merge_and_unload",
+    ),
+    "weights twice under prefixes": (tensors(_orig_mod__transformer__h__1__ln_1__weight=torch.ones(32)), "is a duplicate"),
+    "another head, untied": (
+        both(settings(tie_word_embeddings=False), tensors(lm_head__weight=torch.ones(TABLE.vocab_size, 32))),
+        "'lm_head.weight' differs from the token embedding",
     ),
     "another head": (tensors(lm_head__weight=torch.ones(TABLE.vocab_size, 32)), "'lm_head.weight' differs"),
     "truncated": (truncated("model.safetensors", 4000), "model.safetensors: not a safetensors file, or damaged"),

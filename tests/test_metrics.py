@@ -432,7 +432,7 @@ def test_wandb_summary_is_the_last_row(dataset, tmp_path, real_wandb):
                 key = {"iteration": "iter", "train_loss": "train/loss", "val_loss": "val/loss"}.get(column, column)
                 assert summary[key] == float(value), column
         assert (summary["best_val_loss"], name, config["n_embd"]) == (pytest.approx(best), "name", 8)
-        assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["extra"]["wandb"] == run_id
+        assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["extra"]["wandb"] == run_id
     runs = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert {path.name for path in runs} == {f"run-{run_id}.wandb"}
 

@@ -143,6 +143,6 @@ def test_resume_with_muon_is_bit_exact(dataset: Path, tmp_path: Path) -> None:
     parts = f"--out_dir={tmp_path / 'parts'}"
     train.main(parse(train.Config, [*flags, "--max_iters=5", parts]))
     train.main(parse(train.Config, ["--init_from=resume", parts, "--max_iters=10"]))
-    whole, again = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    whole, again = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("whole", "parts"))
     assert again["optimizer"].keys() == {"muon", "adamw"}
     assert all(torch.equal(tensor, again["model"][name]) for name, tensor in whole["model"].items())

@@ -104,7 +104,7 @@ def test_max_iters_is_the_number_of_updates(flags: list[str], out_dir: Path) -> 
     run(*flags, "--max_iters=7")
     assert sorted(losses(out_dir)) == list(range(7))
     assert [int(row["iteration"]) for row in rows(out_dir) if row["val_loss"]] == [0, 5, 7]
-    state = torch.load(out_dir / "last.pt", weights_only=True)
+    state = torch.load(out_dir / "ckpt.pt", weights_only=True)
     assert state["iter_num"] == 7
     assert {float(slot["step"]) for slot in state["optimizer"]["state"].values()} == {7.0}
 
@@ -151,7 +151,7 @@ def test_first_update_matches_a_plain_loop(flags: list[str], dataset: Path, out_
     for parameter in model.parameters():
         parameter.grad *= 0.5 / norm
     optimizer.step()
-    for name, tensor in weights(out_dir / "last.pt").items():
+    for name, tensor in weights(out_dir / "ckpt.pt").items():
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-4, atol=1e-6)
 
 
@@ -212,7 +212,7 @@ def test_each_micro_batch_has_its_own_dropout(flags: list[str], dataset: Path, o
 def test_whole_split_evaluation(flags: list[str], dataset: Path, out_dir: Path) -> None:
     """Catches a reported loss that is not the saved model's mean over all tokens of the split, without dropout."""
     config = run(*flags, "--max_iters=1", "--eval_iters=0", "--batch_size=7", "--dropout=0.5")
-    model = checkpoint.build_model(checkpoint.load(out_dir / "last.pt")).eval()
+    model = checkpoint.build_model(checkpoint.load(out_dir / "ckpt.pt")).eval()
     ids = torch.from_numpy(np.fromfile(dataset / "val.bin", dtype=np.uint8).astype(np.int64))
     total = 0.0
     with torch.no_grad():
@@ -240,8 +240,8 @@ def test_resume_is_bit_exact(flags: list[str], tmp_path: Path, out_dir: Path) ->
     parts = f"--out_dir={tmp_path / 'parts'}"
     run(*flags, "--dropout=0.2", parts, "--max_iters=5")
     run("--init_from=resume", parts, "--max_iters=10")
-    whole, whole_rows = weights(out_dir / "last.pt"), rows(out_dir)
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(tmp_path / "parts" / "last.pt").items())
+    whole, whole_rows = weights(out_dir / "ckpt.pt"), rows(out_dir)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(tmp_path / "parts" / "ckpt.pt").items())
     measured = {"seconds", "tokens_per_second", "peak_memory_mb"}
     assert without(measured, rows(tmp_path / "parts")) == without(measured, whole_rows)
 
@@ -254,16 +254,16 @@ def test_resume_takes_its_keys_from_the_checkpoint(flags: list[str], out_dir: Pa
     config = json.loads((out_dir / "config.json").read_text())
     keys = ("learning_rate", "seed", "beta2", "max_iters", "n_embd", "block_size")
     assert [config[key] for key in keys] == [0.0123, 7, 0.9, 6, 16, 16]
-    groups = torch.load(out_dir / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    groups = torch.load(out_dir / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
     assert [group["betas"][1] for group in groups] == [0.9, 0.9]
 
 
 def test_resuming_a_finished_run(flags: list[str], out_dir: Path) -> None:
     """Catches a finished run that is evaluated, saved or trained again."""
     run(*flags)
-    before = (out_dir / "metrics.csv").read_bytes(), os.stat(out_dir / "last.pt").st_mtime_ns
+    before = (out_dir / "metrics.csv").read_bytes(), os.stat(out_dir / "ckpt.pt").st_mtime_ns
     run("--init_from=resume", f"--out_dir={out_dir}")
-    assert before == ((out_dir / "metrics.csv").read_bytes(), os.stat(out_dir / "last.pt").st_mtime_ns)
+    assert before == ((out_dir / "metrics.csv").read_bytes(), os.stat(out_dir / "ckpt.pt").st_mtime_ns)
 
 
 def test_best_checkpoint_survives_a_worse_loss(flags: list[str], out_dir: Path) -> None:
@@ -302,7 +302,7 @@ def test_finetuning_starts_from_the_weights(flags: list[str], out_dir: Path, tmp
         run(*flags, f"--init_from={source}", f"--out_dir={tuned}", "--max_iters=1", "--block_size=8", "--eval_iters=0")
         first = float(rows(tuned)[0]["val_loss"])
         assert first < 2.75  # the trained weights give 2.6, new ones ln(18) = 2.89
-        state = torch.load(tuned / "last.pt", weights_only=True)
+        state = torch.load(tuned / "ckpt.pt", weights_only=True)
         assert (state["iter_num"], state["model_args"]["block_size"]) == (1, 8)
 
 
@@ -322,11 +322,11 @@ def test_eval_only_writes_nothing(flags: list[str], out_dir: Path, capsys: pytes
 def test_nan_loss_stops_the_run_before_the_update(flags: list[str], out_dir: Path) -> None:
     """Catches a run that goes on with NaN weights, or saves them."""
     run(*flags, "--max_iters=5")
-    before = (out_dir / "last.pt").read_bytes()
+    before = (out_dir / "ckpt.pt").read_bytes()
     for eval_interval, name in ((1, "train loss"), (5, "loss")):  # found by the evaluation, and by the loop
         with pytest.raises(UserError, match=f"iteration 6: the {name} is (nan|inf)"):
             run(*flags, "--init_from=resume", "--learning_rate=1e30", "--decay_lr=False", f"--eval_interval={eval_interval}")
-        assert (out_dir / "last.pt").read_bytes() == before
+        assert (out_dir / "ckpt.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("finite_again", [False, True])
@@ -378,11 +378,11 @@ def test_samples_leave_training_alone(model: str, flags: list[str], out_dir: Pat
     flags += [f"--model={model}", "--dropout=0.2", "--learning_rate=1e-2", "--max_iters=8"]
     run(*flags)
     assert samples(capsys.readouterr().out) == []
-    expected, expected_weights = losses(out_dir), weights(out_dir / "last.pt")
+    expected, expected_weights = losses(out_dir), weights(out_dir / "ckpt.pt")
     run(*flags, "--sample_interval=3")
     texts = samples(capsys.readouterr().out)
     assert losses(out_dir) == expected
-    assert all(torch.equal(tensor, expected_weights[name]) for name, tensor in weights(out_dir / "last.pt").items())
+    assert all(torch.equal(tensor, expected_weights[name]) for name, tensor in weights(out_dir / "ckpt.pt").items())
     assert len(texts) == 2 and texts[0] != texts[1]  # after 3 and 6 iterations
     assert all(150 < len(text) <= 200 for text in texts)
 
@@ -431,7 +431,7 @@ def test_mixed_precision_is_near_float32(flags: list[str], out_dir: Path) -> Non
     run(*flags, "--learning_rate=1e-2", "--dtype=bfloat16")
     assert losses(out_dir) != exact
     assert losses(out_dir) == pytest.approx(exact, abs=0.05)
-    assert all(tensor.dtype == torch.float32 for tensor in weights(out_dir / "last.pt").values())
+    assert all(tensor.dtype == torch.float32 for tensor in weights(out_dir / "ckpt.pt").values())
 
 
 def test_another_tokenizer_is_refused(flags: list[str], out_dir: Path, tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_batch_tokens_after_a_resume(flags: list[str], out_dir: Path) -> None:
     """Catches a resumed run with other batches, or one that ignores a new --gradient_accumulation_steps."""
     run(*flags, "--batch_tokens=192", "--max_iters=1")
     assert int(rows(out_dir)[-1]["tokens"]) == 192
-    saved = torch.load(out_dir / "last.pt", weights_only=True)["config"]  # the keys as given, for another machine to resolve
+    saved = torch.load(out_dir / "ckpt.pt", weights_only=True)["config"]  # the keys as given, for another machine to resolve
     assert (saved["gradient_accumulation_steps"], saved["batch_tokens"], saved["compile"]) == (2, 192, "auto")
     resume = [f"--out_dir={out_dir}", "--init_from=resume"]
     run(*resume, "--batch_size=2", "--max_iters=2")
@@ -502,7 +502,7 @@ def test_sharded_float16_is_refused(dataset: Path) -> None:
 def test_activation_checkpointing_changes_nothing(flags: list[str], out_dir: Path, tmp_path: Path) -> None:
     """Catches recomputed activations with other dropout, and with it another result."""
     run(*flags, "--dropout=0.2", "--n_layer=2")
-    expected = losses(out_dir), weights(out_dir / "last.pt")
+    expected = losses(out_dir), weights(out_dir / "ckpt.pt")
     run(*flags, "--dropout=0.2", "--n_layer=2", "--activation_checkpointing=True", f"--out_dir={tmp_path / 'other'}")
     assert losses(tmp_path / "other") == expected[0]
-    assert all(torch.equal(tensor, expected[1][name]) for name, tensor in weights(tmp_path / "other" / "last.pt").items())
+    assert all(torch.equal(tensor, expected[1][name]) for name, tensor in weights(tmp_path / "other" / "ckpt.pt").items())
