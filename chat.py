@@ -12,7 +12,7 @@ import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
@@ -47,6 +47,7 @@ Ctrl-C stops a reply, Ctrl-D leaves. To send a message that starts with a slash,
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
+    positional: ClassVar[str] = "init_from"
     init_from: str = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
     out_dir: str = "out"  # run folder to load with init_from=resume
     chat_format: Literal["auto", "plain", "nanochatgpt", "dialogpt"] = "auto"  # auto: the model's own, else plain

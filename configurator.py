@@ -11,43 +11,79 @@ A command describes its keys as a dataclass, one field per line; the trailing co
         configurator.run(main, Config)
 
 `python script.py config/a.py --batch_size=4 config/b.py` applies its arguments from left to right. A config file is plain
-Python: it sees the values so far, and the names that it assigns must be keys.
+Python: it sees the values so far, and the keys that it assigns are set. A script of another kind, whose settings are its
+global variables, may run this file as nanoGPT's scripts do: `exec(open("configurator.py").read())`; see `override`.
 """
 
+if __name__ == "__main__":  # run by exec, in a script's globals
+    _script = dict(globals())  # the script's own variables
+
 import ast
+import builtins
 import dataclasses
 import difflib
+import importlib
 import inspect
 import io
 import math
 import os
+import re
 import sys
 import textwrap
 import tokenize
 import traceback
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
-from nanogpt.errors import UserError, one_line
+from nanogpt.errors import UserError, one_line, warn
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(inspect.getfile(UserError)).resolve().parents[1]
+# what nanoGPT's config files need not import, since they run inside its train.py
+NANOGPT_IMPORTS = {"np": "numpy"} | {name: name for name in ("os", "sys", "time", "math", "pickle", "torch")}
+SYNONYMS = {  # other people's names for a key, which are never passed over: the run would not be the one that was meant
+    "out_dir": "output_dir outdir output_folder",
+    "dataset": "dataset_name",
+    "gradient_accumulation_steps": "grad_accum grad_accum_steps accum_steps accumulation_steps gradient_accumulation",
+    "batch_size": "batch bs bsz micro_batch_size train_batch_size per_device_batch_size",
+    "block_size": "context context_len context_length context_size context_window ctx ctx_len ctx_size n_ctx n_positions "
+    "seq_len seq_length sequence_length max_length max_seq_len max_seq_length",
+    "n_layer": "layers n_layers num_layer num_layers n_blocks num_blocks num_hidden_layers depth",
+    "n_head": "heads n_heads num_head num_heads num_attention_heads",
+    "n_embd": "d_model dim_model model_dim embed_dim emb_dim embd_dim embedding_dim hidden_dim hidden_size n_embed",
+    "dropout": "dropout_p dropout_rate drop_rate",
+    "bias": "use_bias",
+    "learning_rate": "lr base_lr max_lr peak_lr max_learning_rate",
+    "max_iters": "iters n_iters num_iters total_iters train_iters iterations max_iterations num_iterations "
+    "steps n_steps num_steps max_steps total_steps train_steps epochs n_epochs num_epochs max_epochs",
+    "weight_decay": "wd",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "grad_clip": "clip clip_grad clip_grad_norm grad_clip_norm gradient_clip gradient_clipping max_grad_norm",
+    "warmup_iters": "warmup warmup_steps num_warmup_steps",
+    "lr_decay_iters": "decay_iters decay_steps lr_decay_steps",
+    "min_lr": "lr_min end_lr final_lr min_learning_rate",
+    "eval_interval": "eval_every eval_freq eval_steps val_interval",
+    "seed": "random_seed",
+    "dtype": "precision mixed_precision",
+}
 
 
 class Config:
     """Base class of every command's config."""
 
     given: ClassVar[frozenset[str]] = frozenset()  # the keys that a file or a flag has set, on each instance
-    positional: ClassVar[str] = ""  # the key that takes arguments without dashes, joined by commas; "": they are config files
+    ignored: ClassVar[tuple[str, ...]] = ()  # names in config files that are no keys, and settings that a checkpoint overrides
+    positional: ClassVar[str] = ""  # the key of arguments that are neither flags nor .py files, joined by commas; "": none
 
     def validate(self) -> None:
         """Check the keys together. Raises UserError if they do not fit."""
 
-    def replace(self, **values: Any) -> "Config":
-        """Return a copy with other values and the same `given`."""
-        return _with_given(dataclasses.replace(self, **values), self.given)
+    def replace(self, ignored: Iterable[str] = (), **values: Any) -> "Config":
+        """Return a copy with other values and the same `given`; `ignored` names are added to those of this config."""
+        return _with_notes(dataclasses.replace(self, **values), self.given, (*self.ignored, *ignored))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,40 +120,54 @@ LossRows = Annotated[int | Literal["auto"], Range(at_least=0)]
 def parse(config_class: type, arguments: list[str]) -> Any:
     """Return a `config_class` with its defaults overridden by `arguments`, from left to right.
 
-    `config.given` holds the keys that were set. Raises UserError if a key or a value is wrong.
+    `config.given` holds the keys that were set, `config.ignored` the names in config files that are no keys; a warning
+    lists these. Raises UserError if a key or a value is wrong.
     """
     kinds = typing.get_type_hints(config_class, include_extras=True)
-    values = dataclasses.asdict(config_class())
-    keys = list(values)
+    defaults = dataclasses.asdict(config_class())
+    values, keys, positional = dict(defaults), list(defaults), config_class.positional
     given: set[str] = set()
+    ignored: dict[str, None] = {}
     for argument in arguments:
+        name, equals, text = argument.removeprefix("--").partition("=")
         if argument.startswith("--"):
-            key, equals, text = argument[2:].partition("=")
             if not equals:
-                raise UserError(f"{argument}: write --key=value, with no spaces around '='{_hint(key, keys, '--{}=...')}")
-            if key not in keys:
-                raise UserError(f"unknown key '{key}' in {argument}{_hint(key, keys, '--{}')}; --help lists all keys")
-            updates = {key: _check(f"--{key}={text}", text, kinds[key], is_text=True)}
-        elif config_class.positional and not argument.startswith("-"):
-            key = config_class.positional
-            updates = {key: ",".join(filter(None, (values[key], argument)))}
+                raise UserError(f"{argument}: write --key=value, with no spaces around '='{_hint(name, keys, '--{}=...')}")
+            if name not in keys:
+                raise UserError(f"unknown key '{name}' in {argument}{_hint(name, keys, '--{}')}; --help lists all keys")
+            updates = {name: _check(argument, text, kinds[name], is_text=True)}
+        elif positional and not argument.startswith("-") and Path(argument).suffix != ".py" and name not in keys:
+            updates = {positional: f"{values[positional]},{argument}" if positional in given else argument}
         else:
-            path = _find_config_file(argument, keys)
-            updates = {}
-            for key, value in _run_config_file(path, argument, values).items():
-                if key not in keys:
-                    hint = f"{_hint(key, keys)}; start a name that is not a key with _"
-                    raise UserError(f"{argument}: unknown key '{key}'{hint}")
-                updates[key] = _check(f"{argument}: {key} = {value!r}", value, kinds[key], is_text=False)
+            updates, unknown = {}, {}
+            for name, value in _run_config_file(_find_config_file(argument, keys), argument, values).items():
+                if name not in keys:
+                    unknown[name] = value
+                    continue
+                value = defaults[name] if value is None and kinds[name] is str else value
+                updates[name] = _check(f"{argument}: {name} = {value!r}", value, kinds[name], is_text=False)
+            _refuse_mistyped(argument, unknown, [key for key in keys if key not in updates])
+            ignored.update(dict.fromkeys(unknown))
         values.update(updates)
         given.update(updates)
-    config = _with_given(config_class(**values), frozenset(given))
+    if ignored:
+        warn(f"not keys, ignored: {', '.join(ignored)}; --help lists all keys")
+    config = _with_notes(config_class(**values), frozenset(given), tuple(ignored))
     config.validate()
     return config
 
 
-def _with_given(config: Config, given: frozenset[str]) -> Config:
+def _refuse_mistyped(file: str, unknown: dict[str, Any], keys: list[str]) -> None:
+    """Raise UserError if a name in a config file means one of `keys`, those that the file does not set."""
+    for name, value in unknown.items():
+        meant = _meant(name, keys)
+        if meant and isinstance(_plain(value), (bool, int, float, str)):  # no key holds a list, say
+            raise UserError(f"{file}: unknown key '{name}'; did you mean {meant}? Start a name that is not a key with _")
+
+
+def _with_notes(config: Config, given: frozenset[str], ignored: tuple[str, ...]) -> Config:
     object.__setattr__(config, "given", given)  # configs are frozen
+    object.__setattr__(config, "ignored", ignored)
     return config
 
 
@@ -161,8 +211,8 @@ def help_text(config_class: type, script: str) -> str:
     """Return the --help page: each key's type, default and comment, under the headings in the class."""
     kinds = typing.get_type_hints(config_class, include_extras=True)
     defaults = dataclasses.asdict(config_class())
-    plain = config_class.positional or "config/file.py"
-    lines = [f"usage: python {script} [{plain} ...] [--key=value ...]", ""]
+    plain = f"[{config_class.positional} ...] " if config_class.positional else ""
+    lines = [f"usage: python {script} {plain}[config/file.py ...] [--key=value ...]", ""]
     description = (sys.modules[config_class.__module__].__doc__ or "").strip().split("\n\n")[0]
     lines += [*textwrap.wrap(description, 100), ""]
     lines.append("Later arguments override earlier ones. Keys, with type and default:")
@@ -188,55 +238,109 @@ def _exit(message: str) -> NoReturn:
     sys.exit(1)
 
 
+def override(script: dict[str, Any], variables: dict[str, Any]) -> None:
+    """Override a script's global variables by the command line, with nanoGPT's rules; a mistake ends it with one line.
+
+    `script` are the globals in which this file was run by exec, of which only `variables` are the script's own. A config
+    file is executed in them; the value of a flag is a Python literal or a string, of the variable's type.
+    """
+    script.clear()
+    script.update(variables)
+    try:
+        if Path(script.get("__file__", "")).name == Path(__file__).name:
+            raise UserError("not a command; python train.py --help shows what a command takes")
+        for argument in sys.argv[1:]:
+            _override(script, argument)
+    except UserError as error:
+        _exit(str(error))
+
+
+def _override(script: dict[str, Any], argument: str) -> None:
+    keys = [name for name, value in script.items() if isinstance(value, (bool, int, float, str))]
+    key, equals, text = argument.removeprefix("--").partition("=")
+    if not argument.startswith("--"):
+        source = _find_config_file(argument, keys).read_bytes()
+        print(f"Overriding config with {argument}:\n{source.decode(errors='replace')}")
+        exec(compile(source, argument, "exec"), script)
+        return
+    if not equals:
+        raise UserError(f"{argument}: write --key=value, with no spaces around '='{_hint(key, keys, '--{}=...')}")
+    if key not in script:
+        raise UserError(f"unknown key '{key}' in {argument}{_hint(key, keys, '--{}')}")
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = text
+    kind = type(script[key])
+    if type(value) is not kind:
+        if kind not in (bool, int, float, str):
+            raise UserError(f"{argument}: must be a Python {kind.__name__}")
+        value = _check(argument, text, kind, is_text=True)
+    print(f"Overriding: {key} = {value}")
+    script[key] = value
+
+
 class _Namespace(dict):
-    """The variables of a config file; records assignments, even of an unchanged value."""
+    """The variables of a config file. Records assignments, even of an unchanged value, and what is imported from modules."""
 
     def __init__(self, values: dict[str, Any]):
-        super().__init__(values)
+        modules = {name: sys.modules[module] for name, module in NANOGPT_IMPORTS.items() if module in sys.modules}
+        super().__init__(values, __builtins__={**vars(builtins), **modules, "__import__": self._import})
         self.assigned: dict[str, None] = {}
+        self.imported: set[str] = set()
 
     def __setitem__(self, name: str, value: Any) -> None:
         self.assigned[name] = None
         super().__setitem__(name, value)
+
+    update = MutableMapping.update  # by __setitem__
+
+    def _import(self, name: str, scope: Any = None, local: Any = None, names: tuple | None = (), level: int = 0) -> Any:
+        self.imported.update(names or ())
+        return __import__(name, scope, local, names, level)
 
 
 def _find_config_file(argument: str, keys: list[str]) -> Path:
     if argument.startswith("-"):
         raise UserError(f"{argument}: flags start with two dashes, as in --key=value")
     for path in (Path(argument), ROOT / argument):
-        if path.is_file():
+        if path.is_file() and path.suffix != ".pt":
             return path
     key = argument.partition("=")[0]
     if key in keys:
         raise UserError(f"{argument}: a key needs two dashes: --{argument}")
+    if Path(argument).exists() and "init_from" in keys:
+        ways = f"--init_from=resume --out_dir={argument} continues a run, --init_from={argument} starts from its weights"
+        raise UserError(f"{argument}: no such config file; {ways}")
     names = sorted(path.stem for path in (ROOT / "config").glob("*.py"))
     raise UserError(f"{argument}: no such config file{_hint(Path(argument).stem, names, 'config/{}.py')}")
 
 
 def _run_config_file(path: Path, shown: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Execute a config file on top of `values`; return its assignments, without modules, functions, classes and _names."""
-    namespace = _Namespace({**values, "__name__": path.stem, "__file__": str(path)})
+    """Execute a config file on top of `values`; return its assignments, without imports, functions, classes and _names.
+
+    As in nanoGPT, it may exec other files, and finds in its namespace what train.py imports.
+    """
     try:
-        tree = ast.parse(path.read_bytes())
+        code = compile(path.read_bytes(), str(path), "exec")
     except SyntaxError as error:
         raise UserError(f"{shown}, line {error.lineno or 1}: {error.msg}") from error
     except (ValueError, RecursionError, MemoryError) as error:  # null bytes, endless brackets
         raise UserError(f"{shown}: not a Python file ({error or type(error).__name__})") from error
+    namespace = _Namespace({**values, "__name__": "__main__", "__file__": str(path)})
     try:
-        exec(compile(tree, str(path), "exec"), namespace)
+        exec(code, namespace)
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         line = [frame.lineno for frame in frames if frame.filename == str(path)][-1]
         raise UserError(f"{shown}, line {line}: {type(error).__name__}: {error}") from error
     changed = (name for name in values if name in namespace and namespace[name] is not values[name])  # by `global`
-    names = [*namespace.assigned, *(name for name in changed if name not in namespace.assigned)]
+    names = dict.fromkeys([*namespace.assigned, *changed])
     assigned = {name: namespace[name] for name in names if name in namespace and not name.startswith("_")}
-    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    imported = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
     return {
         name: value
         for name, value in assigned.items()
-        if name in values or not (name in imported or isinstance(value, (types.FunctionType, type)))
+        if name in values or not (name in namespace.imported or isinstance(value, types.ModuleType) or callable(value))
     }
 
 
@@ -283,12 +387,15 @@ def _from_text(text: str, kind: Any) -> Any:
 
 def _from_python(value: Any, kind: Any) -> Any:
     """Convert a value to the first type in the union `kind` that it fits. Raises ValueError if it fits none."""
+    value = _plain(value)
     for member in _members(kind):
         if typing.get_origin(member) is Literal:
             if isinstance(value, str) and value in typing.get_args(member):
                 return value
         elif member is int and isinstance(value, float) and value.is_integer():
             return int(value)  # 6e5
+        elif member is bool and isinstance(value, int) and value in (0, 1):
+            return bool(value)
         elif member is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             try:
                 number = float(value)
@@ -299,6 +406,13 @@ def _from_python(value: Any, kind: Any) -> Any:
         elif type(value) is member:
             return value
     raise ValueError(value)
+
+
+def _plain(value: Any) -> Any:
+    """Return a path as a string, and a number of NumPy's or a tensor without dimensions as Python's; others as they are."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _expected(kind: Any) -> str:
@@ -325,9 +439,40 @@ def _show_default(value: Any) -> str:
     return repr(value) if isinstance(value, str) and (not value or not value.isprintable()) else str(value)
 
 
-def _hint(name: str, known: list[str], form: str = "{}") -> str:
+def _hint(name: str, known: list[str], form: str) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {form.format(close[0])}?" if close else ""
+    meant = _meant(name, known) or (close[0] if close else None)
+    return f"; did you mean {form.format(meant)}?" if meant else ""
+
+
+def _meant(name: str, keys: list[str]) -> str | None:
+    """Return the key that `name` means: it is within two edits of the key or of a synonym; one below 8 letters, none below 5.
+
+    Names that differ in their digits are different names: beta3, dataset2.
+    """
+    name = name.lower()
+    known = {other: key for key in keys for other in (key, *SYNONYMS.get(key, "").split())}
+    for edits in range(3):
+        for other, key in known.items():
+            shorter = min(len(name), len(other))
+            same_digits = re.findall(r"\d", name) == re.findall(r"\d", other)
+            if edits <= (shorter >= 5) + (shorter >= 8) and same_digits and _within(edits, name, other):
+                return key
+    return None
+
+
+def _within(edits: int, a: str, b: str) -> bool:
+    """Whether `a` becomes `b` by at most `edits` characters added, removed, replaced or swapped with their neighbour."""
+    if edits == 0:
+        return a == b
+    if not a or not b:
+        return len(a + b) <= edits
+    if a[0] == b[0]:
+        return _within(edits, a[1:], b[1:])
+    rests = [(a[1:], b), (a, b[1:]), (a[1:], b[1:])]
+    if a[:2] == b[1::-1]:
+        rests.append((a[2:], b[2:]))
+    return any(_within(edits - 1, *rest) for rest in rests)
 
 
 def _comments(config_class: type) -> list[tuple[str | None, str]]:
@@ -349,3 +494,7 @@ def _comments(config_class: type) -> list[tuple[str | None, str]]:
                 else:
                     found.append((key, text))
     return found
+
+
+if __name__ == "__main__":
+    importlib.import_module("configurator").override(globals(), _script)  # the module's functions do not use these globals

@@ -6,7 +6,7 @@ python export.py --out_dir=out-shakespeare-char --to=shakespeare
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from nanogpt.errors import UserError
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
+    positional: ClassVar[str] = "init_from"
     init_from: str = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
     out_dir: str = "out"  # run folder to load with init_from=resume
     to: str = ""  # folder to write; an earlier export in it is replaced

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 
@@ -36,6 +36,7 @@ CACHE_BYTES = 2 << 30  # limit of a batch's KV cache; samples that do not fit go
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
+    positional: ClassVar[str] = "init_from"
     init_from: str = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
     out_dir: str = "out"  # run folder to load with init_from=resume
     start: str = "\n"  # the prompt, or FILE:prompt.txt to read it from a file

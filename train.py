@@ -180,7 +180,7 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
         sequences_per_iter = machine.micro_batches * config.batch_size
         values = dataclasses.asdict(config)
         run.begin(state, model, optimizer, scaler, data.describe(), values, resumed, sequences_per_iter, machine.dtype)
-        run.say(summary(values, model, data, group, sequences_per_iter, choices(config, machine, device_type)))
+        run.say(summary(values, model, data, group, sequences_per_iter, choices(config, machine, device_type), config.ignored))
         if resumed:
             run.say(f"resuming after {state.iter_num:,} of {config.max_iters:,} iterations")
         if state.iter_num >= config.max_iters:
@@ -251,7 +251,7 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
             run.log_step(loss, lr, grad_norm)
             state.iter_num += 1
         run.save()
-    return run.ending("sample.py" if data.chat_format is None else "chat.py")
+    return run.ending("sample.py" if data.chat_format is None else "chat.py", config.ignored)
 
 
 def evaluate_only(config: Config, group: Group, ckpt: Checkpoint | None) -> None:
@@ -304,6 +304,7 @@ def resolve_config(config: Config, ckpt: Checkpoint | None) -> Config:
     Raises UserError if the checkpoint's values do not fit.
     """
     values: dict[str, Any] = {}
+    ignored: list[str] = []
     resumed = config.init_from == "resume"
     if resumed:
         kept = config.given | {"init_from", "out_dir"}  # not taken from the checkpoint
@@ -325,8 +326,9 @@ def resolve_config(config: Config, ckpt: Checkpoint | None) -> Config:
                 continue  # the model is cropped
             if name in config.given and given != value:
                 warn(f"{ckpt.path} has {name}={value}, used instead of {name}={given}")
+                ignored.append(f"{name}={given} (the checkpoint has {value})")
             values[name] = value
-    config = config.replace(**values)
+    config = config.replace(ignored, **values)
     config.validate()
     return config
 

@@ -14,6 +14,8 @@ A checkpoint is nanoGPT's dictionary, so that files pass both ways: `model`, `op
 """
 
 import dataclasses
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from model import GPT, Bigram, GPTConfig
 from nanogpt import conversation, huggingface
 from nanogpt import tokenizer as tokenizers
-from nanogpt.dataset import DATA
+from nanogpt.dataset import DATA, prepared
 from nanogpt.distributed import gather, is_sharded, shard_like
 from nanogpt.errors import UserError, first_line, one_line, shown, warn
 from nanogpt.files import atomic_write
@@ -37,6 +39,7 @@ LAST = "last.pt"  # the newest state, only there if it is newer than BEST
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 MODELS = {"gpt": GPT, "bigram": Bigram}
 MAX_ITERS = (1 << 63) - 1
+SHOWN_RUNS = 8  # that an error lists
 Optimizer = torch.optim.Optimizer | MuonWithAdamW
 
 
@@ -195,7 +198,7 @@ def open_checkpoint(init_from: str, out_dir: str, newest_state: bool = False) ->
     if path.is_dir():
         path = newest(path) if resumes else find(path, (BEST, LAST))
     elif init_from == "resume":
-        raise UserError(f"--out_dir={out_dir}: no such folder; train a model there first, or name another")
+        raise UserError(f"--out_dir={out_dir}: no such folder; {_runs_here()}")
     elif not path.is_file():
         raise UserError(f"--init_from={init_from}: no such run folder or checkpoint file, nor a name of GPT-2 weights")
     elif path.suffix == ".safetensors" or path.name.startswith("pytorch_model"):
@@ -212,9 +215,23 @@ def find(out_dir: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         if (out_dir / name).is_file():
             return out_dir / name
-    raise UserError(
-        f"no checkpoint in {out_dir} ({' or '.join(names)}); train one there first: python train.py --out_dir={out_dir}"
-    )
+    raise UserError(f"no checkpoint in {out_dir} ({' or '.join(names)}); {_runs_here()}")
+
+
+def _runs_here() -> str:
+    """Return the command for the newest run in the current folder and the names of others, or a command to train one."""
+    files = [file for name in (BEST, LAST) for file in Path().glob(f"*/{name}")]
+    files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+    runs = [shlex.quote(name) for name in dict.fromkeys(str(file.parent) for file in files)]
+    if runs:
+        script = Path(sys.argv[0]).name
+        resume = "--init_from=resume " if script == "train.py" else ""
+        others = f"; others: {', '.join(runs[1:SHOWN_RUNS])}{', ...' * (len(runs) > SHOWN_RUNS)}" if runs[1:] else ""
+        return f"the newest of {len(runs)} here: python {script} {resume}--out_dir={runs[0]}{others}"
+    if not prepared():
+        return "no run is here; prepare a dataset first: python data/shakespeare_char/prepare.py"
+    command = f"python train.py config/train_shakespeare_char_cpu.py --dataset={prepared()[0]} --out_dir=out-{prepared()[0]}"
+    return f"no run is here; prepared datasets: {', '.join(prepared())}; train one there first: {command}"
 
 
 def newest(out_dir: Path) -> Path:

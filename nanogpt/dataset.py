@@ -204,13 +204,17 @@ def _version(stat: os.stat_result) -> tuple[int, ...]:
     return stat.st_size, stat.st_ino, stat.st_mtime_ns
 
 
+def prepared() -> list[str]:
+    """Return the names of the datasets in data/ that are prepared."""
+    return sorted(path.parent.name for path in DATA.glob("*/train.bin"))
+
+
 def _missing(name: str, folder: Path, split: str) -> str:
     if (folder / "prepare.py").is_file():
         return f"dataset '{name}' is not prepared yet (no {split}.bin); run python data/{name}/prepare.py"
     if folder.is_dir():
         return f"dataset '{name}': no {split}.bin in {folder}; run the prepare.py that makes it"
-    prepared = sorted(path.parent.name for path in DATA.glob("*/train.bin"))
     return (
-        f"dataset '{name}' not found; prepared datasets: {', '.join(prepared) or 'none'}; "
+        f"dataset '{name}' not found; prepared datasets: {', '.join(prepared()) or 'none'}; "
         "python data/text/prepare.py --input=FILE --name=NAME prepares your own text"
     )

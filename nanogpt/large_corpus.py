@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -44,6 +44,7 @@ Split = Callable[[int], tuple[np.ndarray, np.ndarray]]  # number of documents ->
 class HubConfig(configurator.Config):
     """The keys of a prepare.py that takes a corpus from the Hub; each sets its own `revision` and `name`."""
 
+    positional: ClassVar[str] = "input"
     input: str = ""  # a .parquet, .jsonl, .jsonl.gz or .txt file, or a folder of them; empty downloads from the Hub
     revision: str = "main"  # version of the dataset on the Hub: a commit, or main for the newest
     tokenizer: Literal["gpt2", "cl100k_base", "o200k_base"] = "gpt2"  # byte-pair encoding

@@ -253,8 +253,8 @@ class Run:
         """Redraw loss.png, unless drawing would take too much of the run's time."""
         self._curves.update()
 
-    def ending(self, next_script: str) -> SystemExit | UserError | None:
-        """Print the result and the next command, of `next_script`. Returns the exception to raise, if any.
+    def ending(self, next_script: str, ignored: tuple[str, ...] = ()) -> SystemExit | UserError | None:
+        """Print the result, what was `ignored`, and the next command, of `next_script`. Returns the exception to raise, if any.
 
         That is UserError if the last save failed, SystemExit after a signal.
         """
@@ -264,6 +264,8 @@ class Run:
         number = self.signals.received or signal.SIGTERM  # another rank's signal is reported as SIGTERM
         out_dir = shlex.quote(config["out_dir"])
         if self.group.is_main:
+            if ignored:
+                print(f"ignored: {', '.join(ignored)}")
             if (self.out_dir / CURVES).exists():
                 print(f"curves in {self.out_dir / CURVES}")
             if (self.out_dir / BEST).exists():
@@ -285,9 +287,15 @@ class Run:
 
 
 def summary(
-    config: dict[str, Any], model: GPT | Bigram, data: Dataset, group: Group, sequences_per_iter: int, choices: str
+    config: dict[str, Any],
+    model: GPT | Bigram,
+    data: Dataset,
+    group: Group,
+    sequences_per_iter: int,
+    choices: str,
+    ignored: tuple[str, ...] = (),
 ) -> str:
-    """Return what a run prints at its start: model, data, length, machine; `choices` says how it computes."""
+    """Return what a run prints at its start: model, data, length, machine, `ignored` settings; `choices`: how it computes."""
     tokens, per_iter = data.tokens["train"], sequences_per_iter * model.config.block_size
     keys = ["block_size"] if config["model"] == "bigram" else ["n_layer", "n_head", "n_embd", "block_size"]
     return (
@@ -299,7 +307,7 @@ def summary(
         f"run: {config['max_iters']:,} iterations, {config['max_iters'] * per_iter / tokens:,.2f} epochs\n"
         f"machine: {describe(group.device)}, {group.size} process{'es' if group.size > 1 else ''}\n"
         f"         {choices}"
-    )
+    ) + (f"\nignored: {', '.join(ignored)}" if ignored else "")
 
 
 # the run's folder

@@ -105,6 +105,9 @@ def test_flag_has_the_type_of_its_key(flag: str, value: Any) -> None:
         (["--batch=4"], ["batch", "did you mean --batch_size"]),
         (["--batch-size=4"], ["batch-size", "did you mean --batch_size"]),
         (["--learning_rat=4"], ["did you mean --learning_rate"]),
+        (["--lr=4"], ["unknown key 'lr'", "did you mean --learning_rate"]),
+        (["--epochs=4"], ["unknown key 'epochs'", "did you mean --max_iters"]),
+        (["--wandb_entity=me"], ["unknown key 'wandb_entity'"]),
         (["--zzzzzz=4"], ["zzzzzz", "--help"]),
         (["--validate=4"], ["unknown key 'validate'"]),
         (["--given=4"], ["unknown key 'given'"]),
@@ -178,6 +181,102 @@ for _i in range(3):
     assert config.given == {"batch_size", "learning_rate", "max_iters", "start", "seed"}
 
 
+def test_included_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches imports of an included file that are taken for keys, and its settings that are lost."""
+    base = config_file(
+        tmp_path, "import os, time; from math import sqrt, pi\nbatch_size = int(sqrt(16))\nseed = 3\n", "base.py"
+    )
+    source = f"exec(open({base!r}).read())\nseed += 1\nglobals().update(max_iters=100)\nlearning_rate = pi\n"
+    config = parse(Config, [config_file(tmp_path, source)])
+    assert (config.batch_size, config.seed, config.learning_rate) == (4, 4, 3.141592653589793)
+    assert config.given == {"batch_size", "seed", "max_iters", "learning_rate"}
+    assert (config.ignored, capsys.readouterr().err) == ((), "")
+
+
+def test_config_file_runs_as_inside_train_py(tmp_path: Path) -> None:
+    """Catches a file of nanoGPT's that fails because it relies on what train.py imports, or on being the main script."""
+    source = "start = str(math.ceil(time.time() * 0)) + os.sep\nif __name__ == '__main__':\n    seed = int(np.sum([1, 2]))\n"
+    source += "def twice():\n    return 2 * math.floor(1.5)\n\nbatch_size = twice()\ndtype = str(torch.float32)[6:]\n"
+    config = parse(Config, [config_file(tmp_path, source)])
+    assert (config.start, config.seed, config.batch_size, config.dtype) == (f"0{os.sep}", 3, 2, "float32")
+
+
+@pytest.mark.parametrize(
+    ("source", "key", "value"),
+    [
+        ("from pathlib import Path\nstart = Path('a') / 'b'", "start", os.path.join("a", "b")),
+        ("batch_size = np.int64(4)", "batch_size", 4),
+        ("batch_size = np.array(4)", "batch_size", 4),
+        ("batch_size = torch.tensor(4)", "batch_size", 4),
+        ("learning_rate = np.float32(0.5)", "learning_rate", 0.5),
+        ("learning_rate = np.float64(0.1)", "learning_rate", 0.1),
+        ("learning_rate = np.int32(2)", "learning_rate", 2.0),
+        ("decay_lr = np.bool_(False)", "decay_lr", False),
+        ("start = np.str_('x')", "start", "x"),
+        ("compile = 0", "compile", False),
+        ("compile = 1", "compile", True),
+        ("decay_lr = np.int64(0)", "decay_lr", False),
+        ("start = 'x'\nstart = None", "start", "\n"),
+        ("top_k = None", "top_k", None),
+    ],
+)
+def test_value_in_a_file_is_what_it_stands_for(tmp_path: Path, source: str, key: str, value: Any) -> None:
+    """Catches a path, a number of NumPy's, 0 for False or None for a default that is refused, or that keeps its type."""
+    config = parse(Config, ["--start=y", config_file(tmp_path, source)])
+    assert getattr(config, key) == value and type(getattr(config, key)) is type(value)
+    assert key in config.given
+
+
+def test_name_that_is_no_key_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a fork's config file that is refused, and a name that is passed over without a word."""
+    source = "wandb_entity = 'me'\ndata_dir = 'data'\nuse_flash = True\nseeds = [1, 2]\nbatch_size = 4\n"
+    other = config_file(tmp_path, "tensorboard = True\nuse_flash = False\n", "other.py")
+    config = parse(FrozenConfig, [config_file(tmp_path, source), other])
+    assert config.ignored == ("wandb_entity", "data_dir", "use_flash", "seeds", "batch_size", "tensorboard")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not keys, ignored: wandb_entity, data_dir, use_flash, seeds, batch_size, tensorboard" in line
+    changed = config.replace(["seed=3"], size="large")
+    assert changed.ignored == (*config.ignored, "seed=3")
+
+
+NO_KEYS = """beta3 betas compile_mode data_dir dataset2 device_id eval_batch_size exp_name flash label_smoothing log_dir loss
+lr_scheduler mode n_experts n_kv_head num_workers patience2 rope_theta run_name seeds tag tensorboard tie_weights tokenizer
+top_p type use_flash vocab_size wandb_entity wandb_group wandb_id wandb_name wandb_tags world_size"""
+MISTYPED = {
+    "learning_rate": "learnig_rate leraning_rate learning_rat learningrate lr LR max_lr",
+    "block_size": "blocksize context_length seq_len ctx_len n_ctx contextlength",
+    "batch_size": "batchsize batch_sze batch BATCH_SIZE",
+    "max_iters": "max_iter maxiters steps max_steps num_steps epochs num_epochs",
+    "n_layer": "n_layers num_layers n_layr",
+    "n_head": "n_heads num_heads",
+    "n_embd": "n_embed n_emb d_model hidden_size embed_dim",
+    "weight_decay": "wd weightdecay",
+    "warmup_iters": "warmup_steps warm_up_iters",
+    "gradient_accumulation_steps": "grad_accum accumulation_steps gradient_acumulation_steps",
+    "dtype": "precision dytpe",
+    "out_dir": "output_dir outdir",
+    "beta1": "beta_1",
+}
+
+
+def test_mistyped_names(tmp_path: Path) -> None:
+    """Catches a typo or another name for a key that is passed over, and a name of a fork's own that is taken for one."""
+    for name in NO_KEYS.split():
+        config = parse(train.Config, [config_file(tmp_path, f"{name} = 1\n")])
+        assert config.ignored == (name,)
+    for key, names in MISTYPED.items():
+        for name in names.split():
+            with pytest.raises(UserError, match=f"unknown key '{name}'; did you mean {key}\\?"):
+                parse(train.Config, [config_file(tmp_path, f"{name} = 1\n")])
+
+
+def test_synonym_as_a_helper_variable(tmp_path: Path) -> None:
+    """Catches a file that is refused although it sets the key itself, or holds what no key can be."""
+    source = "lr = 1e-3\nlearning_rate = lr\nmin_lr = lr / 10\nbatch_sizes = [1, 2]\nbatch_size = batch_sizes[1]\nsteps = [5]\n"
+    config = parse(Config, [config_file(tmp_path, source)])
+    assert (config.learning_rate, config.batch_size, config.ignored) == (1e-3, 2, ("lr", "batch_sizes", "steps"))
+
+
 def test_config_file_may_assign_in_a_function(tmp_path: Path) -> None:
     """Catches a value set through `global` that is silently dropped."""
     source = "def shrink():\n    global batch_size\n    batch_size = 3\n\nshrink()\n"
@@ -196,7 +295,10 @@ def test_given_holds_the_keys_that_were_set(tmp_path: Path) -> None:
     ("source", "words"),
     [
         ("batchsize = 4\n", ["recipe.py", "unknown key 'batchsize'", "did you mean batch_size"]),
-        ("batch_size = 4\nhidden = [1]\n", ["recipe.py", "unknown key 'hidden'"]),
+        ("learnig_rate = 4\n", ["recipe.py", "unknown key 'learnig_rate'", "did you mean learning_rate"]),
+        ("lr = 1e-3\n", ["recipe.py", "unknown key 'lr'", "did you mean learning_rate"]),
+        ("import numpy\nnum_epoch = numpy.int64(5)\n", ["unknown key 'num_epoch'", "did you mean max_iters"]),
+        ("BATCH_SIZE = 4\n", ["unknown key 'BATCH_SIZE'", "did you mean batch_size"]),
         ("batch_size = 0\n", ["recipe.py", "batch_size = 0", "at least 1"]),
         ("batch_size = '4'\n", ["recipe.py", "batch_size = '4'", "whole number"]),
         ("batch_size = True\n", ["recipe.py", "batch_size = True", "whole number"]),
@@ -206,6 +308,10 @@ def test_given_holds_the_keys_that_were_set(tmp_path: Path) -> None:
         ("dtype = 'float8'\n", ["recipe.py", "dtype = 'float8'", "float32", "bfloat16"]),
         ("learning_rate = float('nan')\n", ["recipe.py", "learning_rate", "number"]),
         ("learning_rate = 10**400\n", ["recipe.py", "learning_rate", "number"]),
+        ("learning_rate = [1e-3]\n", ["recipe.py", "learning_rate = [0.001]", "number"]),
+        ("max_iters = None\n", ["recipe.py", "max_iters = None", "whole number"]),
+        ("decay_lr = 2\n", ["recipe.py", "decay_lr = 2", "True or False"]),
+        ("return\n", ["recipe.py", "line 1", "outside function"]),
         ("batch_size = 4\n\nmax_iters = = 5\n", ["recipe.py", "line 3", "invalid syntax"]),
         ("batch_size = 4\nmax_iters = 1 / 0\n", ["recipe.py", "line 2", "ZeroDivisionError"]),
         ("def f():\n    return nothing\n\nf()\n", ["recipe.py", "line 2", "nothing"]),
@@ -371,6 +477,16 @@ def test_positional_arguments() -> None:
     assert "usage: python plot.py [runs ...]" in configurator.help_text(plot.Config, "plot.py")
 
 
+def test_positional_argument_beside_a_config_file(tmp_path: Path) -> None:
+    """Catches a config file taken for a run, and a run whose name is joined to a default."""
+    file = config_file(tmp_path, "num_samples = 2\n")
+    for arguments in (["out-x", file], [file, "out-x"], ["out-x", "--num_samples=2"]):
+        config = parse(sample.Config, arguments)
+        assert (config.init_from, config.num_samples, config.given) == ("out-x", 2, {"init_from", "num_samples"})
+    with pytest.raises(UserError, match="two dashes: --num_samples=2"):
+        parse(sample.Config, ["num_samples=2"])
+
+
 def test_help_shows_type_and_default() -> None:
     """Catches a --help page with a wrong type or default."""
     page = " ".join(configurator.help_text(Config, "script.py").split())
@@ -415,6 +531,62 @@ def main(config):
 if __name__ == "__main__":
     configurator.run(main, Config)
 '''
+
+
+NANOGPT_SCRIPT = """\
+run = 3
+batch_size = 12
+learning_rate = 6e-4
+compile = True
+dataset = "openwebtext"
+betas = (0.9, 0.95)
+config_keys = [k for k, v in globals().items() if not k.startswith("_") and isinstance(v, (int, float, bool, str))]
+exec(open(PATH).read())
+config = {k: globals()[k] for k in config_keys}
+print(config, betas)
+assert "parse" not in globals() and "Config" not in globals()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ([], {}),
+        (["--batch_size=4", "--compile=False", "--dataset=x=y"], {"batch_size": 4, "compile": False, "dataset": "x=y"}),
+        (["--learning_rate=1", "--run=7", "--compile=0"], {"learning_rate": 1.0, "run": 7, "compile": False}),
+        (["--batch_size=4", "FILE", "--run=1"], {"batch_size": 8, "run": 1, "dataset": "mine"}),
+        (["--betas=(0.8, 0.9)"], {"betas": (0.8, 0.9)}),
+        (["--batch_sise=4"], "unknown key 'batch_sise' in --batch_sise=4; did you mean --batch_size?"),
+        (["--parse=4"], "unknown key 'parse' in --parse=4"),
+        (["--batch_size=four"], "--batch_size=four: not a whole number"),
+        (["--betas=3"], "--betas=3: must be a Python tuple"),
+        (["--batch_size"], "--batch_size: write --key=value"),
+        (["nowhere.py"], "nowhere.py: no such config file"),
+    ],
+)
+def test_script_that_runs_the_configurator(tmp_path: Path, monkeypatch, capsys, arguments: list, found: Any) -> None:
+    """Catches a script in nanoGPT's style whose flags are ignored, or whose own variables are overwritten."""
+    file = config_file(tmp_path, "batch_size *= 2\ndataset = 'mine'\nentity = 3\n")
+    arguments = [file if argument == "FILE" else argument for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["my_train.py", *arguments])
+    source = NANOGPT_SCRIPT.replace("PATH", repr(configurator.__file__))
+    variables = {"__name__": "__main__", "__file__": "my_train.py"}
+    if isinstance(found, str):
+        with pytest.raises(SystemExit) as caught:
+            exec(source, variables)
+        assert caught.value.code == 1 and found in capsys.readouterr().err
+        return
+    exec(source, variables)
+    defaults = {"run": 3, "batch_size": 12, "learning_rate": 6e-4, "compile": True, "dataset": "openwebtext"}
+    expected = {"betas": (0.9, 0.95)} | defaults | found
+    assert {name: variables[name] for name in expected} == expected
+    assert variables["config"] == {name: expected[name] for name in defaults}
+
+
+def test_configurator_is_no_command() -> None:
+    """Catches a configurator that prints nothing if it is run itself."""
+    finished = subprocess.run([sys.executable, "configurator.py"], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 1 and "configurator.py: error: not a command; python train.py --help" in finished.stderr
 
 
 def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -1,5 +1,7 @@
 """sample.py: prompts, printed texts, seeds, and sampling from nothing but a checkpoint."""
 
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import chat
 import configurator
+import export
 import sample
 import train
 from model import GPT, Bigram, GPTConfig
@@ -290,6 +294,51 @@ def test_mistakes_are_one_line(out_dir, texts, monkeypatch, flags, named):
     with pytest.raises(UserError) as caught:
         texts(**flags)
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_runs_here_are_listed(out_dir, texts, monkeypatch):
+    """Catches an error about out/ that does not name the runs that are there, or not the newest first."""
+    monkeypatch.chdir(out_dir.parent)
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    shutil.move("out", "out-a")
+    for name, file, age in (("out b", "last.pt", 3), ("out-c", "ckpt.pt", 2)):
+        Path(name).mkdir()
+        shutil.copy("out-a/ckpt.pt", f"{name}/{file}")
+        os.utime(f"{name}/{file}", (10**9 - age, 10**9 - age))
+    os.utime("out-a/ckpt.pt", (1, 1))
+    runs = "; the newest of 3 here: python {} --out_dir=out-c; others: 'out b', out-a"
+    with pytest.raises(UserError, match=re.escape("--out_dir=out: no such folder" + runs.format("sample.py"))):
+        texts()
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(UserError, match=re.escape(runs.format("train.py --init_from=resume"))):
+        train.main(configurator.parse(train.Config, ["--init_from=resume"]))
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_no_run_is_here(tmp_path, texts, monkeypatch, prepared):
+    """Catches advice to train on OpenWebText, for which nobody asked, where another dataset is prepared."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nanogpt.dataset.DATA", tmp_path / "data")
+    if prepared:
+        for name in ("mine", "poems"):
+            (tmp_path / "data" / name).mkdir(parents=True)
+            (tmp_path / "data" / name / "train.bin").touch()
+    with pytest.raises(UserError) as caught:
+        train.main(configurator.parse(train.Config, ["--init_from=resume"]))
+    found = str(caught.value)
+    assert "openwebtext" not in found and "no run is here" in found
+    assert ("prepared datasets: mine, poems" in found and "--dataset=mine --out_dir=out-mine" in found) == prepared
+    assert ("python data/shakespeare_char/prepare.py" in found) != prepared
+
+
+@pytest.mark.parametrize("name", ["out", "out/ckpt.pt"])
+def test_plain_argument(out_dir, capsys, monkeypatch, name):
+    """Catches a run that needs its flag although nothing else can be meant, in any command that loads one."""
+    monkeypatch.chdir(out_dir.parent)
+    sample.main(configurator.parse(sample.Config, [name, "--num_samples=1", "--max_new_tokens=3", "--device=cpu"]))
+    assert LINE in capsys.readouterr().out
+    for script, flags in ((chat, []), (export, ["--to=exported"])):
+        assert configurator.parse(script.Config, [name, *flags]).init_from == name
 
 
 def test_lazy_imports(command, project, out_dir):

@@ -250,7 +250,9 @@ def test_resume_takes_its_keys_from_the_checkpoint(flags: list[str], out_dir: Pa
     """Catches a resumed run with default keys, or one that ignores a key given for it."""
     run(*flags, "--learning_rate=0.0123", "--max_iters=5", "--seed=7")
     run("--init_from=resume", f"--out_dir={out_dir}", "--n_embd=64", "--beta2=0.9", "--max_iters=6")
-    assert "n_embd=16, used instead of n_embd=64" in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert "n_embd=16, used instead of n_embd=64" in output.err
+    assert output.out.splitlines().count("ignored: n_embd=64 (the checkpoint has 16)") == 2  # in the summary, and at the end
     config = json.loads((out_dir / "config.json").read_text())
     keys = ("learning_rate", "seed", "beta2", "max_iters", "n_embd", "block_size")
     assert [config[key] for key in keys] == [0.0123, 7, 0.9, 6, 16, 16]

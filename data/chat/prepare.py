@@ -15,7 +15,7 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
@@ -37,6 +37,7 @@ PREVIEW_CHARACTERS = 100  # of each piece of the conversation that is printed
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
+    positional: ClassVar[str] = "input"
     input: str = ""  # a .jsonl file, one conversation per line; empty: 600 synthetic conversations
     tokenizer: str = "char"  # char, gpt2, cl100k_base, o200k_base, or a dataset (name or folder) whose tokenizer to use
     chat_format: Literal["plain", "nanochatgpt", "dialogpt"] = "nanochatgpt"  # the strings around the messages

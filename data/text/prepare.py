@@ -7,7 +7,7 @@ python train.py config/train_shakespeare_char_cpu.py --dataset=my_book --out_dir
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
@@ -22,6 +22,7 @@ OUTPUTS = ("train.bin", "val.bin", "meta.json")  # not text, if the input is the
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
+    positional: ClassVar[str] = "input"
     input: str = ""  # a text file, or a folder: all its files, sorted by path, except hidden ones
     tokenizer: Literal["char", "gpt2", "cl100k_base", "o200k_base"] = "char"  # char: by character; or a byte-pair encoding
     val_fraction: Annotated[float, configurator.Range(above=0, below=1)] = 0.1  # share of the text, at its end, for validation
