@@ -12,6 +12,7 @@ from conftest import run_train
 
 import chat
 import configurator
+import export
 import sample
 import train
 from model import GPT, Bigram, GPTConfig
@@ -127,10 +128,11 @@ def train_on_ids(folder: Path, out_dir: Path, **meta: Any) -> None:
     shutil.rmtree(folder)
 
 
-def test_run_on_ids_without_text(tmp_path, texts):
-    """Catches a fork's dataset with vocab_size alone that does not train, sample or resume, or a chat that starts with it."""
+def test_run_on_ids_without_text(tmp_path, texts, capsys):
+    """Catches a fork's dataset with vocab_size alone that does not train or sample, or a chat or export of it."""
     run = tmp_path / "run"
     train_on_ids(tmp_path / "ids", run)
+    assert "(20 token ids without text)" in capsys.readouterr().out
     (text,) = texts(init_from=run, start="3 4", num_samples=1, max_new_tokens=5)
     assert text.startswith("3 4 ") and len(ids := [int(word) for word in text.split()]) == 7 and max(ids) < 20
     (text,) = texts(init_from=run, num_samples=1, max_new_tokens=5)
@@ -139,12 +141,15 @@ def test_run_on_ids_without_text(tmp_path, texts):
         texts(init_from=run, start="ROMEO:")
     with pytest.raises(UserError, match=r"does not go with this model: these tokens have no text"):
         chat.main(configurator.parse(chat.Config, [f"--init_from={run}", "--device=cpu"]))
+    with pytest.raises(UserError, match=r"to be exported, got 20 token ids without text"):
+        export.main(configurator.parse(export.Config, [f"--init_from={run}", f"--to={tmp_path / 'exported'}"]))
 
 
-def test_run_on_a_table_of_strings(tmp_path, texts):
+def test_run_on_a_table_of_strings(tmp_path, texts, capsys):
     """Catches a fork's dataset of words whose table is lost in the checkpoint, or cut into characters."""
     run, itos = tmp_path / "run", [f"w{i} " for i in range(20)]
     train_on_ids(tmp_path / "ids", run, itos=itos)
+    assert "(20 strings)" in capsys.readouterr().out
     (text,) = texts(init_from=run, start="w3 w14 ", num_samples=1, max_new_tokens=5)
     assert text.startswith("w3 w14 w") and len(text.split()) == 7 and set(text.split()) <= {word.strip() for word in itos}
 
