@@ -367,7 +367,7 @@ def _from_pickle(path: Path) -> Tokenizer:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not a valid meta.pkl of nanoGPT ({why})") from error
+        raise UserError(f"{path}: not a valid meta.pkl of nanoGPT ({why}); prepare the dataset again") from error
 
 
 def _strings(itos: Any, stoi: Any, size: int | None) -> list[str]:
