@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanogpt.errors import UserError, shown
-from nanogpt.tokenizer import CharTokenizer, Tokenizer
+from nanogpt.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]  # {"role": one of ROLES, "content": the text}
@@ -68,10 +68,13 @@ def from_dict(description: Any) -> ChatFormat:
 
 
 def separator(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids between documents: the end-of-text token, or a line break if the character table has one."""
-    if not isinstance(tokenizer, CharTokenizer):
+    """Return the ids between documents: the end-of-text token, or a line break if the tokenizer has one."""
+    if tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
-    return tokenizer.encode("\n") if "\n" in tokenizer.characters else []
+    try:
+        return tokenizer.encode("\n")
+    except UserError:
+        return []
 
 
 def encode_opening(chat_format: ChatFormat, tokenizer: Tokenizer, system: str = "") -> list[int]:

@@ -567,12 +567,12 @@ def _tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         description = _character_table(tokenizer)
         about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         files = {}
-    elif tokenizer.name == "gpt2":
+    elif isinstance(tokenizer, TiktokenTokenizer) and tokenizer.name == "gpt2":
         description, files = _byte_pairs(tokenizer)
         about = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
         about |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     else:
-        raise UserError(f"the tokenizer must be a character table or gpt2 to be exported, got {tokenizer.name}")
+        raise UserError(f"the tokenizer must be a character table or gpt2 to be exported, got {tokenizer}")
     about |= {"model_max_length": block_size, "clean_up_tokenization_spaces": False}
     frame = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
     frame |= {"pre_tokenizer": None, "post_processor": None, "decoder": None}
