@@ -66,12 +66,12 @@ class Hostile:
         np.void(b"abc"),
         np.random.default_rng(0),
         np.load,
-        np.frompyfunc(os.system, 1, 1),
+        Hostile(np.frompyfunc, os.system, 1, 1),
         Hostile(np.dtype, "O"),
         Hostile(np.dtype, "i8,O"),
         Hostile(os.system, "echo > ran.txt"),
         Hostile(eval, "open('ran.txt', 'w')"),
-        Hostile(getattr, np, "load"),
+        Hostile(getattr, "", "format"),
         Hostile(np.fromfile, "/dev/zero"),
         Hostile(pickle.loads, pickle.dumps(Hostile(os.system, "echo > ran.txt"))),
     ],
@@ -80,12 +80,8 @@ class Hostile:
 def test_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any, protocol: int) -> None:
     """Catches numpy's classes with objects or code behind them, which a list of allowed modules would let through."""
     monkeypatch.chdir(tmp_path)
-    try:
-        content = pickle.dumps({"vocab_size": value}, protocol)
-    except Exception:
-        pytest.skip("cannot be pickled")
     with pytest.raises(pickle.UnpicklingError):
-        load(tmp_path, content)
+        load(tmp_path, pickle.dumps({"vocab_size": value}, protocol))
     assert not (tmp_path / "ran.txt").exists()
 
 
