@@ -234,7 +234,7 @@ def pick_data(config: Config, shape: GPTConfig) -> tuple[bool, str]:
     except UserError as error:
         if config.real_data is True:
             raise
-        return False, f"random tokens ({first_line(error)})"
+        return False, f"random tokens; {first_line(error)}"
     return True, config.dataset
 
 
@@ -273,9 +273,7 @@ def work(pipe: Connection, config: Config, way: str) -> None:
     while steps := pipe.recv():
         pipe.send(trainer.seconds_per_step(steps))
     megabytes = round((peak_memory(trainer.device) or 0) / 1e6)
-    peak, source = peak_flops(trainer.device, trainer.dtype), "data sheet"
-    if peak is None:
-        peak, source = measured_peak(trainer.device, trainer.dtype), "measured matrix products"
+    peak, source = find_peak(trainer.device, trainer.dtype)
     if config.profile and way == "fast":
         trainer.profile()
     pipe.send((megabytes, peak, source))
@@ -364,6 +362,12 @@ def plain_clip(model: GPT, limit: float) -> None:
 def batch_size(config: Config) -> int:
     """Return the sequences per batch."""
     return config.batch_size or BATCH_SIZES.get(config.size, 12)
+
+
+def find_peak(device: str, dtype: torch.dtype) -> tuple[float, str]:
+    """Return the device's peak in FLOP/s, and the source of that."""
+    peak = peak_flops(device, dtype)
+    return (peak, "data sheet") if peak else (measured_peak(device, dtype), "measured matrix products")
 
 
 def measured_peak(device: str, dtype: torch.dtype, size: int = 1024) -> float:
