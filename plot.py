@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import configurator
-from nanogpt.curves import best_of, draw, read
+from nanogpt.curves import best_of, check_out, draw, read
 from nanogpt.errors import UserError
 
 
@@ -24,8 +24,8 @@ class Config(configurator.Config):
     log: Literal["none", "x", "y", "xy"] = "none"  # logarithmic axes
 
     def validate(self) -> None:
-        if self.out and Path(self.out).suffix.lower() not in (".png", ".svg"):
-            raise UserError(f"--out must end in .png or .svg, got {self.out}")
+        if self.out:
+            check_out(self.out)
 
 
 def main(config: Config) -> None:
@@ -33,8 +33,6 @@ def main(config: Config) -> None:
     runs = [read(path, config.x) for path in paths]
     out = Path("curves.png") if len(runs) > 1 or not paths[0].is_dir() else paths[0] / "loss.png"
     out = Path(config.out) if config.out else out
-    if not out.parent.is_dir():
-        raise UserError(f"--out={out}: no such folder {out.parent}; create it first")
     try:
         draw(runs, out, config.x, config.log)
     except OSError as error:
