@@ -312,7 +312,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
             raise UserError(f"{checkpoint.path}: damaged: {error}") from error
     else:
         dataset = str(checkpoint.config.get("dataset", ""))
-        advice = f"; prepare its dataset, {shown(dataset)}, first" if dataset else "; it names no dataset"
+        advice = f"; prepare its dataset, {shown(dataset)}, first" if dataset else "; add to it config={'dataset': NAME}"
         try:
             tokenizer = tokenizers.from_folder(DATA / dataset)
         except OSError as error:  # not a name of a folder
@@ -517,7 +517,8 @@ def _check_shape(checkpoint: Checkpoint) -> None:
         else:
             fits = type(value) is int and 0 < value < 1 << 24
         if not fits:
-            raise UserError(f"{path}: damaged: its model_args have {name} = {shown(value)}")
+            found = f"{name} = {shown(value)}" if name in args else f"no {name}"
+            raise UserError(f"{path}: damaged: its model_args have {found}")
     if checkpoint.model_type == "bigram":
         return
     if args["n_embd"] % args["n_head"]:

@@ -102,7 +102,7 @@ def is_stored(value: Any) -> bool:
 def checked(tensor: Any, name: str, file: Path) -> torch.Tensor:
     """Return `tensor` if a model's weights can be copied from it. Raises UserError if it is anything else."""
     if not is_stored(tensor) or tensor.dtype not in DTYPES:
-        found = tensor.dtype if isinstance(tensor, torch.Tensor) else shown(tensor)
+        found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else shown(tensor)
         raise UserError(f"{file}: {shown(name)} must be a dense floating-point tensor, stored in full, got {found}")
     return tensor
 
