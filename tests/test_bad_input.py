@@ -51,7 +51,7 @@ TABLE = [
     ("train", "TMP/exception.py", "line 2: ZeroDivisionError"),
     ("train", "TMP/binary.py", "TMP/binary.py"),
     ("train", "TMP/run", "--init_from=resume --out_dir=TMP/run continues a run, --init_from=TMP/run starts from its weights"),
-    ("train", "TMP/run/last.pt", "--init_from=TMP/run/last.pt"),
+    ("train", "TMP/run/ckpt.pt", "--init_from=TMP/run/ckpt.pt"),
     ("train", "--dataset=nothing_here", "data/text/prepare.py"),
     ("train", "--dataset=TMP", "no train.bin in"),
     ("train", f"{RUN} --block_size=100000", "--block_size="),
