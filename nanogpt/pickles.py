@@ -22,17 +22,20 @@ class ScalarType:
         """Take the arguments of a pickled dtype. Raises UnpicklingError for any other type, such as one of objects."""
         if not isinstance(name, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|U\d{1,4}", name):
             raise pickle.UnpicklingError(f"it holds the numpy type {name!r:.40}; only numbers and strings are read")
-        self.name, self.order = name, "<"
+        self.name, self.order = name, "|"
 
     def __setstate__(self, state: tuple) -> None:
-        self.order = ">" if state[1] == ">" else "<"
+        _, self.order, *_ = state  # version, byte order, then what plain types do not have
+        if self.order not in ("<", ">", "|"):
+            raise pickle.UnpicklingError(f"it holds a numpy type of byte order {self.order!r:.40}")
 
 
 def scalar(kind: ScalarType, data: bytes) -> bool | int | float | str:
     """Stand-in for numpy's function that makes a scalar of its bytes: returns the plain Python value."""
     if not isinstance(kind, ScalarType) or not isinstance(data, bytes):
         raise pickle.UnpicklingError("it holds a numpy scalar of another type than numbers and strings")
-    return np.frombuffer(data, np.dtype(kind.order + kind.name), count=1).item()
+    (value,) = np.frombuffer(data, kind.order + kind.name).tolist()
+    return value
 
 
 def latin1(text: str, encoding: str) -> bytes:
