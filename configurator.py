@@ -134,7 +134,7 @@ def parse(config_class: type, arguments: list[str]) -> Any:
             if not equals:
                 raise UserError(f"{argument}: write --key=value, with no spaces around '='{_hint(name, keys, '--{}=...')}")
             if name not in keys:
-                raise UserError(f"unknown key '{name}' in {argument}{_hint(name, keys, '--{}')}; --help lists all keys")
+                raise UserError(f"unknown key '{name}' in {argument}; --help lists all keys{_hint(name, keys, '--{}')}")
             updates = {name: _check(argument, text, kinds[name], is_text=True)}
         elif positional and not argument.startswith("-") and Path(argument).suffix != ".py" and name not in keys:
             updates = {positional: f"{values[positional]},{argument}" if positional in given else argument}
@@ -310,8 +310,8 @@ def _find_config_file(argument: str, keys: list[str]) -> Path:
     if key in keys:
         raise UserError(f"{argument}: a key needs two dashes: --{argument}")
     if Path(argument).exists() and "init_from" in keys:
-        ways = f"--init_from=resume --out_dir={argument} continues a run, --init_from={argument} starts from its weights"
-        raise UserError(f"{argument}: no such config file; {ways}")
+        resumes = f"--init_from=resume --out_dir={argument} continues a run, " if Path(argument).is_dir() else ""
+        raise UserError(f"{argument}: not a config file; {resumes}--init_from={argument} starts from its weights")
     names = sorted(path.stem for path in (ROOT / "config").glob("*.py"))
     raise UserError(f"{argument}: no such config file{_hint(Path(argument).stem, names, 'config/{}.py')}")
 

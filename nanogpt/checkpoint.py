@@ -226,10 +226,10 @@ def _runs_here() -> str:
     files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
     runs = [shlex.quote(name) for name in dict.fromkeys(str(file.parent) for file in files)]
     if runs:
-        script = Path(sys.argv[0]).name
-        resume = "--init_from=resume " if script == "train.py" else ""
+        flags = [argument for argument in sys.argv[1:] if not argument.startswith("--out_dir=")]
+        command = shlex.join(["python", Path(sys.argv[0]).name, *flags])
         others = f"; others: {', '.join(runs[1:SHOWN_RUNS])}{', ...' * (len(runs) > SHOWN_RUNS)}" if runs[1:] else ""
-        return f"the newest of {len(runs)} here: python {script} {resume}--out_dir={runs[0]}{others}"
+        return f"the newest of {len(runs)} here: {command} --out_dir={runs[0]}{others}"
     if not prepared():
         return "no run is here; prepare a dataset first: python data/shakespeare_char/prepare.py"
     command = f"python train.py config/train_shakespeare_char_cpu.py --dataset={prepared()[0]} --out_dir=out-{prepared()[0]}"

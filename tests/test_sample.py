@@ -365,7 +365,7 @@ def test_runs_here_are_listed(out_dir, texts, monkeypatch):
     runs = "; the newest of 3 here: python {} --out_dir=out-c; others: 'out b', out-a"
     with pytest.raises(UserError, match=re.escape("--out_dir=out: no such folder" + runs.format("sample.py"))):
         texts()
-    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setattr("sys.argv", ["train.py", "--init_from=resume"])
     with pytest.raises(UserError, match=re.escape(runs.format("train.py --init_from=resume"))):
         train.main(configurator.parse(train.Config, ["--init_from=resume"]))
 
