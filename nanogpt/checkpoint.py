@@ -203,7 +203,9 @@ def open_checkpoint(init_from: str, out_dir: str, newest_state: bool = False) ->
     Raises UserError if there is no such checkpoint.
     """
     path = Path(out_dir if init_from == "resume" else init_from)
-    if init_from != "resume" and (huggingface.is_folder(path) or (huggingface.is_name(init_from) and not path.exists())):
+    if init_from != "resume" and (
+        huggingface.is_folder(huggingface.restored(path)) or (huggingface.is_name(init_from) and not path.exists())
+    ):
         return _pretrained(init_from)
     if path.is_dir():
         path = newest(path) if newest_state and init_from == "resume" else find(path, (BEST, LAST))
@@ -270,7 +272,7 @@ def _pretrained(name: str) -> Checkpoint:
         iter_num=0,
         best_val_loss=float("inf"),
         config={},
-        extra={"gelu": pretrained.gelu, "tokenizer": pretrained.tokenizer},
+        extra={"gelu": pretrained.gelu, "tokenizer": pretrained.tokenizer, "chat_format": pretrained.chat_format},
         in_file=False,
     )
 
