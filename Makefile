@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT := out-quickstart
 export PYTHONUNBUFFERED := 1
 
@@ -62,12 +63,12 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "$(PYTHON) cannot create environments; on Debian and Ubuntu, run: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 
-$(VENV)/installed: requirements.txt | $(VENV)/bin/python
+$(VENV)/installed: requirements.txt constraints.txt | $(VENV)/bin/python
 	@echo "== installing requirements.txt into $(VENV)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt requirements.txt | $(VENV)/bin/python
-	@echo "== installing requirements-dev.txt into $(VENV)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/installed-dev: tests/requirements.txt requirements.txt constraints.txt | $(VENV)/bin/python
+	@echo "== installing tests/requirements.txt into $(VENV)"
+	@$(PIP) -r tests/requirements.txt
 	@touch $@ $(VENV)/installed

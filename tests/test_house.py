@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 
 import pytest
+from packaging.requirements import Requirement
 
 from configurator import ROOT
 
@@ -109,6 +110,36 @@ def test_one_import_inside_a_function() -> None:
                 names = imported(node for node in ast.walk(function) if isinstance(node, Import)) & FILES.keys()
                 hidden |= {(module, function.name): names} if names else {}
     assert hidden == {("model", "from_pretrained"): {"nanogpt.checkpoint"}}
+
+
+# packages
+
+
+def requirements(name: str) -> Iterator[Requirement]:
+    """The packages that a file of pip's names, without those of the files that it includes."""
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith(("#", "-r")):
+            yield Requirement(line)
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.14"])
+def test_every_package_is_pinned_once(python: str) -> None:
+    """Catches a package that `make` installs in an untested version, or a pin that pip cannot install."""
+    pins = [r for r in requirements("constraints.txt") if r.marker is None or r.marker.evaluate({"python_version": python})]
+    wanted = [*requirements("requirements.txt"), *requirements("tests/requirements.txt")]
+    assert [pin.name for pin in pins] == [package.name for package in wanted]
+    for pin, package in zip(pins, wanted, strict=True):
+        (exact,) = pin.specifier
+        assert exact.operator == "==" and package.specifier.contains(exact.version), package
+
+
+def test_packages_of_the_user_are_kept() -> None:
+    """Catches a requirement that makes pip replace the PyTorch of a cluster, of Colab or of a GPU box."""
+    (torch,) = (package for package in requirements("requirements.txt") if package.name == "torch")
+    assert torch.specifier.contains("2.9.0+cu128") and torch.specifier.contains("2.14.1")
+    assert all(spec.operator == ">=" for package in requirements("requirements.txt") for spec in package.specifier)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert [line for line in makefile.splitlines() if "pip install" in line and "-c constraints.txt" not in line] == []
 
 
 # sizes
