@@ -259,7 +259,7 @@ def peak_memory(device: str) -> int | None:
         return torch.mps.driver_allocated_memory()
     peak = _max_resident_bytes()
     if peak == INHERITED_PEAK_BYTES and LINUX_STATUS.exists():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", LINUX_STATUS.read_text())[1]) << 10
+        return int(re.search(r"VmHWM:\s+(\d+) kB", LINUX_STATUS.read_text(encoding="utf-8"))[1]) << 10
     return peak
 
 

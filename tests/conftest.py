@@ -37,7 +37,7 @@ def run_train(*flags: str | Path) -> None:
 
 def read_rows(out_dir: Path) -> list[dict[str, str]]:
     """Return the rows of a run's metrics.csv."""
-    with open(out_dir / "metrics.csv", newline="") as file:
+    with open(out_dir / "metrics.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -119,7 +119,6 @@ def command(project: Path) -> Callable[..., subprocess.CompletedProcess]:
             cwd=cwd,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
             capture_output=True,
-            text=True,
             encoding="utf-8",
             timeout=120,
         )

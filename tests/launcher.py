@@ -66,7 +66,6 @@ def _run_without_fork(request: dict[str, Any]) -> subprocess.CompletedProcess:
         env=request["environment"],
         input=request["typed"],
         capture_output=True,
-        text=True,
         encoding="utf-8",
         timeout=TIMEOUT_SECONDS,
     )
@@ -80,7 +79,6 @@ def _server() -> subprocess.Popen:
         env=os.environ | ENVIRONMENT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
         encoding="utf-8",
     )
     atexit.register(server.communicate)

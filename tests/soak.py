@@ -41,7 +41,7 @@ FLAGS = (
 def launch(*flags: str) -> subprocess.Popen:
     """Start train.py with these flags."""
     return subprocess.Popen(
-        [sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
     )
 
 
@@ -85,7 +85,7 @@ def result(out_dir: Path) -> tuple[list[torch.Tensor], list[list[str]]]:
         state = torch.load(path, weights_only=True)
         tensors += [torch.tensor([state["iter_num"], state["best_val_loss"]]), *state["model"].values()]
         tensors += [tensor for moments in state["optimizer"]["state"].values() for tensor in moments.values()]
-    with open(out_dir / "metrics.csv", newline="") as file:
+    with open(out_dir / "metrics.csv", encoding="utf-8", newline="") as file:
         return tensors, [[row[name] for name in row if name not in MEASURED] for row in csv.DictReader(file)]
 
 

@@ -232,27 +232,29 @@ STATES = {  # checkpoints with one wrong value: the keys that lead to it, and th
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of broken files, with one good dataset, in data/, and one good run, in run/."""
     tmp = tmp_path_factory.mktemp("bad")
-    (tmp / "unknown_key.py").write_text("learning_rat = 1e-3\n")
-    (tmp / "wrong_type.py").write_text("batch_size = 'twelve'\n")
-    (tmp / "syntax.py").write_text("batch_size = 1\nif\n")
-    (tmp / "exception.py").write_text("batch_size = 1\nmax_iters = 1 / 0\n")
+    (tmp / "unknown_key.py").write_text("learning_rat = 1e-3\n", encoding="utf-8")
+    (tmp / "wrong_type.py").write_text("batch_size = 'twelve'\n", encoding="utf-8")
+    (tmp / "syntax.py").write_text("batch_size = 1\nif\n", encoding="utf-8")
+    (tmp / "exception.py").write_text("batch_size = 1\nmax_iters = 1 / 0\n", encoding="utf-8")
     (tmp / "binary.py").write_bytes(bytes(range(255, 0, -1)))
     (tmp / "hostile.pt").write_bytes(pickle.dumps({"model": Hostile()}, protocol=2))
     (tmp / "empty.pt").write_bytes(b"")
     (tmp / "other_model").mkdir()
-    (tmp / "other_model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp / "other_model" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     (tmp / "other_model" / "model.safetensors").write_bytes(b"")
     (tmp / "lora").mkdir()
-    (tmp / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "gpt2"}')
+    (tmp / "lora" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "gpt2"}', encoding="utf-8"
+    )
     (tmp / "lora" / "adapter_model.safetensors").write_bytes(b"")
     (tmp / "alone.safetensors").write_bytes(b"")
-    (tmp / "one.txt").write_text("e")
+    (tmp / "one.txt").write_text("e", encoding="utf-8")
     (tmp / "random.pt").write_bytes(NOISE)
     tokenizer = CharTokenizer(["B", "e"])
     for name in ("data", "odd", "beyond", "meta", "pickled", *FILES, *META, *PICKLES):
         corpus.write_dataset(tmp / name, ["Be" * 200], ["eB" * 50], tokenizer, "two letters")
     (tmp / "beyond" / "train.bin").write_bytes(b"\x07" * 400)
-    (tmp / "meta" / "meta.json").write_text("[]")
+    (tmp / "meta" / "meta.json").write_text("[]", encoding="utf-8")
     for name in ("odd", "pickled"):
         (tmp / name / "meta.json").unlink()
         (tmp / name / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "B", 1: "e"}}))
@@ -264,14 +266,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         else:
             (tmp / name / file).write_bytes(content)
     for name, content in META.items():
-        good = json.loads((tmp / name / "meta.json").read_text())
+        good = json.loads((tmp / name / "meta.json").read_text(encoding="utf-8"))
         text = json.dumps(good | content) if isinstance(content, dict) else content
         (tmp / name / "meta.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     for name, content in PICKLES.items():
         (tmp / name / "meta.json").unlink()
         (tmp / name / "meta.pkl").write_bytes(content)
     corpus.write_dataset(tmp / "three", ["Bea" * 100], ["eBa" * 30], CharTokenizer(["B", "a", "e"]), "three letters")
-    run_train(*RUN.replace("DATA", str(tmp / "data")).split(), f"--out_dir={tmp / 'run'}")
+    run_train(*(flag.replace("DATA", str(tmp / "data")) for flag in RUN.split()), f"--out_dir={tmp / 'run'}")
     whole = (tmp / "run" / "ckpt.pt").read_bytes()
     (tmp / "cut.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"model": {"a": Hostile()}}, tmp / "hostile_zip.pt")
@@ -314,7 +316,7 @@ def test_mistake_is_one_line(
         spec.loader.exec_module(module)
     else:
         module = {"train": train, "sample": sample, "chat": chat, "export": export, "plot": plot}[script]
-    given = arguments.replace("DATA", "TMP/data").replace("TMP", str(folder)).split()
+    given = [word.replace("DATA", "TMP/data").replace("TMP", str(folder)) for word in arguments.split()]
     monkeypatch.setattr("sys.argv", [f"{script}.py", *given])
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()

@@ -45,7 +45,7 @@ def test_training(run: Callable[..., dict], dataset: Path, tmp_path: Path) -> No
     assert found["ratio"] == pytest.approx(found["fast_tokens_per_second"] / found["plain_tokens_per_second"], rel=0.5)
     assert found["fast_megabytes"] > 50
     assert f"data: {dataset}" in found["lines"]
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
 
 
 def test_real_data(dataset: Path) -> None:
@@ -181,7 +181,7 @@ def test_time_to_loss_excludes_evaluations(monkeypatch: pytest.MonkeyPatch, caps
         folder = Path(next(flag for flag in command if flag.startswith("--out_dir=")).removeprefix("--out_dir="))
         lines = ["iteration,tokens,seconds,val_loss,tokens_per_second"]
         lines += ["0,0,9,3.0,", "0,0,10,,50", "1,100,12,,50", "2,200,90,2.0,", "2,200,91,,25", "3,300,99,1.0,"]
-        (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+        (folder / "metrics.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     monkeypatch.setattr(subprocess, "run", train)
     monkeypatch.setattr(metrics, "COLUMNS", ["iteration", "tokens", "seconds", "val_loss", "tokens_per_second"])

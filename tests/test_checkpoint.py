@@ -787,4 +787,4 @@ def test_release_unmaps_the_file(tmp_path: Path) -> None:
 
 def maps_of(path: Path) -> int:
     """Return how often this process has mapped a file; 0 on systems that do not tell."""
-    return MAPS.read_text().count(str(path)) if MAPS.exists() else 0
+    return MAPS.read_text(encoding="utf-8").count(str(path)) if MAPS.exists() else 0

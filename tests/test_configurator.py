@@ -585,7 +585,7 @@ def test_script_that_runs_the_configurator(tmp_path: Path, monkeypatch, capsys, 
 
 def test_configurator_is_no_command() -> None:
     """Catches a configurator that prints nothing if it is run itself."""
-    finished = subprocess.run([sys.executable, "configurator.py"], cwd=ROOT, capture_output=True, text=True)
+    finished = subprocess.run([sys.executable, "configurator.py"], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert finished.returncode == 1 and "configurator.py: error: not a command; python train.py --help" in finished.stderr
 
 
@@ -596,7 +596,7 @@ def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=60,
     )
 

@@ -264,7 +264,7 @@ def test_template(tmp_path: Path, chat_format: ChatFormat, kind: str, request: p
         tokenizer: Tokenizer = TiktokenTokenizer("gpt2")
     else:
         tokenizer = CharTokenizer.from_text(conversation.render(chat_format, talk(*HARD, system="Be kind.")))
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
     for name, content in huggingface._tokenizer_files(tokenizer, 1024, chat_format).items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     theirs = AutoTokenizer.from_pretrained(tmp_path)

@@ -423,7 +423,7 @@ def test_written_dataset_is_read_back(tmp_path: Path) -> None:
 
 
 def resident() -> int:
-    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("VmRSS:")]
+    (line,) = [line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmRSS:")]
     return int(line.split()[1]) << 10
 
 

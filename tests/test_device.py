@@ -376,7 +376,7 @@ def run_forked(code: str, **environment: str) -> subprocess.CompletedProcess:
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=60,
     )
 
@@ -470,7 +470,7 @@ print(*used)
     starter = (
         "import subprocess, sys; large = bytearray(b'x') * (900 << 20); subprocess.run([sys.executable, '-c', sys.argv[1]])"
     )
-    finished = subprocess.run([sys.executable, "-c", starter, own], cwd=ROOT, capture_output=True, text=True, check=True)
+    finished = subprocess.run([sys.executable, "-c", starter, own], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
     before, less, more = map(int, finished.stdout.split())
     assert 50 << 20 < before < 750 << 20
     assert less - before == pytest.approx(100 << 20, rel=0.1)

@@ -81,7 +81,7 @@ def test_reading_resumes_at_every_position(kind: str, tmp_path: Path, monkeypatc
 
 def test_lone_surrogate_is_read(tmp_path: Path) -> None:
     """Catches a lone surrogate, possible in JSON but not in UTF-8, that ends a long run."""
-    (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud800b"}')
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud800b"}', encoding="utf-8")
     assert texts_of(documents.local(str(tmp_path))) == ["a\ud800b"]
 
 
@@ -91,7 +91,7 @@ def test_identity_follows_the_files(tmp_path: Path) -> None:
     path.write_bytes(jsonl(TEXTS))
     before = documents.local(str(path)).identity
     assert documents.local(str(tmp_path / ".." / tmp_path.name)).identity == before
-    (tmp_path / "b.txt").write_text("more")
+    (tmp_path / "b.txt").write_text("more", encoding="utf-8")
     assert documents.local(str(tmp_path)).identity != before
     path.write_bytes(jsonl(TEXTS[::-1]))
     assert documents.local(str(path)).identity != before
@@ -180,7 +180,7 @@ def test_hub_layout(tmp_path: Path) -> None:
         parquet(path, {"id": shard["id"][:], "text": shard["text"][:]}, rows=7)
     parquet(tmp_path / "sample" / "100BT" / "000_00000.parquet", {"id": [1], "text": ["of another subset"]})
     subsets = [f"- config_name: sample-{n}BT\n  data_files:\n  - split: train\n    path: sample/{n}BT/*\n" for n in (10, 100)]
-    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(subsets) + "---\n")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(subsets) + "---\n", encoding="utf-8")
     source = documents.hub(str(tmp_path), "sample-10BT", "main")
     assert texts_of(source) == whole["text"][:]
     assert source.sizes == [path.stat().st_size for path in sorted(tmp_path.glob("sample/10BT/*"))]
@@ -220,5 +220,5 @@ def test_hub_without_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> No
 def test_optional_libraries_are_imported_lazily() -> None:
     """Catches an optional library that everybody would have to install."""
     code = "import sys, nanogpt.large_corpus; print({'datasets', 'pyarrow', 'fsspec', 'torch', 'tiktoken'} & set(sys.modules))"
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1])
     assert process.stdout == "set()\n", process.stderr

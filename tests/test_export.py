@@ -96,7 +96,7 @@ def test_chat_format_is_kept(tmp_path: Path, name: str, kind: str, request: pyte
         request.getfixturevalue("gpt2_vocabulary")
     table = CharTokenizer.from_text("".join(map(str, conversation.to_dict(FORMATS[name]).values())) + "\n")
     save(tmp_path / "to", tokenizer=table if kind == "char" else TiktokenTokenizer("gpt2"), chat_format=FORMATS[name])
-    generation = json.loads((tmp_path / "to" / "generation_config.json").read_text())
+    generation = json.loads((tmp_path / "to" / "generation_config.json").read_text(encoding="utf-8"))
     is_token = name == "dialogpt" and kind == "gpt2"
     assert generation.get("stop_strings") == (None if is_token else [FORMATS[name].stop])
     assert generation["eos_token_id"] == (50256 if kind == "gpt2" else None)
@@ -127,9 +127,9 @@ def test_damaged_chat_format_is_refused(tmp_path: Path) -> None:
     """Catches a traceback, or a chat in another format, for a damaged config.json."""
     save(tmp_path / "to")
     path = tmp_path / "to" / "config.json"
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     content["nanogpt"]["chat_format"] = {"name": "plain"}
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=r"config\.json: damaged: malformed chat format"):
         huggingface.load(str(tmp_path / "to"))
 
@@ -193,7 +193,7 @@ def test_links_and_files_in_the_way(tmp_path: Path, place: str, kind: str) -> No
     """Catches a traceback for a link in the way, and one whose target is emptied."""
     save(tmp_path / "mine")
     if kind == "file":
-        (tmp_path / place).write_text("mine")
+        (tmp_path / place).write_text("mine", encoding="utf-8")
     else:
         (tmp_path / place).symlink_to(tmp_path / ("mine" if kind == "link" else "none"))
     with pytest.raises(UserError, match=f"{place}: exists and is {'not a folder' if kind == 'file' else 'a link'}; choose"):
@@ -251,7 +251,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     """Catches a traceback for a wrong flag, or for a folder that is in use or cannot be written."""
     write(tmp_path / "out")
-    monkeypatch.setattr(sys, "argv", ["export.py", *flags.replace("TMP", str(tmp_path)).split()])
+    monkeypatch.setattr(sys, "argv", ["export.py", *(flag.replace("TMP", str(tmp_path)) for flag in flags.split())])
     with pytest.raises(SystemExit) as ended:
         configurator.run(export.main, export.Config)
     out, err = capsys.readouterr()

@@ -112,6 +112,23 @@ def test_one_import_inside_a_function() -> None:
     assert hidden == {("model", "from_pretrained"): {"nanogpt.checkpoint"}}
 
 
+# text files
+
+
+def test_text_files_name_their_encoding() -> None:
+    """Catches a text that is read or written in the locale's encoding: ASCII under LC_ALL=C, cp1252 on Windows."""
+    unnamed = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("data/*/*.py")]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call):
+                name, names = ast.unparse(call.func), {keyword.arg for keyword in call.keywords}
+                is_text = name.endswith((".read_text", ".write_text")) and name != "corpus.read_text"
+                is_text = is_text or (name.startswith("subprocess.") and names & {"text", "universal_newlines"})
+                if is_text and "encoding" not in names:
+                    unnamed.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    assert unnamed == []
+
+
 # packages
 
 
@@ -149,7 +166,7 @@ def test_root_stays_small() -> None:
     """Catches a root folder in which train.py no longer stands out."""
     if not shutil.which("git") or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout
     entries = {path.partition("/")[0] for path in listing.splitlines()}
     assert len([name for name in entries if name.endswith(".py")]) <= ROOT_PYTHON_FILES
     assert len(entries) <= ROOT_ENTRIES

@@ -111,7 +111,7 @@ def write_theirs(folder: Path, form: str, theirs: torch.nn.Module) -> None:
         model.save_pretrained(folder, max_shard_size="20KB" if form == "sharded" else "5GB")
         return
     folder.mkdir()
-    (folder / "config.json").write_text(theirs.config.to_json_string())
+    (folder / "config.json").write_text(theirs.config.to_json_string(), encoding="utf-8")
     state = dict(theirs.state_dict())  # includes the head
     if form == "original":  # like OpenAI's on the Hub: no prefix, no head, but masks
         state = {name.removeprefix("transformer."): tensor for name, tensor in state.items() if name != huggingface.HEAD}
@@ -126,7 +126,9 @@ def write_theirs(folder: Path, form: str, theirs: torch.nn.Module) -> None:
         torch.save(state, folder / "pytorch_model.bin")
     elif form == "untied":  # and equal all the same
         state[huggingface.HEAD] = state[huggingface.HEAD].clone()
-        (folder / "config.json").write_text(json.dumps(theirs.config.to_dict() | {"tie_word_embeddings": False}))
+        (folder / "config.json").write_text(
+            json.dumps(theirs.config.to_dict() | {"tie_word_embeddings": False}), encoding="utf-8"
+        )
         safetensors.torch.save_file(state, folder / "model.safetensors")
     elif form == "head alone":
         safetensors.torch.save_file(
@@ -137,7 +139,7 @@ def write_theirs(folder: Path, form: str, theirs: torch.nn.Module) -> None:
         for name, piece in pieces.items():
             torch.save(piece, folder / name)
         index = {"weight_map": {tensor: name for name, piece in pieces.items() for tensor in piece}}
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
     else:
         torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form != "old pickle")
 
@@ -264,10 +266,10 @@ def test_config_defaults(tmp_path: Path) -> None:
     """Catches a wrong default or synonym in config.json."""
     theirs = make_theirs(own=False)
     theirs.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     kept = {name: config[name] for name in ("model_type", "n_positions", "n_embd", "n_head", "n_layer")}
     kept["num_hidden_layers"] = kept.pop("n_layer")
-    (tmp_path / "config.json").write_text(json.dumps(kept))
+    (tmp_path / "config.json").write_text(json.dumps(kept), encoding="utf-8")
     found = huggingface.load(str(tmp_path))
     assert found.path == tmp_path
     assert found.model_args == {
@@ -426,8 +428,8 @@ def settings(**changed: Any) -> Callable[[Path], None]:
     """Change keys of config.json."""
 
     def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | changed))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps(config | changed), encoding="utf-8")
 
     return change
 
@@ -454,7 +456,7 @@ def index(weight_map: Any) -> Callable[[Path], None]:
 
     def change(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "piece.safetensors")
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
 
     return change
 
@@ -598,9 +600,9 @@ REFUSALS = {
 
 def forget(folder: Path) -> None:
     """Remove the mark of our exports."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     del config["nanogpt"]
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.mark.parametrize("case", REFUSALS)
@@ -780,7 +782,7 @@ def test_export_replaces_an_export(tmp_path: Path) -> None:
         save(folder, model)
         (tmp_path / "out.tmp").mkdir()
         shutil.copy(folder / "config.json", tmp_path / "out.tmp")
-        (folder / "vocab.json").write_text("{}")  # an export with GPT-2's tokenizer has this file
+        (folder / "vocab.json").write_text("{}", encoding="utf-8")  # an export with GPT-2's tokenizer has this file
     save(folder, model)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (folder / "vocab.json").exists()
@@ -820,16 +822,16 @@ def test_export_replaces_nothing_else(tmp_path: Path, files: dict[str, str], mes
     """Catches an export that deletes someone's files."""
     (tmp_path / place).mkdir()
     for name, content in files.items():
-        (tmp_path / place / name).write_text(content)
+        (tmp_path / place / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message) as refusal:
         save(tmp_path / "out", make_ours())
     assert str(tmp_path / place) in str(refusal.value)
-    assert {path.name: path.read_text() for path in (tmp_path / place).iterdir()} == files
+    assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / place).iterdir()} == files
 
 
 def test_export_replaces_no_file(tmp_path: Path) -> None:
     """Catches an export that deletes a file, or tries to replace the root folder."""
-    (tmp_path / "out").write_text("mine")
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="is not a folder; choose another"):
         save(tmp_path / "out", make_ours())
     with pytest.raises(UserError, match="a folder of its own"):
@@ -915,7 +917,7 @@ def load_in_a_process(*names: str, **environment: str) -> list[Any]:
     ours = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     ours |= {"NO_PROXY": "*", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, *names], cwd=ROOT, env=ours, capture_output=True, text=True, encoding="utf-8", timeout=120
+        [sys.executable, "-c", LOAD, *names], cwd=ROOT, env=ours, capture_output=True, encoding="utf-8", timeout=120
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -62,7 +62,9 @@ def tokenizer() -> TiktokenTokenizer:
 def source(tmp_path: Path) -> documents.Source:
     (tmp_path / "in").mkdir()
     for name, texts in (("a", TEXTS[:40]), ("b", TEXTS[40:])):
-        (tmp_path / "in" / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (tmp_path / "in" / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
+        )
     return documents.local(str(tmp_path / "in"))
 
 
@@ -100,7 +102,7 @@ def test_files_equal_a_plain_loop(
     folder = tmp_path / "out" / "new"
     large_corpus.prepare(folder, source, tokenizer, split, workers)
     assert ids(folder) == naive(TOKENS)
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     assert meta == {
         "dtype": "uint16",
         "vocab_size": 257,
@@ -158,7 +160,9 @@ def test_max_tokens_is_exact(limit: int, tmp_path: Path, source: documents.Sourc
 
 def test_small_sample_reads_no_further(tmp_path: Path, tokenizer: TiktokenTokenizer) -> None:
     """Catches a small sample that reads gigabytes."""
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) + "not reached")
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in TEXTS) + "not reached", encoding="utf-8"
+    )
     large_corpus.prepare(tmp_path / "out", documents.local(str(tmp_path / "a.jsonl")), tokenizer, last_two, 1, 1500)
     assert joined(ids(tmp_path / "out")) == joined(TOKENS)[:1500]
 
@@ -178,7 +182,7 @@ def test_text_that_is_too_short(
 
 def test_damaged_document_leaves_nothing(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
     """Catches a folder left half begun, a lost old dataset, or an error without the line."""
-    (tmp_path / "in" / "b.jsonl").write_text('{"text": "a"}\n{"text": "a}\n')
+    (tmp_path / "in" / "b.jsonl").write_text('{"text": "a"}\n{"text": "a}\n', encoding="utf-8")
     damaged = documents.local(str(tmp_path / "in"))
     with pytest.raises(UserError, match=r"b\.jsonl, line 2: not JSON"):
         large_corpus.prepare(tmp_path / "out", damaged, tokenizer, split, workers=40)
@@ -311,7 +315,7 @@ def test_tokens_are_flushed_before_the_progress(
 
     def checked(one: Path, other: Path) -> None:
         if other.name == large_corpus.PROGRESS:
-            assert flushed[-1] == 2 * json.loads(one.read_text())["tokens"] > 0
+            assert flushed[-1] == 2 * json.loads(one.read_text(encoding="utf-8"))["tokens"] > 0
         replace(one, other)
 
     monkeypatch.setattr(os, "replace", checked)
@@ -340,7 +344,7 @@ def test_finished_work_is_not_repeated(
     for interval, step in ((1000, 20), (10**9, 5)):  # Ctrl-C loses no finished work, already saved or not
         monkeypatch.setattr(large_corpus, "SAVE_INTERVAL_TOKENS", interval)
         assert not interrupt(call, step)
-        done = json.loads((tmp_path / "out" / large_corpus.PROGRESS).read_text())["tokens"]
+        done = json.loads((tmp_path / "out" / large_corpus.PROGRESS).read_text(encoding="utf-8"))["tokens"]
         assert done > 0
     encoded.clear()
     call()
@@ -356,13 +360,13 @@ def test_other_settings_start_over(
     """Catches tokens of another text, encoding or length that a run continues from."""
     folder, limit, tokens = tmp_path / "out", 0, TOKENS
     assert not interrupt(lambda: large_corpus.prepare(folder, source, tokenizer, split, workers=1), 30)
-    assert json.loads((folder / large_corpus.PROGRESS).read_text())["tokens"] > 1000
+    assert json.loads((folder / large_corpus.PROGRESS).read_text(encoding="utf-8"))["tokens"] > 1000
     if change == "max_tokens":
         limit = 3000
     elif change == "tokenizer":
         tokenizer.name = "other bytes"
     elif change == "file":
-        (tmp_path / "in" / "a.jsonl").write_text('{"text": "new"}\n')
+        (tmp_path / "in" / "a.jsonl").write_text('{"text": "new"}\n', encoding="utf-8")
         source = documents.local(str(tmp_path / "in"))
         tokens = [[*b"new", END], *TOKENS[40:]]
     elif change == "progress":
@@ -422,7 +426,7 @@ def test_openwebtext_files_are_nanogpts(project: Path, tmp_path: Path, tokenizer
     """Catches documents in another order than nanoGPT writes them."""
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     texts = [f"{i} " * (i % 9) for i in range(2500)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     source = documents.local(str(tmp_path / "a.jsonl"))
     large_corpus.prepare(tmp_path / "out", source, tokenizer, script(project, "openwebtext")["split"], workers=2)
     whole = datasets.Dataset.from_dict({"text": texts})
@@ -452,7 +456,7 @@ def test_fineweb_edu_validates_on_every_2000th(count: int, project: Path) -> Non
 def test_command(name: str, project: Path, tmp_path: Path, gpt2_vocabulary: None, capsys: pytest.CaptureFixture) -> None:
     """Catches a command that does not print or write what it promises, or a dataset that GPT-2 cannot use."""
     texts = [f"Document {i} says <|endoftext|> {i}." for i in range(30)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     prepare = script(project, name)
     flags = [f"--input={tmp_path / 'a.jsonl'}", "--name=mine", "--max_tokens=200"]
     prepare["main"](configurator.parse(prepare["Config"], flags))

@@ -187,7 +187,7 @@ def test_rows_of_an_older_version_are_kept(tmp_path):
 @pytest.mark.parametrize("header", ["", "a,b,c", '"', COLUMNS.replace("tokens,", ""), COLUMNS + ",more"])
 def test_other_files_have_no_rows(tmp_path, header):
     """Catches a traceback, or made-up numbers, for a file that is not a metrics.csv."""
-    (tmp_path / "metrics.csv").write_text(f"{header}\n0,0,1.5,4.25,4.5,,,,,,,\n")
+    (tmp_path / "metrics.csv").write_text(f"{header}\n0,0,1.5,4.25,4.5,,,,,,,\n", encoding="utf-8")
     assert read_rows(tmp_path / "metrics.csv") == []
 
 
@@ -418,10 +418,10 @@ def read_wandb(path):
 def test_wandb_summary_is_the_last_row(dataset, tmp_path, real_wandb):
     """Catches calls that the real package refuses, other numbers than in metrics.csv, a second run after a resume."""
     flags = "--n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=2 --gradient_accumulation_steps=1 --device=cpu"
-    flags += f" --eval_iters=1 --eval_interval=2 --dataset={dataset} --out_dir={tmp_path / 'out'}"
-    flags += " --wandb_log=True --wandb_project=project --wandb_run_name=name --log_interval=2"
+    flags += " --eval_iters=1 --eval_interval=2 --wandb_log=True --wandb_project=project --wandb_run_name=name --log_interval=2"
+    paths = [f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
     for more in ("--max_iters=3", "--init_from=resume --max_iters=6"):
-        train.main(configurator.parse(train.Config, f"{flags} {more}".split()))
+        train.main(configurator.parse(train.Config, [*f"{flags} {more}".split(), *paths]))
         real_wandb.teardown()  # as at the end of a process: wait until its service has written everything
         last, best = rows(tmp_path / "out")[-1], min(float(row["val_loss"] or "inf") for row in rows(tmp_path / "out"))
         newest = max(tmp_path.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)

@@ -54,14 +54,14 @@ def no_pictures() -> None:
 def run_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "out-a"
     folder.mkdir()
-    (folder / "metrics.csv").write_text(HEADER + ROWS)
+    (folder / "metrics.csv").write_text(HEADER + ROWS, encoding="utf-8")
     return folder
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     path = tmp_path / "nanogpt.log"
-    path.write_text(LOG, newline="")
+    path.write_text(LOG, newline="", encoding="utf-8")
     return path
 
 
@@ -118,7 +118,7 @@ def test_read_our_log(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     """Catches printed lines of train.py that read_log no longer understands."""
     config = configurator.parse(train.Config, [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"])
     train.main(config)
-    (tmp_path / "log").write_text(capsys.readouterr().out)
+    (tmp_path / "log").write_text(capsys.readouterr().out, encoding="utf-8")
     for x in ("iterations", "tokens"):
         one, other = curves.read(tmp_path / "out", x), curves.read(tmp_path / "log", x)
         assert (len(one.train), len(one.val)) == (3, 2)
@@ -131,7 +131,7 @@ def test_log_without_the_x_axis(log: Path) -> None:
     """Catches an x axis with invented times or tokens."""
     with pytest.raises(UserError, match="does not contain the seconds"):
         curves.read(log, "seconds")
-    log.write_text(LOG.replace("tokens per", "words per"))
+    log.write_text(LOG.replace("tokens per", "words per"), encoding="utf-8")
     with pytest.raises(UserError, match="does not contain the tokens"):
         curves.read(log, "tokens")
 
@@ -139,14 +139,14 @@ def test_log_without_the_x_axis(log: Path) -> None:
 @pytest.mark.parametrize("text", ["", HEADER, HEADER + "0,0,0.5,4.2", '"', '"' * 200_001, "iter 5: lost", NO_NUMBERS])
 def test_file_without_losses(text: str, tmp_path: Path) -> None:
     """Catches an empty picture, and a traceback for a run that has just started."""
-    (tmp_path / "metrics.csv").write_text(text)
+    (tmp_path / "metrics.csv").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"metrics.csv: no losses in it"):
         curves.read(tmp_path)
 
 
 def test_damaged_metrics_csv(run_folder: Path) -> None:
     """Catches a traceback for a damaged file."""
-    (run_folder / "metrics.csv").write_text(HEADER + ROWS.replace("3.5", "three"))
+    (run_folder / "metrics.csv").write_text(HEADER + ROWS.replace("3.5", "three"), encoding="utf-8")
     with pytest.raises(UserError, match=r"metrics.csv is damaged: .*three"):
         curves.read(run_folder)
 
@@ -236,7 +236,7 @@ def test_run_names_are_plain_text(name: str, tmp_path: Path, recwarn: pytest.War
     curves.draw([a_run([4, 3], [4, 3], name), a_run([4, 3], [4, 3])], tmp_path / "a.png")
     curves.draw([a_run([4, 3], [4, 3], name)], tmp_path / "a.svg")
     assert size(tmp_path / "a.png") == (1200, 675)
-    assert "</svg>" in (tmp_path / "a.svg").read_text()
+    assert "</svg>" in (tmp_path / "a.svg").read_text(encoding="utf-8")
     assert not recwarn.list
 
 
@@ -368,7 +368,7 @@ def test_nothing_to_draw_is_no_warning(tmp_path: Path, capsys: pytest.CaptureFix
     """Catches a warning before there is anything to draw."""
     for text in (None, HEADER):
         if text:
-            (tmp_path / "metrics.csv").write_text(text)
+            (tmp_path / "metrics.csv").write_text(text, encoding="utf-8")
         curves.Curves(tmp_path).draw()
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "loss.png").exists()

@@ -412,7 +412,7 @@ def test_bad_conversations_are_refused_in_one_line(
     put(tmp_path / "talk.jsonl", content)
     before = sorted(project.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    given = arguments.replace("OWN", str(tmp_path / "own")).split()
+    given = [word.replace("OWN", str(tmp_path / "own")) for word in arguments.split()]
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--input=talk.jsonl", *given])
     monkeypatch.setattr(sys, "path", list(sys.path))
     capsys.readouterr()

@@ -77,7 +77,7 @@ def test_tree_lists_every_file() -> None:
 
     A folder stands for all that is in it, unless lines below it list its files.
     """
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8")
     if listed.returncode:
         pytest.skip("not a git checkout")
     entries: list[str] = []
@@ -139,12 +139,12 @@ def make(project: Path, python: str, **environment: str) -> subprocess.Completed
     """Run `make` in the project, with the shell script `python` as the Python of an environment that is already installed."""
     stub = project / ".venv" / "bin" / "python"
     stub.parent.mkdir(parents=True)
-    stub.write_text(f"#!/bin/sh\n{python}\n")
+    stub.write_text(f"#!/bin/sh\n{python}\n", encoding="utf-8")
     stub.chmod(0o755)
     (project / ".venv" / "installed").touch()
     inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "VENV", "PYTHON")}
     environment = inherited | {"OMP_NUM_THREADS": "1"} | environment  # not what `make test VENV=...` gives to its children
-    return subprocess.run(["make"], cwd=project, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(["make"], cwd=project, env=environment, capture_output=True, encoding="utf-8", timeout=120)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -172,13 +172,14 @@ def test_quick_start_without_a_network(ready: Path, text: str) -> None:
     library = ready / "library"  # a small one in place of Python's standard library
     library.mkdir()
     for i in range(20):
-        (library / f"module_{i}.py").write_text(text[i * 500 : (i + 1) * 500])
+        (library / f"module_{i}.py").write_text(text[i * 500 : (i + 1) * 500], encoding="utf-8")
     (ready / "sitecustomize.py").write_text(
         "import sysconfig, time\n"
         f"paths = sysconfig.get_paths() | {{'stdlib': {str(library)!r}}}\n"
         "sysconfig.get_paths = lambda *arguments, **options: paths\n"
         "sleep = time.sleep\n"
-        "time.sleep = lambda seconds: sleep(min(seconds, 0.01))\n"  # between downloads
+        "time.sleep = lambda seconds: sleep(min(seconds, 0.01))\n",  # between downloads
+        encoding="utf-8",
     )
     unreachable = {"https_proxy": "http://127.0.0.1:9"}  # nothing listens there
     finished = make(ready, f'exec "{sys.executable}" "$@"', PYTHONPATH=str(ready), **unreachable)

@@ -228,18 +228,16 @@ def test_first_text_streams(out_dir, monkeypatch):
     """Catches a screen that stays empty until the last token."""
     shown: list[str] = []
     monkeypatch.setattr(errors, "write", shown.append)
-    sample.main(
-        configurator.parse(sample.Config, [f"--out_dir={out_dir}", "--start=abc", "--max_new_tokens=20", "--num_samples=2"])
-    )
+    flags = [f"--out_dir={out_dir}", "--start=abc", "--max_new_tokens=20", "--num_samples=2", "--device=cpu"]
+    sample.main(configurator.parse(sample.Config, flags))
     assert shown[0] == "abc" and [len(piece) for piece in shown[1:21]] == [1] * 20
     assert [text.count(LINE) for text in shown[21:]].count(1) == 2
 
 
 def test_speed_goes_to_stderr(out_dir, capsys):
     """Catches the speed printed on stdout among the texts, and a token count that includes the prompt."""
-    sample.main(
-        configurator.parse(sample.Config, [f"--out_dir={out_dir}", "--start=abc", "--max_new_tokens=9", "--num_samples=3"])
-    )
+    flags = [f"--out_dir={out_dir}", "--start=abc", "--max_new_tokens=9", "--num_samples=3", "--device=cpu"]
+    sample.main(configurator.parse(sample.Config, flags))
     output = capsys.readouterr()
     assert "tokens/s" not in output.out and output.err.startswith("27 tokens in ") and output.err.endswith(" tokens/s\n")
 
@@ -262,7 +260,7 @@ def test_stopped_texts_are_not_counted(tmp_path, capsys):
     for one, other in ("ab", "aj", "bc", "cd", "de", "j\n", "ee", "\n\n"):
         table[TABLE.encode(one)[0], TABLE.encode(other)[0]] = 100
     out_dir = write(tmp_path / "out", TABLE, Bigram, **{"token_embedding_table.weight": table})
-    flags = [f"--out_dir={out_dir}", "--start=a", "--stop=e|\n", "--num_samples=8", "--max_new_tokens=30"]
+    flags = [f"--out_dir={out_dir}", "--start=a", "--stop=e|\n", "--num_samples=8", "--max_new_tokens=30", "--device=cpu"]
     sample.main(configurator.parse(sample.Config, flags))
     output = capsys.readouterr()
     found = output.out.split("\n" + LINE)[:-1]
@@ -281,7 +279,7 @@ def test_top_p(tmp_path, texts):
 
 def test_long_prompt_warns(out_dir, texts, capsys):
     """Catches a prompt that is cut to the context without a warning."""
-    flags = [f"--out_dir={out_dir}", "--start=abcdefghijab", "--num_samples=1", "--max_new_tokens=3"]
+    flags = [f"--out_dir={out_dir}", "--start=abcdefghijab", "--num_samples=1", "--max_new_tokens=3", "--device=cpu"]
     sample.main(configurator.parse(sample.Config, flags))
     output = capsys.readouterr()
     assert output.out.startswith("abcdefghijab") and "the last 8 of the prompt's 12 tokens" in output.err
@@ -406,7 +404,8 @@ def test_lazy_imports(command, project, out_dir):
         f"sample.main(configurator.parse(sample.Config, [{f'--out_dir={out_dir}'!r}, '--device=cpu', '--max_new_tokens=2']))\n"
         "heavy = {'requests', 'matplotlib', 'PIL', 'wandb', 'tiktoken', 'transformers', 'datasets', 'pyarrow', 'fsspec',\n"
         "         'safetensors', 'huggingface_hub', 'torch._dynamo', 'torch._inductor'}\n"
-        "assert not heavy & (set(sys.modules) - before), heavy & set(sys.modules)\n"
+        "assert not heavy & (set(sys.modules) - before), heavy & set(sys.modules)\n",
+        encoding="utf-8",
     )
     finished = command("check.py")
     assert finished.returncode == 0, finished.stderr

@@ -63,7 +63,7 @@ def test_report(tmp_path: Path) -> None:
     shape = GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=4)
     found = scaling.report("$\\frac$", shape, 0, tmp_path / "a.svg")
     assert found["tokens"] == 20 * found["parameters"]
-    assert "frac$" in (tmp_path / "a.svg").read_text()
+    assert "frac$" in (tmp_path / "a.svg").read_text(encoding="utf-8")
     (tmp_path / "b.png").mkdir()
     with pytest.raises(UserError, match=r"--out=\S+b.png: cannot be written"):
         scaling.report("gpt2", GPTConfig(), 3e9, tmp_path / "b.png")

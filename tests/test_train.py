@@ -48,7 +48,7 @@ def run(*flags: str | Path) -> train.Config:
 
 def rows(out_dir: Path) -> list[dict[str, str]]:
     """Return the rows of metrics.csv."""
-    with open(out_dir / "metrics.csv", newline="") as file:
+    with open(out_dir / "metrics.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -253,7 +253,7 @@ def test_resume_takes_its_keys_from_the_checkpoint(flags: list[str], out_dir: Pa
     output = capsys.readouterr()
     assert "n_embd=16, used instead of n_embd=64" in output.err
     assert output.out.splitlines().count("ignored: n_embd=64 (the checkpoint has 16)") == 2  # in the summary, and at the end
-    config = json.loads((out_dir / "config.json").read_text())
+    config = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
     keys = ("learning_rate", "seed", "beta2", "max_iters", "n_embd", "block_size")
     assert [config[key] for key in keys] == [0.0123, 7, 0.9, 6, 16, 16]
     groups = torch.load(out_dir / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
@@ -490,7 +490,7 @@ def test_batch_tokens_after_a_resume(flags: list[str], out_dir: Path) -> None:
     assert int(rows(out_dir)[-1]["tokens"]) == 2 * 192
     run(*resume, "--gradient_accumulation_steps=2", "--max_iters=3")
     assert int(rows(out_dir)[-1]["tokens"]) == 3 * 2 * 2 * 16
-    config = json.loads((out_dir / "config.json").read_text())
+    config = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
     assert (config["gradient_accumulation_steps"], config["batch_tokens"]) == (2, 0)
 
 
