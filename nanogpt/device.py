@@ -116,7 +116,11 @@ def compile_model(model: Callable) -> Callable:
     """Return a module or function compiled by torch.compile at its first call; if that fails, warn and run it as it is."""
     torch._dynamo.config.suppress_errors = True
     logging.getLogger("torch._dynamo.convert_frame").addFilter(_failed_compilation)
-    return torch.compile(model)
+    try:
+        return torch.compile(model)
+    except Exception as error:  # from importing its compiler, which in an ASCII locale cannot read its own files
+        _failed_compilation.warn_once(error)
+        return model
 
 
 class _FailedCompilation(logging.Filter):
@@ -127,10 +131,13 @@ class _FailedCompilation(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING or record.exc_info is None:
             return True
-        if not self.warned:
-            warn(f"torch.compile failed ({first_line(record.exc_info[1])[:200]}); continuing without it")
-            self.warned = True
+        self.warn_once(record.exc_info[1])
         return False
+
+    def warn_once(self, error: BaseException) -> None:
+        if not self.warned:
+            warn(f"torch.compile failed ({first_line(error)[:200]}); continuing without it")
+            self.warned = True
 
 
 _failed_compilation = _FailedCompilation()  # a single instance, so that a logger takes it once

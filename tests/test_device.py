@@ -16,6 +16,7 @@ from conftest import read_rows, run_train
 
 from configurator import ROOT
 from model import GPT, GPTConfig
+from nanogpt import device
 from nanogpt.device import (
     LINUX_STATUS,
     autocast,
@@ -135,6 +136,19 @@ def test_pick_compile(
     """Catches a compilation that must fail without a C compiler, or a choice that is overruled."""
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name in compilers else None)
     assert pick_compile(choice, device) is expected
+
+
+def test_compiler_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback where PyTorch's compiler cannot read its own files, as in an ASCII locale; one warning in all."""
+
+    def fail(model: torch.nn.Module) -> None:
+        raise UnicodeDecodeError("ascii", b"\xe2", 0, 1, "ordinal not in range(128)")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(device._failed_compilation, "warned", False)
+    model = torch.nn.Linear(1, 1)
+    assert device.compile_model(model) is device.compile_model(model) is model
+    assert capsys.readouterr().err.count("torch.compile failed ('ascii' codec") == 1
 
 
 @pytest.mark.parametrize(

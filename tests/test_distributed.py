@@ -6,6 +6,7 @@ Several processes are forks of one that has imported PyTorch (launcher.py). One 
 import functools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -167,7 +168,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     def run(name: str) -> tuple[Path, str]:
         printed, out_dir = "", f"--out_dir={folder / name}"
         for launch in RUNS[name]:
-            flags = launch.flags.format(folder=folder).split()
+            flags = [flag.format(folder=folder) for flag in launch.flags.split()]
             if "--init_from=resume" not in flags:
                 flags = [*FLAGS.split(), f"--dataset={folder / 'dataset'}", *flags]
             finished = train(launch.ranks, *flags, out_dir, setup=NO_THREADS + launch.setup)
@@ -299,7 +300,8 @@ def test_signal_to_torchrun_stops_all_ranks_after_one_update(dataset: Path, tmp_
     assert checkpoint.load(checkpoint.newest(tmp_path / "out")).iter_num == done == len(numbers(tmp_path / "out")) - 1
     assert "SIGTERM: finishing" in err and 'train.py", line' not in err  # torchrun prints a traceback of its own
     assert "left threads behind" not in err
-    assert f"torchrun --standalone --nproc_per_node=2 train.py --init_from=resume --out_dir={tmp_path / 'out'}" in command
+    out_dir = shlex.quote(str(tmp_path / "out"))
+    assert f"torchrun --standalone --nproc_per_node=2 train.py --init_from=resume --out_dir={out_dir}" in command
 
     resumed = train(2, "--init_from=resume", f"--out_dir={tmp_path / 'out'}", f"--max_iters={done + 3}")
     whole = train(2, *flags, f"--out_dir={tmp_path / 'whole'}", f"--max_iters={done + 3}")

@@ -54,7 +54,7 @@ def test_export(tmp_path: Path, init_from: str, capsys: pytest.CaptureFixture[st
     assert found.tokenizer == TABLE.to_dict()
     printed = capsys.readouterr().out
     assert f"AutoModelForCausalLM.from_pretrained({str(to)!r})" in printed
-    assert f"python sample.py --init_from={to}" in printed
+    assert f"python sample.py --init_from={shlex.quote(str(to))}" in printed
     assert all(path.name in printed for path in to.iterdir())
 
 

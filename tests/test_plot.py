@@ -299,7 +299,7 @@ def test_failed_write_is_one_line(run_folder: Path) -> None:
     """Catches an error that does not name the file of --out."""
     out = run_folder / "curves.png"
     out.mkdir()
-    with pytest.raises(UserError, match=r"--out=\S+curves.png: cannot be written"):
+    with pytest.raises(UserError, match=r"--out=.+curves.png: cannot be written"):
         plot.main(configurator.parse(plot.Config, [str(run_folder), f"--out={out}"]))
 
 
