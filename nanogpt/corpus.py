@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanogpt.errors import UserError
-from nanogpt.files import atomic_write
+from nanogpt.files import FolderLock, atomic_write
 from nanogpt.tokenizer import CharTokenizer, Tokenizer
 
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -32,7 +32,7 @@ def download(url: str, path: Path, sha256: str) -> None:
     """
     import requests  # imported here, since it is slow to import and sample.py does not need it
 
-    with atomic_write(path) as file:
+    with writing_into(path.parent), atomic_write(path) as file:
         for attempt in range(DOWNLOAD_TRIES):
             try:
                 digest = _fetch(url, file, path.stem)
@@ -166,7 +166,13 @@ def write_tokens(
     for split, mask in (masks or {}).items():
         assert mask.shape == splits[split].shape
         files[f"{split}.mask.bin"] = (mask != 0).astype(np.uint8).tobytes()
-    finish(folder, files, counts, tokenizer, source, sha256, extra)
+    with writing_into(folder):
+        finish(folder, files, counts, tokenizer, source, sha256, extra)
+
+
+def writing_into(folder: Path) -> FolderLock:
+    """Return a lock that keeps other prepare.py's out of a dataset's folder. Entering it raises UserError if one is at work."""
+    return FolderLock(folder, "another prepare.py is writing to", "wait for it, or stop it first")
 
 
 def check_counts(counts: dict[str, int]) -> None:
@@ -187,7 +193,8 @@ def finish(
 ) -> None:
     """Replace the dataset in `folder` with `files`, by name, and their meta.json; print the token counts.
 
-    A content of None means that the file is already written, under its name plus STAGED.
+    The caller holds the lock of `writing_into`. A content of None means that the file is already written, under its name plus
+    STAGED.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     meta = {
@@ -208,7 +215,6 @@ def finish(
 
 def _replace_files(folder: Path, files: dict[str, bytes | None]) -> None:
     """Replace the dataset in `folder` with `files` (see `finish`), so that files of two datasets are never taken for one."""
-    folder.mkdir(parents=True, exist_ok=True)
     staged = {name: folder / f"{name}{STAGED}" for name in files}
     try:
         # 1) write all files beside the old ones: a full disk leaves the old dataset

@@ -27,7 +27,7 @@ from configurator import NonNegativeInt, PositiveInt
 from nanogpt import corpus, documents
 from nanogpt.documents import Position, Source
 from nanogpt.errors import UserError, warn
-from nanogpt.files import atomic_write, lock
+from nanogpt.files import atomic_write
 from nanogpt.tokenizer import TiktokenTokenizer
 
 TOKENS, PROGRESS = "tokens.part", "progress.part"
@@ -35,7 +35,6 @@ CHUNK_CHARACTERS = 1 << 20  # tokenized by a thread at a time
 DOCUMENT_OVERHEAD = 50  # counted as characters: the memory of an empty string
 SAVE_INTERVAL_TOKENS = 1 << 24  # between two saves of the progress
 BLOCK_TOKENS, BLOCK_DOCUMENTS = 1 << 25, 1 << 17  # at most, copied into a split at a time
-LOCKED_BYTE = 1 << 40  # Windows locks single bytes, and no other handle may read one: lock far beyond the tokens
 
 Split = Callable[[int], tuple[np.ndarray, np.ndarray]]  # number of documents -> those of train, those of val, in order
 
@@ -71,28 +70,26 @@ def prepare(
     of threads, does not change the result. The sha256 in meta.json is that of the source's tokens. Raises UserError if a
     document is damaged or the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(folder / TOKENS, "ab") as file:
-            _lock(file, folder)
-            try:
+    with corpus.writing_into(folder):
+        try:
+            with open(folder / TOKENS, "ab") as file:
                 _prepare(folder, file, source, tokenizer, split, workers, max_tokens)
-            finally:
-                if not (folder / PROGRESS).exists():  # nothing to continue from
-                    with suppress(OSError):
-                        (folder / TOKENS).unlink()
-                        folder.rmdir()
-    except KeyboardInterrupt:
-        print("\nrun the same command again to continue", file=sys.stderr)
-        raise
-    except OSError as error:
-        for name in ("train.bin", "val.bin"):
-            (folder / f"{name}{corpus.STAGED}").unlink(missing_ok=True)
-        if error.filename is not None:
+        except KeyboardInterrupt:
+            print("\nrun the same command again to continue", file=sys.stderr)
             raise
-        raise UserError(f"{folder}: {error.strerror}; make room, then run the same command again to continue") from error
-    for name in (PROGRESS, TOKENS):
-        (folder / name).unlink()
+        except OSError as error:
+            for name in ("train.bin", "val.bin"):
+                (folder / f"{name}{corpus.STAGED}").unlink(missing_ok=True)
+            if error.filename is not None:
+                raise
+            advice = "make room, then run the same command again to continue"
+            raise UserError(f"{folder}: {error.strerror}; {advice}") from error
+        finally:
+            if not (folder / PROGRESS).exists():  # nothing to continue from
+                with suppress(OSError):
+                    (folder / TOKENS).unlink()
+        for name in (PROGRESS, TOKENS):
+            (folder / name).unlink()
 
 
 def _prepare(
@@ -130,17 +127,6 @@ def _prepare(
             _arrange(folder / TOKENS, folder / f"{name}.bin{corpus.STAGED}", bounds, chosen, dtype, bar)
     extra = {"documents": {name: len(chosen) for name, chosen in splits.items()}}
     corpus.finish(folder, {"train.bin": None, "val.bin": None}, counts, tokenizer, source.name, sha256, extra)
-
-
-def _lock(file: BinaryIO, folder: Path) -> None:
-    """Keep other processes out of `folder` while `file` is open. Raises UserError if one is at work there."""
-    file.seek(LOCKED_BYTE)  # writes append all the same
-    try:
-        lock(file.fileno())
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(f"another prepare.py is writing to {folder}; wait for it, or stop it first") from error
-    except OSError:
-        pass  # some network disks have no locks
 
 
 # Tokenizing

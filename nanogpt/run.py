@@ -24,10 +24,9 @@ from nanogpt.dataset import Dataset, FileLost
 from nanogpt.device import describe, peak_flops, peak_memory, synchronize
 from nanogpt.distributed import Group, is_sharded
 from nanogpt.errors import UserError, warn
-from nanogpt.files import atomic_write, lock
+from nanogpt.files import FolderLock, atomic_write
 from nanogpt.metrics import Metrics, SilentMetrics, start_wandb
 
-LOCK = "lock"  # a file in the run's folder, locked for as long as the run lives
 CONFIG, METRICS, CURVES = "config.json", "metrics.csv", "loss.png"
 RUN_FILES = (BEST, LAST, METRICS, CONFIG, CURVES)
 PREVIOUS = "previous"  # folder for the files of an earlier run
@@ -314,46 +313,25 @@ def summary(
 
 
 @contextlib.contextmanager
-def lock_folder(out_dir: Path, group: Group) -> Iterator[None]:
+def lock_folder(out_dir: Path, group: Group) -> Iterator[FolderLock | None]:
     """Create `out_dir` and hold it for this run alone; an empty folder that was created here is removed again.
 
-    Raises UserError, on all ranks, if another run holds it or if it cannot be written.
+    Gives the lock, on rank 0. Raises UserError, on all ranks, if another run holds it or if it cannot be written.
     """
-    refusal = None
+    lock = refusal = None
     with contextlib.ExitStack() as held:
         if group.is_main:
             try:
-                held.enter_context(_hold(out_dir))
+                lock = held.enter_context(FolderLock(out_dir, "another run uses", "stop it first, or choose another --out_dir"))
+                tempfile.TemporaryFile(dir=out_dir).close()
             except UserError as error:
                 refusal = error
+            except OSError as error:
+                refusal = UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror})")
         (refused,) = group.sum(float(refusal is not None))
         if refused:
             raise refusal or UserError(f"--out_dir={out_dir}: rank 0 cannot use it")
-        yield
-
-
-@contextlib.contextmanager
-def _hold(out_dir: Path) -> Iterator[None]:
-    is_new = not out_dir.exists()
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
-        file = open(out_dir / LOCK, "ab")
-    except OSError as error:
-        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror})") from error
-    try:
-        with file:
-            try:
-                lock(file.fileno())
-            except (BlockingIOError, PermissionError) as error:
-                raise UserError(f"another run uses {out_dir}: stop it first, or choose another --out_dir") from error
-            except OSError as error:  # some network disks have no locks
-                warn(f"{out_dir} cannot be locked ({error.strerror}): do not start a second run in it")
-            yield
-    finally:
-        if is_new and os.listdir(out_dir) == [LOCK]:
-            (out_dir / LOCK).unlink()
-            out_dir.rmdir()
+        yield lock
 
 
 def set_aside(out_dir: Path) -> None:
