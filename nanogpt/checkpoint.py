@@ -17,6 +17,7 @@ import dataclasses
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,14 @@ class Saver:
         config: dict[str, Any],
         saved: tuple[int, int] = (-1, -1),
         is_main: bool = True,
+        check_folder: Callable[[], None] = lambda: None,
     ):
         """Save `model` (the module, not a wrapper of it) and the rest; `description` is the dataset's.
 
-        `saved` is the (iter_num, evaluated) of the state that is in the folder already, if any.
+        `saved` is the (iter_num, evaluated) of the state that is in the folder already, if any. `check_folder` is called before
+        each save; an OSError that it raises is one of writing.
         """
+        self._check_folder = check_folder
         self.failure = ""  # why the newest state is not on the disk
         self._out_dir, self._description, self._config, self._is_main = out_dir, description, config, is_main
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
@@ -123,6 +127,7 @@ class Saver:
         if not self._is_main:
             return
         try:
+            self._check_folder()
             if is_best:
                 save(self._out_dir / BEST, state)
                 (self._out_dir / LAST).unlink(missing_ok=True)  # older now; if the process is killed before, see `newest`

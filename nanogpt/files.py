@@ -57,6 +57,7 @@ class FolderLock:
         """`holder` and `advice` are the error's if the lock is taken: "another run uses" out, "stop it first"."""
         self._folder, self._path = folder, folder / LOCK
         self._holder, self._advice = holder, advice
+        self._file: BinaryIO | None = None
         self._can_compare = True  # whether the disk tells one file from another
 
     def __enter__(self) -> "FolderLock":
@@ -68,20 +69,24 @@ class FolderLock:
         """Create the folder and lock it. Raises UserError if another process holds the lock, OSError if it has no file."""
         for _ in range(LOCK_TRIES):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "ab")
+            file = open(self._path, "ab")
             try:
-                is_locked = lock_descriptor(self._file.fileno(), blocking=False)
+                is_locked = lock_descriptor(file.fileno(), blocking=False)
             except OSError as error:  # some network disks have no locks
                 warn(f"{self._folder} cannot be locked ({error.strerror}): let no second process write there")
-                return
+                break
             if not is_locked:
-                self._file.close()
+                file.close()
                 raise UserError(f"{self._holder} {self._folder}; {self._advice}")
-            if self.is_held():  # else another process has just removed this file
-                return
+            if is_at(file, self._path):  # else another process has just removed this file
+                break
+            file.close()
+        else:
+            file, self._can_compare = open(self._path, "ab"), False
+            warn(f"{self._folder} cannot be locked (its files are never the same): let no second process write there")
+        if self._file is not None:
             self._file.close()
-        self._file, self._can_compare = open(self._path, "ab"), False
-        warn(f"{self._folder} cannot be locked (its files are never the same): let no second process write there")
+        self._file = file
 
     def is_held(self) -> bool:
         """Whether the locked file is still in its place, and not deleted or moved together with the folder."""

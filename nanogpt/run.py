@@ -1,6 +1,8 @@
 """What surrounds the training loop: the state that it changes, and the run's folder, signals, clock, logging and saving."""
 
 import contextlib
+import errno
+import itertools
 import json
 import math
 import os
@@ -28,8 +30,8 @@ from nanogpt.files import FolderLock, atomic_write
 from nanogpt.metrics import Metrics, SilentMetrics, start_wandb
 
 CONFIG, METRICS, CURVES = "config.json", "metrics.csv", "loss.png"
-RUN_FILES = (BEST, LAST, METRICS, CONFIG, CURVES)
-PREVIOUS = "previous"  # folder for the files of an earlier run
+RUN_FILES = (CURVES, CONFIG, METRICS, BEST, LAST)  # in the order in which they are set aside
+PREVIOUS = "previous"  # folder for the files of an earlier run; previous-2 and so on for those of later ones
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, preemption, a closed terminal (not on Windows)
 MAX_SKIPPED_STEPS = 40  # in a row; a GradScaler halves its scale each time, from 2^16
 SIGNAL_DEBOUNCE_SECONDS = 1.0  # a second signal within this time is the same one, sent by the cluster and by torchrun
@@ -97,7 +99,7 @@ class Run:
         self._open_parts = contextlib.ExitStack()  # closed in reverse: curves, signals, log, lock
 
     def __enter__(self) -> "Run":
-        self._open_parts.enter_context(lock_folder(self.out_dir, self.group))
+        self._lock = self._open_parts.enter_context(lock_folder(self.out_dir, self.group))
         return self
 
     def begin(
@@ -130,6 +132,7 @@ class Run:
             if config["wandb_log"]:
                 wandb_run = start_wandb(config["wandb_project"], config["wandb_run_name"], config, state.wandb_id)
                 state.wandb_id = wandb_run.id
+            undo_set_aside(self.out_dir)
             if resumed:
                 remove_older(self.out_dir)
             else:
@@ -141,7 +144,10 @@ class Run:
         if resumed and (state.evals_since_best == 0 or not config["always_save_checkpoint"]):
             self._ckpt_val_loss = state.best_val_loss
         saved = (state.iter_num, state.last_eval) if resumed else (-1, -1)  # the state on the disk; -1: none
-        self._saver = Saver(self.out_dir, model, optimizer, scaler, description, config, saved, self.group.is_main)
+        is_main = self.group.is_main
+        self._saver = Saver(
+            self.out_dir, model, optimizer, scaler, description, config, saved, is_main, self._make_folder_again
+        )
         self._log = self._open_parts.enter_context(log)
         self._open_parts.enter_context(self.signals)
         self._curves = self._open_parts.enter_context(Curves(self.out_dir, self.group.is_main))
@@ -248,6 +254,25 @@ class Run:
         self._log.sync()
         self._saver.save(state.iter_num, state.best_val_loss, extra, best)
 
+    def _make_folder_again(self) -> None:
+        """If the folder was deleted or moved, make and lock it again, with config.json and metrics.csv; on rank 0.
+
+        Raises OSError if that fails or if another run uses it by now; the files of one that has ended are set aside.
+        """
+        if self._lock.is_held():
+            return
+        try:
+            self._lock.acquire()
+        except UserError as error:
+            raise OSError(errno.EBUSY, "the folder was deleted or moved, and another run uses it", str(self.out_dir)) from error
+        if not self._log.is_lost():  # only the lock file was deleted
+            return
+        set_aside(self.out_dir)
+        write_config(self.out_dir / CONFIG, self._config)
+        self._log.write_again()
+        self._log.sync()
+        warn(f"{self.out_dir} was deleted or moved; made it again, with {CONFIG} and all rows of {METRICS}")
+
     def update_curves(self) -> None:
         """Redraw loss.png, unless drawing would take too much of the run's time."""
         self._curves.update()
@@ -335,17 +360,44 @@ def lock_folder(out_dir: Path, group: Group) -> Iterator[FolderLock | None]:
 
 
 def set_aside(out_dir: Path) -> None:
-    """Move an earlier run's files into `out_dir`/previous, replacing the files there."""
+    """Move an earlier run's files into `out_dir`/previous, or previous-2, previous-3 ... if there are such folders already.
+
+    The folder gets its name once it is complete; see `undo_set_aside` for a move that is interrupted.
+    """
     if not any((out_dir / name).exists() for name in (BEST, LAST)):
         return
-    previous = out_dir / PREVIOUS
-    previous.mkdir(exist_ok=True)
+    part = out_dir / f"{PREVIOUS}.part"
+    part.mkdir(exist_ok=True)
     for name in RUN_FILES:
-        (previous / name).unlink(missing_ok=True)
-    for name in RUN_FILES:
-        if (out_dir / name).exists():
-            os.replace(out_dir / name, previous / name)
+        _move(name, out_dir, part)
+    names = {path.name for path in out_dir.iterdir()}
+    previous = out_dir / next(name for name in _previous_names() if name not in names)
+    part.rename(previous)
     warn(f"{out_dir} held an earlier run; moved its files to {previous}")
+
+
+def undo_set_aside(out_dir: Path) -> None:
+    """Move the files back that a `set_aside` had moved when its process was killed.
+
+    At any moment last.pt, or ckpt.pt if that is the newest, stays in `out_dir` until all other files are moved away, and comes
+    back before them. So a run that is resumed in between continues from its newest state.
+    """
+    part = out_dir / f"{PREVIOUS}.part"
+    if part.is_dir():
+        for name in reversed(RUN_FILES):
+            _move(name, part, out_dir)
+        part.rmdir()
+
+
+def _move(name: str, source: Path, target: Path) -> None:
+    if (source / name).exists():
+        os.replace(source / name, target / name)
+
+
+def _previous_names() -> Iterator[str]:
+    yield PREVIOUS
+    for number in itertools.count(2):
+        yield f"{PREVIOUS}-{number}"
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:

@@ -128,6 +128,7 @@ def test_lost_folder_is_locked_again(lose, tmp_path: Path) -> None:
         assert not held.is_held()
         with lock(folder), pytest.raises(UserError, match="another test"):
             held.acquire()
+        assert not held.is_held()
         held.acquire()
         assert held.is_held()
         with pytest.raises(UserError, match="another test"), lock(folder):

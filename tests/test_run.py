@@ -1,16 +1,21 @@
 """run.py: the lock on a run's folder, and deferred signals; and out-of-memory errors as one line."""
 
+import contextlib
 import errno
+import itertools
+import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from nanogpt import run
+from nanogpt.checkpoint import BEST, LAST
 from nanogpt.device import explain_out_of_memory
 from nanogpt.distributed import Group
 from nanogpt.errors import UserError
-from nanogpt.run import SIGNALS, Signals, lock_folder
+from nanogpt.run import RUN_FILES, SIGNALS, Signals, lock_folder, set_aside, undo_set_aside
 
 ALONE = Group()
 
@@ -53,6 +58,55 @@ def test_unwritable_folder_is_refused_at_once(tmp_path: Path, monkeypatch, error
     with pytest.raises(UserError, match=rf"--out_dir={tmp_path}: cannot write there \({error.strerror}\)"):
         with lock_folder(tmp_path, ALONE):
             pass
+
+
+class Killed(Exception):
+    pass
+
+
+def set_aside_until(step: int, out_dir: Path) -> bool:
+    """Set a run aside, but die before the `step`-th renaming; return whether it was finished."""
+    steps = itertools.count()
+
+    def dying(rename):
+        def call(*arguments):
+            if next(steps) == step:
+                raise Killed
+            return rename(*arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((os, "replace"), (Path, "rename")):
+            patch.setattr(owner, name, dying(getattr(owner, name)))
+        with contextlib.suppress(Killed):
+            set_aside(out_dir)
+            return True
+    return False
+
+
+@pytest.mark.parametrize("newest", [BEST, LAST])
+def test_kill_while_a_run_is_set_aside(newest: str, tmp_path: Path) -> None:
+    """Catches a run that is torn apart, mixed with another, or resumed from an older state than its newest."""
+    names = {*RUN_FILES} - ({LAST} if newest == BEST else set())
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(name)
+        finished = set_aside_until(step, folder)
+        left = {path.name for path in folder.iterdir()} & names
+        assert newest in left or not left
+        if finished:
+            break
+        copy = shutil.copytree(folder, tmp_path / f"{step} resumed")
+        undo_set_aside(copy)
+        assert {path.name: path.read_text() for path in copy.iterdir()} == {name: name for name in names}
+        undo_set_aside(folder)
+        set_aside(folder)
+        assert [path.name for path in folder.iterdir()] == ["previous"]
+        assert {path.name for path in (folder / "previous").iterdir()} == names
+    assert step == len(names) + 1
 
 
 # signals
