@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import shlex
 import statistics
 import subprocess
 import sys
@@ -394,7 +395,7 @@ def timed_run(name: str, config: Config, recipe: str, keys: dict[str, Any]) -> l
     """Run train.py with a recipe; return (seconds of training, iteration, validation loss) of each evaluation."""
     keys = keys | {"eval_iters": 0, "log_interval": 1, "seed": config.seed}
     command = ["train.py", recipe, *(f"--{key}={value}" for key, value in keys.items())]
-    print(f"{name}: python {' '.join(command)}", flush=True)
+    print(f"{name}: python {shlex.join(command)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, *command, f"--out_dir={folder}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         rows = metrics.read_rows(Path(folder) / "metrics.csv")

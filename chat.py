@@ -85,7 +85,8 @@ def main(config: Config) -> None:
     chat = Chat(model, tokenizer, chat_format, config, device)
     if sys.stdout.isatty():
         context = model.config.block_size
-        print(f"{ckpt.path}: {n_params / 1e6:.2f}M parameters, context {context:,}, format {chat_format.name}")
+        model_line = f"{ckpt.path}: {n_params / 1e6:.2f}M parameters, context {context:,}, format {chat_format.name}"
+        print(errors.one_line(model_line))
         print("/help lists the commands, Ctrl-D leaves")
     for message in messages(config.user_name):
         try:
@@ -159,11 +160,10 @@ class Chat:
         return self._reply()
 
     def retry(self) -> Generator[str, None, None]:
-        """Yield another reply to the last message."""
+        """Yield another reply to the last message; the earlier one stays until there is text."""
         if not self.turns:
             raise UserError("there is nothing to retry yet")
-        self.turns[-1] = Turn(self.turns[-1].prompt)
-        return self._reply()
+        return self._reply(earlier=self.turns[-1])
 
     def undo(self) -> None:
         """Remove the last message and its reply."""
@@ -175,7 +175,10 @@ class Chat:
         """Remove all turns."""
         self.turns.clear()
 
-    def _reply(self) -> Generator[str, None, None]:
+    def _reply(self, earlier: Turn | None = None) -> Generator[str, None, None]:
+        """Generate the reply of the last turn, or a new one in place of the `earlier` turn."""
+        if earlier is not None:
+            self.turns[-1] = Turn(earlier.prompt)
         turn = self.turns[-1]
         decoder = StreamDecoder(self.tokenizer, [self.chat_format.stop, END_OF_TEXT])
         try:
@@ -192,7 +195,10 @@ class Chat:
             self._close(turn)
             if not turn.text.strip():
                 turn.text = ""
-                self.notes.append("there was no reply; /retry asks again")
+                kept = ""
+                if earlier is not None and earlier.text:
+                    self.turns[-1], kept = earlier, "; the earlier one stays"
+                self.notes.append(f"there was no reply{kept}; /retry asks again")
 
     def _tokens(self) -> Iterator[int]:
         """Yield the next tokens of the reply, until the context or the reply is full."""

@@ -28,6 +28,7 @@ import io
 import math
 import os
 import re
+import shlex
 import sys
 import textwrap
 import tokenize
@@ -76,7 +77,7 @@ class Config:
 
     given: ClassVar[frozenset[str]] = frozenset()  # the keys that a file or a flag has set, on each instance
     ignored: ClassVar[tuple[str, ...]] = ()  # names in config files that are no keys, and settings that a checkpoint overrides
-    positional: ClassVar[str] = ""  # the key of arguments that are neither flags nor .py files, joined by commas; "": none
+    positional: ClassVar[str] = ""  # the key of arguments that are neither flags nor .py files, joined by line breaks; "": none
 
     def validate(self) -> None:
         """Check the keys together. Raises UserError if they do not fit."""
@@ -137,7 +138,7 @@ def parse(config_class: type, arguments: list[str]) -> Any:
                 raise UserError(f"unknown key '{name}' in {argument}{_hint(name, keys, '--{}')}; --help lists all keys")
             updates = {name: _check(argument, text, kinds[name], is_text=True)}
         elif positional and not argument.startswith("-") and Path(argument).suffix != ".py" and name not in keys:
-            updates = {positional: f"{values[positional]},{argument}" if positional in given else argument}
+            updates = {positional: f"{values[positional]}\n{argument}" if positional in given else argument}
         else:
             updates, unknown = {}, {}
             for name, value in _run_config_file(_find_config_file(argument, keys), argument, values).items():
@@ -310,7 +311,8 @@ def _find_config_file(argument: str, keys: list[str]) -> Path:
     if key in keys:
         raise UserError(f"{argument}: a key needs two dashes: --{argument}")
     if Path(argument).exists() and "init_from" in keys:
-        ways = f"--init_from=resume --out_dir={argument} continues a run, --init_from={argument} starts from its weights"
+        run = shlex.quote(argument)
+        ways = f"--init_from=resume --out_dir={run} continues a run, --init_from={run} starts from its weights"
         raise UserError(f"{argument}: no such config file; {ways}")
     names = sorted(path.stem for path in (ROOT / "config").glob("*.py"))
     raise UserError(f"{argument}: no such config file{_hint(Path(argument).stem, names, 'config/{}.py')}")

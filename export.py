@@ -4,6 +4,7 @@ python export.py --out_dir=out-shakespeare-char --to=shakespeare
 """
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -43,7 +44,7 @@ def main(config: Config) -> None:
     print("in Python: from transformers import AutoModelForCausalLM, AutoTokenizer")
     print(f"           model = AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     print(f"           tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})")
-    print(f"and here:  python sample.py --init_from={folder}")
+    print(f"and here:  python sample.py --init_from={shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, one_line
 from nanogpt.files import FolderLock, atomic_write
 from nanogpt.tokenizer import CharTokenizer, Tokenizer
 
@@ -207,7 +207,7 @@ def finish(
     }
     files = files | {"meta.json": json.dumps(meta | (extra or {}), indent=1, ensure_ascii=False).encode("utf-8")}
     _replace_files(folder, files)
-    print(f"{source}: {tokenizer}, stored as {dtype}")
+    print(one_line(f"{source}: {tokenizer}, stored as {dtype}"))
     for split, count in counts.items():
         print(f"{split} has {count:,} tokens")
     print(f"wrote {', '.join(sorted(files))} into {shown_path(folder)}")
@@ -245,5 +245,5 @@ def check_name(name: str, folder: Path) -> None:
 
 
 def shown_path(path: Path) -> str:
-    """Return `path` relative to the current folder if it is inside it."""
-    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
+    """Return `path` as it is printed: relative to the current folder if it is inside it."""
+    return one_line(os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path))

@@ -115,7 +115,7 @@ def command(project: Path) -> Callable[..., subprocess.CompletedProcess]:
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=120,
+            timeout=launcher.TIMEOUT_SECONDS,
         )
 
     return run

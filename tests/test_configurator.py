@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from launcher import TIMEOUT_SECONDS
 
 import configurator
 import plot
@@ -471,9 +472,9 @@ def test_replace_keeps_what_was_given() -> None:
 
 def test_positional_arguments() -> None:
     """Catches a run folder taken for a config file, or one that replaces the one before it."""
-    for arguments in (["a", "b/c"], ["--runs=a", "b/c"], ["--runs=a,b/c"]):
+    for arguments in (["a", "b/c"], ["--runs=a", "b/c"]):
         config = configurator.parse(plot.Config, [*arguments, "--x=tokens"])
-        assert (config.runs, config.x, config.given) == ("a,b/c", "tokens", {"runs", "x"})
+        assert (config.runs, config.x, config.given) == ("a\nb/c", "tokens", {"runs", "x"})
     assert "usage: python plot.py [runs ...]" in configurator.help_text(plot.Config, "plot.py")
 
 
@@ -597,7 +598,7 @@ def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_SECONDS,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from launcher import TIMEOUT_SECONDS
 
 from configurator import ROOT
 from model import GPT, GPTConfig
@@ -332,7 +333,7 @@ def run_forked(code: str, **environment: str) -> subprocess.CompletedProcess:
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_SECONDS,
     )
 
 

@@ -285,7 +285,7 @@ def test_signal_to_torchrun_stops_all_ranks_after_one_update(dataset: Path, tmp_
     while not running.stdout.readline().startswith("iter 5: "):
         assert running.poll() is None
     running.send_signal(signal.SIGTERM)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=launcher.TIMEOUT_SECONDS)
     assert running.returncode != 0
     *_, stopped, command = out.splitlines()
     done = int(re.search(r"SIGTERM: stopped and saved after ([\d,]+) of ", stopped)[1].replace(",", ""))

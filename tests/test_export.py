@@ -1,6 +1,7 @@
 """export.py: from a run to a folder, what it prints, and what it refuses."""
 
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def run(*flags: str | Path) -> None:
 @pytest.mark.parametrize("init_from", ["resume", "OUT", "OUT/ckpt.pt"])
 def test_export(tmp_path: Path, init_from: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches an export with wrong weights, activation or characters, or in another folder than printed."""
-    model, to = write(tmp_path / "out"), tmp_path / "far" / "there"
+    model, to = write(tmp_path / "out"), tmp_path / "far off" / "there"
     source = init_from.replace("OUT", str(tmp_path / "out"))
     run(f"--out_dir={tmp_path / 'out'}", f"--init_from={source}", f"--to={to}")
     found = huggingface.load(str(to))
@@ -45,7 +46,7 @@ def test_export(tmp_path: Path, init_from: str, capsys: pytest.CaptureFixture[st
     assert found.tokenizer == TABLE.to_dict()
     printed = capsys.readouterr().out
     assert f"AutoModelForCausalLM.from_pretrained({str(to)!r})" in printed
-    assert f"python sample.py --init_from={to}" in printed
+    assert f"python sample.py --init_from={shlex.quote(str(to))}\n" in printed
     assert all(path.name in printed for path in to.iterdir())
 
 

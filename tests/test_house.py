@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 
+import launcher
 import pytest
 
 from configurator import ROOT
@@ -148,3 +150,9 @@ def test_training_loop_fits_on_a_screen() -> None:
     assert lines_of_code("train", train) <= TRAIN_LINES
     assert lines_of_code("train", loop) <= LOOP_LINES
     assert len(assigned | {argument.arg for argument in train.args.args}) <= TRAIN_LOCALS
+
+
+def test_limits_hold_beside_other_work() -> None:
+    """Catches a test that fails on a busy machine: every limit on a command's time is the launcher's."""
+    limits = [line for path in ROOT.glob("tests/*.py") for line in re.findall(r"timeout=\d+", path.read_text(encoding="utf-8"))]
+    assert limits == [] and launcher.TIMEOUT_SECONDS >= 600
