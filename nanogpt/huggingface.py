@@ -631,6 +631,7 @@ def _tokenizer_files(tokenizer: Tokenizer, block_size: int, chat_format: ChatFor
     else:
         raise UserError(f"the tokenizer must be a character table or gpt2 to be exported, got {tokenizer.name}")
     about |= {"model_max_length": block_size, "clean_up_tokenization_spaces": False}
+    about["model_input_names"] = ["input_ids", "attention_mask"]  # GPT-2 would add embeddings of token_type_ids
     if chat_format:
         about["chat_template"] = conversation.template(chat_format, tokenizer)
     frame = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}

@@ -112,6 +112,17 @@ def test_printed_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert shlex.split(capsys.readouterr().out)[-3:] == ["python", "chat.py", f"--init_from={tmp_path / 'a chat'}"]
 
 
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.parametrize("chat_format", [None, FORMATS["nanochatgpt"]])
+def test_no_token_types(kind: str, chat_format: ChatFormat | None, request: pytest.FixtureRequest) -> None:
+    """Catches token_type_ids, which transformers 4 adds to an input by default, and whose embeddings GPT-2 adds."""
+    if kind == "gpt2":
+        request.getfixturevalue("gpt2_vocabulary")
+    tokenizer = TABLE if kind == "char" else TiktokenTokenizer("gpt2")
+    about = json.loads(huggingface._tokenizer_files(tokenizer, 8, chat_format)["tokenizer_config.json"])
+    assert about["model_input_names"] == ["input_ids", "attention_mask"]
+
+
 def test_damaged_chat_format_is_refused(tmp_path: Path) -> None:
     """Catches a traceback, or a chat in another format, for a damaged config.json."""
     save(tmp_path / "to")
