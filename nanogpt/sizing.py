@@ -88,16 +88,16 @@ def report(
     # memory and time
     print(f"memory of training on batches of {batch_size} x {T}")
     for use, size in sizes.items():
-        print(f"  {use:29} {size / 1e9:>9,.2f} GB")
+        print(f"  {use:29} {size / 1e6:>12,.1f} MB")
     source = "" if tokens else f" ({TOKENS_PER_PARAMETER} per parameter, compute-optimal: Hoffmann et al. 2022)"
     tokens = tokens or TOKENS_PER_PARAMETER * total
     by_6ND = training_days(FLOPS_PER_PARAMETER_AND_TOKEN * total * tokens, peak, mfu, gpus)
     days = training_days(flops_per_token * tokens, peak, mfu, gpus)
-    print(f"time for {tokens / 1e9:,.2f} billion tokens{source}, on {gpus} x {peak / 1e12:,.0f} TFLOP/s at an MFU of {mfu:.0%}")
-    print(f"  {by_6ND:,.2f} days by 6ND, {days:,.2f} days with attention")
+    print(f"time for {tokens / 1e6:,.1f} million tokens{source}, on {gpus} x {peak / 1e12:,.0f} TFLOP/s at an MFU of {mfu:.0%}")
+    print(f"  {by_6ND:,.3g} days by 6ND, {days:,.3g} days with attention")
     found = {"parameters": total, "forward_flops": forward, "flops_per_token": flops_per_token}
     found |= {"checkpoint_bytes": sizes["checkpoint"], "optimal_tokens": TOKENS_PER_PARAMETER * total}
-    return found | {"days_by_6ND": round(by_6ND, 2), "days": round(days, 2)}
+    return found | {"days_by_6ND": float(f"{by_6ND:.4g}"), "days": float(f"{days:.4g}")}
 
 
 def _print_shares(counts: dict[str, int]) -> None:

@@ -169,9 +169,9 @@ def test_sizing_of_a_run(run: Callable[..., dict], dataset: Path, tmp_path: Path
 def test_days_of_training(run: Callable[..., dict]) -> None:
     """Catches keys without effect. nanoGPT's notebook says 3.46 days for GPT-2 on eight A100s."""
     flags = ["--what=sizing", "--vocab_size=50257", "--tokens=300e9"]
-    assert run(*flags)["days_by_6ND"] == 3.46
-    assert run(*flags, "--peak=624e12", "--mfu=0.6", "--gpus=2")["days_by_6ND"] == 3.46
-    assert run(*flags, "--gpus=1")["days_by_6ND"] == 27.67
+    assert run(*flags)["days_by_6ND"] == pytest.approx(3.46, abs=0.005)
+    assert run(*flags, "--peak=624e12", "--mfu=0.6", "--gpus=2")["days_by_6ND"] == pytest.approx(3.46, abs=0.005)
+    assert run(*flags, "--gpus=1")["days_by_6ND"] == pytest.approx(27.67, abs=0.005)
 
 
 def test_scaling(run: Callable[..., dict], tmp_path: Path) -> None:
