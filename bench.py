@@ -1,16 +1,16 @@
-"""Benchmark training, generation and the time to a loss, each against a baseline; or estimate a model size's FLOPs and memory.
+"""Benchmark training, generation and the time to a loss, each against a baseline; or compute what a model size costs.
 
 python bench.py --size=laptop                            training steps, the fast way and the baseline in turn
-python bench.py --size=gpt2 --batch_size=4 --block_size=256 --profile=True
+python bench.py --batch_size=12 --block_size=1024 --bias=False --compile=True --profile=True       as in nanoGPT
 python bench.py --what=generation --against=transformers
-python bench.py --what=sizing --size=gpt2-xl
 python bench.py --what=time_to_loss
+python bench.py --what=sizing --size=gpt2-xl --tokens=300e9          parameters, FLOPs, memory, days of training
+python bench.py --what=scaling --out=scaling.png                     scaling laws: the best size for a budget
 
-The baseline, `plain`, is nanoGPT without torch.compile: float32, AdamW without a fused kernel, all logits at once, and
-generation without a KV cache.
+The baseline, `plain`, is nanoGPT's defaults on the device. On CUDA: bf16/fp16 mixed precision and, in training, fused AdamW and
+torch.compile; elsewhere float32, AdamW without a fused kernel, not compiled. All logits at once, and no KV cache.
 """
 
-import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -24,15 +24,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 import configurator
-from configurator import LossRows, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
+from configurator import LossRows, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed
 from model import GPT, GPTConfig, sample_next
-from nanogpt import metrics
+from nanogpt import checkpoint, curves, metrics, scaling, sizing
 from nanogpt.dataset import Dataset
 from nanogpt.device import (
     Compile,
@@ -53,7 +53,7 @@ from nanogpt.device import (
     to_device,
 )
 from nanogpt.distributed import clip_gradient
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, first_line
 from nanogpt.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parent
@@ -72,7 +72,7 @@ SIZES = {
 }
 BATCH_SIZES = {"laptop": 12, "shakespeare": 64}  # of the recipes in config/; 12, nanoGPT's default, for other sizes
 FROM_SCRATCH = {"vocab_size": 50304, "bias": False, "gelu": "erf"}  # how train.py changes GPT-2's shape
-PLAIN = {"dtype": "float32", "compile": False, "fused": False, "loss_rows": 0, "keep_memory": False}
+SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 # time_to_loss: nanoGPT's hyperparameters, and the same model with the fast recipe, once as short as the target allows
 BASELINE_RECIPE, FAST_RECIPE = "config/train_shakespeare_char_cpu.py", "config/train_shakespeare_char_fast.py"
@@ -81,18 +81,25 @@ SHORTEST = {"learning_rate": 1.5e-2, "warmup_iters": 0, "max_iters": 240, "lr_de
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
-    what: Literal["training", "generation", "sizing", "time_to_loss"] = "training"  # sizing estimates FLOPs and memory
-    size: Literal["laptop", "shakespeare", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # model size
-    against: Literal["plain", "transformers", "nothing"] = "plain"  # baseline: nanoGPT's settings, or transformers (generation)
+    what: Literal["training", "generation", "time_to_loss", "sizing", "scaling"] = "training"  # the last two measure nothing
+    against: Literal["plain", "transformers", "nothing"] = "plain"  # baseline. plain: nanoGPT's defaults (CUDA: bf16, compiled)
     batch_size: NonNegativeInt = 0  # sequences per batch. 0: the recipe's for training, 1 for generation
-    block_size: NonNegativeInt = 0  # tokens per training sequence. 0: the model's context
     rounds: PositiveInt = 3  # rounds; each times the fast run and the baseline once
     seed: Seed = 1337  # random seed
+    # model
+    size: Literal["laptop", "shakespeare", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # model size
+    out_dir: str = ""  # folder of a run: its model's shape in place of a size
+    n_layer: NonNegativeInt = 0  # layers. 0, here and below: the size's
+    n_head: NonNegativeInt = 0  # attention heads per layer
+    n_embd: NonNegativeInt = 0  # channels
+    block_size: NonNegativeInt = 0  # context, and tokens per training sequence
+    vocab_size: NonNegativeInt = 0  # vocabulary
+    bias: bool | Literal["auto"] = "auto"  # biases in Linear and LayerNorm layers. auto: False, but GPT-2's in generation
     # training
     steps: NonNegativeInt = 0  # training steps per round. 0: as many as take two seconds
     optimizer: Literal["adamw", "muon"] = "adamw"  # optimizer of the fast run
-    real_data: bool = False  # train on the dataset instead of synthetic data (random tokens)
-    dataset: str = "openwebtext"  # folder in data/ with train.bin and val.bin, for real_data
+    real_data: bool | Literal["auto"] = "auto"  # train on the dataset, or on random tokens. auto: if it is prepared and fits
+    dataset: str = "openwebtext"  # folder in data/ with train.bin and val.bin
     profile: bool = False  # write trace.json, for ui.perfetto.dev, and list the operations that take the most time
     # generation
     prompt_tokens: PositiveInt = 8  # prompt length
@@ -101,6 +108,12 @@ class Config(configurator.Config):
     top_k: NonNegativeInt = 200  # as in sample.py
     # time_to_loss
     target: PositiveFloat = 1.92  # validation loss to reach, on all of Tiny Shakespeare's val.bin
+    # sizing and scaling
+    tokens: NonNegativeFloat = 0.0  # training tokens. 0: 20 per parameter
+    peak: PositiveFloat = 312e12  # FLOP/s of a device; 312e12 is an A100 in bf16
+    mfu: Annotated[float, Range(above=0, at_most=1)] = 0.3  # model FLOPs utilization: share of the peak
+    gpus: PositiveInt = 8  # devices
+    out: str = "scaling.png"  # .png or .svg file for the curves of scaling
     # machine (for the fast run, as in train.py)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"  # mixed precision; in generation, also of weights. auto: bf16/fp16 where the device supports it
@@ -110,15 +123,54 @@ class Config(configurator.Config):
     keep_memory: bool = True  # on Linux CPUs: reuse freed memory instead of returning it to the system
 
     def validate(self) -> None:
-        if self.against == "transformers" and (self.what != "generation" or not self.size.startswith("gpt2")):
+        if self.against == "transformers" and (self.what != "generation" or not self.size.startswith("gpt2") or self.out_dir):
             raise UserError("--against=transformers needs --what=generation and a --size of GPT-2's, such as --size=gpt2")
-        context = SIZES[self.size]["block_size"]
-        if self.block_size > context:
-            raise UserError(f"--block_size must be at most {context}, the context of {self.size}, got {self.block_size}")
+        curves.check_out(self.out)
 
 
 def main(config: Config) -> None:
-    {"training": training, "generation": generation, "sizing": sizing, "time_to_loss": time_to_loss}[config.what](config)
+    if config.out_dir:
+        config = config.replace(**shape_of_run(config))
+    commands = {"training": training, "generation": generation, "time_to_loss": time_to_loss}
+    (commands | {"sizing": report_size, "scaling": report_scaling})[config.what](config)
+
+
+def shape_of_run(config: Config) -> dict[str, Any]:
+    """Return the shape of the model in `out_dir`, without the keys that are set. Raises UserError if it is no GPT."""
+    found = checkpoint.open_checkpoint("resume", config.out_dir)
+    if found.model_type != "gpt":
+        raise UserError(f"--out_dir={config.out_dir}: must be the run of a GPT, got a {found.model_type} model")
+    return {key: found.model_args[key] for key in (*SHAPE_KEYS, "bias") if key not in config.given}
+
+
+def model_shape(config: Config) -> GPTConfig:
+    """Return the model's shape: for generation GPT-2's own, else as train.py changes it for training from scratch.
+
+    Raises UserError if n_head does not divide n_embd.
+    """
+    shape = SIZES[config.size] | (FROM_SCRATCH if config.size.startswith("gpt2") and config.what != "generation" else {})
+    shape |= {key: getattr(config, key) for key in SHAPE_KEYS if getattr(config, key)}
+    shape |= {} if config.bias == "auto" else {"bias": config.bias}
+    if shape["n_embd"] % shape["n_head"]:
+        raise UserError(f"n_head must divide n_embd={shape['n_embd']}, got --n_head={shape['n_head']}")
+    return GPTConfig(**shape)
+
+
+def name_of(config: Config) -> str:
+    """Return what the model is called: the run's folder or the size, and the keys that were set."""
+    changed = [f"{key}={getattr(config, key)}" for key in (*SHAPE_KEYS, "bias") if key in config.given]
+    return ", ".join([config.out_dir or config.size, *changed])
+
+
+def plain_settings(device: str) -> dict[str, Any]:
+    """Return the baseline's settings: nanoGPT's defaults on CUDA; elsewhere what its README sets and what it falls back to.
+
+    nanoGPT picks bfloat16 if the GPU has it, else float16. Off CUDA it has no autocast and no fused AdamW, and its commands
+    say --compile=False.
+    """
+    on_cuda = device.startswith("cuda")
+    dtype = "auto" if on_cuda else "float32"
+    return {"dtype": dtype, "compile": on_cuda, "fused": on_cuda, "loss_rows": 0, "keep_memory": False}
 
 
 # training
@@ -130,16 +182,18 @@ def training(config: Config) -> None:
     Each way has a process of its own, so that its peak memory is its own.
     """
     device = pick_device(config.device)
-    B, T = batch_shape(config)
-    if config.real_data:
-        Dataset(config.dataset).check(T, trained_shape(config).vocab_size)
-    print(f"{config.size}: batches of {B} x {T} tokens; {device_name(device)}, PyTorch {torch.__version__}", flush=True)
+    shape, B = model_shape(config), batch_size(config)
+    T = shape.block_size
+    is_real, data = pick_data(config, shape)
+    config = config.replace(real_data=is_real)
+    print(f"{name_of(config)}: batches of {B} x {T} tokens; {device_name(device)}, PyTorch {torch.__version__}")
+    print(f"data: {data}", flush=True)
 
     # start and warm up the processes, one after the other
     workers = {"fast": Worker(config, "fast")}
     print(f"fast: {workers['fast'].description}", flush=True)
     if config.against == "plain":
-        workers["plain"] = Worker(config.replace(**PLAIN), "plain")
+        workers["plain"] = Worker(config.replace(**plain_settings(device)), "plain")
         print(f"plain: {workers['plain'].description}", flush=True)
 
     # time both ways in turn
@@ -150,14 +204,15 @@ def training(config: Config) -> None:
         print(f"round {number + 1}: {line}{ratio}", flush=True)
 
     # report medians
-    result = {"what": "training", "size": config.size, "device": device_name(device), "batch_size": B, "block_size": T}
+    result = {"what": "training", "size": name_of(config), "device": device_name(device), "batch_size": B, "block_size": T}
+    model = sizing.empty_model(shape)
     for way, worker in workers.items():
-        megabytes, peak = worker.finish()
-        tokens_per_second = B * T / statistics.median(worker.times)
-        share = trained_flops(config) * tokens_per_second / peak
+        megabytes, peak, source = worker.finish()
+        seconds = statistics.median(worker.times)
+        tokens_per_second = B * T / seconds
+        share = model.estimate_mfu(B, seconds, flops_promised=peak)
         result |= {f"{way}_tokens_per_second": round(tokens_per_second, 1), f"{way}_megabytes": megabytes}
-        result |= {f"{way}_share": round(share, 3)}
-        source = "data sheet" if device.startswith("cuda") else "measured matrix products"
+        result |= {f"{way}_share": round(share, 4)}
         print(
             f"{way}: median {tokens_per_second:,.1f} tokens/s, {share:.1%} of {peak / 1e12:.2f} TFLOP/s ({source}), "
             f"peak memory {megabytes:,} MB"
@@ -167,6 +222,21 @@ def training(config: Config) -> None:
         result["ratio"] = round(statistics.median(ratios), 2)
         print(f"median ratio: {result['ratio']}")
     print(json.dumps(result))
+    seconds, share = statistics.median(workers["fast"].times), result["fast_share"]
+    print(f"time per iteration: {1e3 * seconds:.4f}ms, MFU: {100 * share:.2f}%")  # nanoGPT's last line
+
+
+def pick_data(config: Config, shape: GPTConfig) -> tuple[bool, str]:
+    """Return whether to train on the dataset, and in words on what. Raises UserError if the dataset is asked for and unfit."""
+    if config.real_data is False:
+        return False, "random tokens"
+    try:
+        Dataset(config.dataset).check(shape.block_size, shape.vocab_size)
+    except UserError as error:
+        if config.real_data is True:
+            raise
+        return False, f"random tokens; {first_line(error)}"
+    return True, config.dataset
 
 
 class Worker:
@@ -188,8 +258,8 @@ class Worker:
         self.times.append(self._pipe.recv())
         return self.times[-1]
 
-    def finish(self) -> tuple[int, float]:
-        """End the process; return its peak memory in MB and its device's peak in FLOP/s."""
+    def finish(self) -> tuple[int, float, str]:
+        """End the process; return its peak memory in MB, and its device's peak in FLOP/s with the source of that."""
         self._pipe.send(0)
         found = self._pipe.recv()
         self._process.join()
@@ -204,10 +274,10 @@ def work(pipe: Connection, config: Config, way: str) -> None:
     while steps := pipe.recv():
         pipe.send(trainer.seconds_per_step(steps))
     megabytes = round((peak_memory(trainer.device) or 0) / 1e6)
-    peak = peak_flops(trainer.device, trainer.dtype) or measured_peak(trainer.device, trainer.dtype)
+    peak, source = find_peak(trainer.device, trainer.dtype)
     if config.profile and way == "fast":
         trainer.profile()
-    pipe.send((megabytes, peak))
+    pipe.send((megabytes, peak, source))
 
 
 class Trainer:
@@ -222,7 +292,7 @@ class Trainer:
         memory_kept = config.keep_memory and self.device == "cpu" and keep_memory()
 
         # model and optimizer
-        self.shape, (B, T) = trained_shape(config), batch_shape(config)
+        self.shape, self.batch_size = model_shape(config), batch_size(config)
         self.model = GPT(self.shape).to(self.device)
         muon = config.optimizer == "muon" and way == "fast"
         device_type = torch.device(self.device).type
@@ -232,7 +302,9 @@ class Trainer:
         self.clip = clip_gradient if way == "fast" else plain_clip
         is_compiled = pick_compile(config.compile, self.device)
         self.network = compile_model(self.model) if is_compiled else self.model
-        self.loss_rows = pick_loss_rows(config.loss_rows, self.device, B * T, self.shape.vocab_size)
+        self.loss_rows = pick_loss_rows(
+            config.loss_rows, self.device, self.batch_size * self.shape.block_size, self.shape.vocab_size
+        )
 
         # batches
         self.data = Dataset(config.dataset) if config.real_data else None
@@ -245,7 +317,7 @@ class Trainer:
 
     def batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets, (B, T) each, on the CPU."""
-        (B, T), vocab_size = batch_shape(self.config), self.shape.vocab_size
+        B, T, vocab_size = self.batch_size, self.shape.block_size, self.shape.vocab_size
         if self.data is None:
             return torch.randint(vocab_size, (2, B, T), generator=self.generator).unbind()
         positions = self.data.draw("train", "train", self.config.seed, number, B, T)
@@ -288,22 +360,15 @@ def plain_clip(model: GPT, limit: float) -> None:
     clip_grad_norm_(model.parameters(), limit)
 
 
-def batch_shape(config: Config) -> tuple[int, int]:
-    """Return the sequences per batch and the tokens per sequence."""
-    return config.batch_size or BATCH_SIZES.get(config.size, 12), config.block_size or SIZES[config.size]["block_size"]
+def batch_size(config: Config) -> int:
+    """Return the sequences per batch."""
+    return config.batch_size or BATCH_SIZES.get(config.size, 12)
 
 
-def trained_shape(config: Config) -> GPTConfig:
-    """Return the model's shape as train.py makes it from scratch."""
-    changes = FROM_SCRATCH if config.size.startswith("gpt2") else {}
-    return GPTConfig(**SIZES[config.size] | changes)
-
-
-def trained_flops(config: Config) -> float:
-    """Return the training FLOPs per token, for attention over sequences of the batch's length."""
-    with torch.device("meta"):
-        model = GPT(dataclasses.replace(trained_shape(config), block_size=batch_shape(config)[1]))
-    return model.flops_per_token()
+def find_peak(device: str, dtype: torch.dtype) -> tuple[float, str]:
+    """Return the device's peak in FLOP/s, and the source of that."""
+    peak = peak_flops(device, dtype)
+    return (peak, "data sheet") if peak else (measured_peak(device, dtype), "measured matrix products")
 
 
 def measured_peak(device: str, dtype: torch.dtype, size: int = 1024) -> float:
@@ -320,51 +385,21 @@ def device_name(device: str) -> str:
     return f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device
 
 
-# sizing
+# sizing and scaling
 
 
-def sizing(config: Config) -> None:
-    """Print a size's parameters by part, training FLOPs, training memory, and compute-optimal number of tokens."""
-    shape = trained_shape(config)
-    B, T = batch_shape(config)
-    with torch.device("meta"):
-        model = GPT(shape)
+def report_size(config: Config) -> None:
+    """Print what the model costs: parameters, FLOPs, memory and days of training."""
+    shape, B = model_shape(config), batch_size(config)
+    rows = pick_loss_rows("auto", "cpu", B * shape.block_size, shape.vocab_size)
+    found = sizing.report(name_of(config), shape, B, rows, config.tokens, config.peak, config.mfu, config.gpus)
+    print(json.dumps({"what": "sizing", "size": name_of(config)} | found))
 
-    # parameters
-    parts = {"token embedding, and head": model.transformer.wte, "positions": model.transformer.wpe}
-    block = model.transformer.h[0]
-    parts |= {"attention": block.attn, "MLP": block.mlp}
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    counts["LayerNorms"] = sum(p.numel() for name, p in model.named_parameters() if "ln_" in name)
-    for name in ("attention", "MLP"):
-        counts[name] *= shape.n_layer
-    total = model.get_num_params(non_embedding=False)
-    assert sum(counts.values()) == total
-    print(f"{config.size}: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, context {shape.block_size}")
-    for name, count in counts.items():
-        print(f"  {name:26} {count:>14,} parameters  {count / total:6.1%}")
-    print(f"  {'total':26} {total:>14,}")
 
-    # FLOPs
-    flops = trained_flops(config)
-    batch_flops = flops * B * T
-    print(f"training: {flops / 1e9:,.2f} GFLOP per token (6N + 12LHQT), {batch_flops / 1e12:,.2f} TFLOP per batch of {B} x {T}")
-
-    # memory
-    logits = 4 * B * T * shape.vocab_size
-    rows = pick_loss_rows("auto", "cpu", B * T, shape.vocab_size)
-    memory = {"weights, float32": 4 * total, "gradients": 4 * total, "AdamW's two moments": 8 * total}
-    memory["activations, 16 bits, about"] = 34 * B * T * shape.n_embd * shape.n_layer
-    memory["logits, float32, all at once"] = logits
-    if rows:
-        memory[f"logits, {rows} rows at a time"] = logits * rows / (B * T)
-    memory["checkpoint"] = 12 * total
-    for name, size in memory.items():
-        print(f"  {name:29} {size / 1e9:>9,.2f} GB")
-
-    # tokens
-    print(f"compute-optimal: about {20 * total / 1e9:,.1f} billion tokens, 20 per parameter (Hoffmann et al. 2022)")
-    print(json.dumps({"size": config.size, "parameters": total, "flops_per_token": flops, "optimal_tokens": 20 * total}))
+def report_scaling(config: Config) -> None:
+    """Print and draw what the scaling laws say of budgets and of the model."""
+    found = scaling.report(name_of(config), model_shape(config), config.tokens, Path(config.out))
+    print(json.dumps({"what": "scaling", "size": name_of(config)} | found))
 
 
 # time to a loss
@@ -376,7 +411,7 @@ def time_to_loss(config: Config) -> None:
     A third run trains the fast way for as long as the plain way takes. Only training is timed, not the evaluations, which
     run on the whole validation split.
     """
-    plain = timed_run("plain", config, BASELINE_RECIPE, PLAIN | {"eval_interval": 250})
+    plain = timed_run("plain", config, BASELINE_RECIPE, plain_settings("cpu") | {"eval_interval": 250})
     fast = timed_run("fast", config, FAST_RECIPE, SHORTEST)
     steps = int(plain[-1][0] * fast[-1][1] / fast[-1][0])
     keys = {"max_iters": steps, "lr_decay_iters": steps, "eval_interval": steps}
@@ -429,12 +464,13 @@ def generation(config: Config) -> None:
     set_up(device, config.seed)
 
     # prompt, baseline and model
-    shape = GPTConfig(**SIZES[config.size])
+    shape = model_shape(config)
     idx = torch.randint(shape.vocab_size, (config.batch_size or 1, config.prompt_tokens), device=device)
     baseline = {"plain": plain, "transformers": transformers, "nothing": None}[config.against]
     run_baseline = baseline(shape, idx, config, device, dtype) if baseline else None
     model = GPT(shape)
-    print(f"{config.size}: {model.get_num_params() / 1e6:.2f}M random weights; {device}, {dtype}, PyTorch {torch.__version__}")
+    weights = f"{model.get_num_params() / 1e6:.2f}M random weights"
+    print(f"{name_of(config)}: {weights}; {device}, {dtype}, PyTorch {torch.__version__}")
     prepare_for_generation(model, device, dtype)
 
     # time both in turn; the first round is a warmup
@@ -456,7 +492,7 @@ def generation(config: Config) -> None:
             late_speeds.append(statistics.median(token_times[75:125]) / statistics.median(token_times[-50:]))
 
     # report medians
-    result = {"what": "generation", "size": config.size, "dtype": str(dtype).removeprefix("torch."), "device": device}
+    result = {"what": "generation", "size": name_of(config), "dtype": str(dtype).removeprefix("torch."), "device": device}
     result |= {"batch_size": idx.size(0), "new_tokens": config.new_tokens}
     result["tokens_per_second"] = round(statistics.median(speeds), 1)
     if late_speeds:
@@ -481,15 +517,17 @@ def generate(model: GPT, idx: torch.Tensor, config: Config, device: str, token_t
 
 
 def plain(shape: GPTConfig, idx: torch.Tensor, config: Config, device: str, dtype: torch.dtype) -> Callable[[], None]:
-    """Return a function that generates as nanoGPT does: in float32, one text after the other, without a KV cache."""
+    """Return a function that generates as nanoGPT's sample.py does: one text after the other, without a KV cache."""
     model = GPT(shape).eval().to(device)
+    dtype = pick_dtype(plain_settings(device)["dtype"], device)  # of matrix products; the weights are float32
 
     @torch.no_grad()
     def run() -> None:
         for row in idx:
             text = row[None]
             for _ in range(config.new_tokens):
-                logits, _ = model(text[:, -shape.block_size :])
+                with autocast(device, dtype):
+                    logits, _ = model(text[:, -shape.block_size :])
                 text = torch.cat((text, sample_next(logits[:, -1], config.temperature, config.top_k)), dim=1)
 
     return run
@@ -502,6 +540,7 @@ def transformers(shape: GPTConfig, idx: torch.Tensor, config: Config, device: st
 
     logging.set_verbosity_error()
     sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd}
+    sizes |= {"n_positions": shape.block_size, "vocab_size": shape.vocab_size}
     model = GPT2LMHeadModel(GPT2Config(**sizes)).to(device, dtype).eval()
     options = {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k} if config.temperature else {}
     count = config.new_tokens

@@ -77,7 +77,8 @@ class Config:
 
     given: ClassVar[frozenset[str]] = frozenset()  # the keys that a file or a flag has set, on each instance
     ignored: ClassVar[tuple[str, ...]] = ()  # names in config files that are no keys, and settings that a checkpoint overrides
-    positional: ClassVar[str] = ""  # the key of arguments that are neither flags nor .py files, joined by line breaks; "": none
+    positional: ClassVar[str] = ""  # the key of arguments that are neither flags nor .py files; "": none
+    takes_several: ClassVar[bool] = False  # of these, joined by line breaks
 
     def validate(self) -> None:
         """Check the keys together. Raises UserError if they do not fit."""
@@ -135,9 +136,11 @@ def parse(config_class: type, arguments: list[str]) -> Any:
             if not equals:
                 raise UserError(f"{argument}: write --key=value, with no spaces around '='{_hint(name, keys, '--{}=...')}")
             if name not in keys:
-                raise UserError(f"unknown key '{name}' in {argument}{_hint(name, keys, '--{}')}; --help lists all keys")
+                raise UserError(f"unknown key '{name}' in {argument}; --help lists all keys{_hint(name, keys, '--{}')}")
             updates = {name: _check(argument, text, kinds[name], is_text=True)}
         elif positional and not argument.startswith("-") and Path(argument).suffix != ".py" and name not in keys:
+            if positional in given and not config_class.takes_several:
+                raise UserError(f"{argument}: only one {positional} is taken, got {values[positional]!r}, too")
             updates = {positional: f"{values[positional]}\n{argument}" if positional in given else argument}
         else:
             updates, unknown = {}, {}
@@ -312,8 +315,8 @@ def _find_config_file(argument: str, keys: list[str]) -> Path:
         raise UserError(f"{argument}: a key needs two dashes: --{argument}")
     if Path(argument).exists() and "init_from" in keys:
         run = shlex.quote(argument)
-        ways = f"--init_from=resume --out_dir={run} continues a run, --init_from={run} starts from its weights"
-        raise UserError(f"{argument}: no such config file; {ways}")
+        resumes = f"--init_from=resume --out_dir={run} continues a run, " if Path(argument).is_dir() else ""
+        raise UserError(f"{argument}: not a config file; {resumes}--init_from={run} starts from its weights")
     names = sorted(path.stem for path in (ROOT / "config").glob("*.py"))
     raise UserError(f"{argument}: no such config file{_hint(Path(argument).stem, names, 'config/{}.py')}")
 

@@ -31,20 +31,20 @@ class Config(configurator.Config):
 
 
 def main(config: Config) -> None:
-    model, tokenizer, _ = checkpoint.load_model(config.init_from, config.out_dir)
+    model, tokenizer, ckpt = checkpoint.load_model(config.init_from, config.out_dir)
     if not isinstance(model, GPT):
         raise UserError("only a GPT can be exported: transformers has no bigram model")
     model_args = dataclasses.asdict(model.config)
     gelu = model_args.pop("gelu")
     folder = Path(config.to)
-    huggingface.save(folder, model.state_dict(), model_args, gelu, tokenizer, getattr(torch, config.dtype))
+    huggingface.save(folder, model.state_dict(), model_args, gelu, tokenizer, getattr(torch, config.dtype), ckpt.chat_format)
     files = sorted(folder.iterdir())
     size = sum(file.stat().st_size for file in files)
     print(f"wrote {folder} ({size / 1e6:,.1f} MB): {', '.join(file.name for file in files)}")
     print("in Python: from transformers import AutoModelForCausalLM, AutoTokenizer")
     print(f"           model = AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     print(f"           tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})")
-    print(f"and here:  python sample.py --init_from={shlex.quote(str(folder))}")
+    print(f"and here:  python {'chat' if ckpt.chat_format else 'sample'}.py --init_from={shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

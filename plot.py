@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import configurator
-from nanogpt.curves import best_of, draw, read
+from nanogpt.curves import best_of, check_out, draw, read
 from nanogpt.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
     positional: ClassVar[str] = "runs"
+    takes_several: ClassVar[bool] = True
     runs: str = ""  # run folders, metrics.csv files or logs, as plain arguments or separated by commas. Empty: out_dir
     out_dir: str = "out"  # run folder to plot if no runs are given
     out: str = ""  # .png or .svg file to write. Empty: loss.png in the run's folder; curves.png for several runs or a file
@@ -26,8 +27,8 @@ class Config(configurator.Config):
     log: Literal["none", "x", "y", "xy"] = "none"  # logarithmic axes
 
     def validate(self) -> None:
-        if self.out and Path(self.out).suffix.lower() not in (".png", ".svg"):
-            raise UserError(f"--out must end in .png or .svg, got {self.out}")
+        if self.out:
+            check_out(self.out)
 
 
 def main(config: Config) -> None:
@@ -40,8 +41,6 @@ def main(config: Config) -> None:
             raise UserError(f"--log={config.log}: a logarithmic axis needs a positive {axis}, got none; use --log=none")
     out = Path("curves.png") if len(runs) > 1 or not paths[0].is_dir() else paths[0] / "loss.png"
     out = Path(config.out) if config.out else out
-    if not out.parent.is_dir():
-        raise UserError(f"--out={out}: no such folder {out.parent}; create it first")
     try:
         draw(runs, out, config.x, config.log)
     except OSError as error:

@@ -17,6 +17,7 @@ import configurator
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from model import GPT, Bigram
 from nanogpt import checkpoint, corpus, errors
+from nanogpt.conversation import separator
 from nanogpt.device import (
     Compile,
     Dtype,
@@ -29,7 +30,7 @@ from nanogpt.device import (
     text_generators,
 )
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import CharTokenizer, StreamDecoder, Tokenizer
+from nanogpt.tokenizer import StreamDecoder, Tokenizer
 
 CACHE_BYTES = 2 << 30  # limit of a batch's KV cache; samples that do not fit go into another batch
 
@@ -84,18 +85,17 @@ def read_prompt(prompt: str, given: bool, tokenizer: Tokenizer) -> tuple[str, li
     """Return the prompt, read from a file if it is FILE:path, and its token ids, at least one.
 
     The default prompt (not `given`) is skipped if the vocabulary lacks it. An empty prompt becomes <|endoftext|>, else a
-    newline, else token 0. Raises UserError if the vocabulary lacks one of the prompt's characters.
+    newline, else token 0. Raises UserError if the tokenizer cannot encode the prompt.
     """
     if prompt.startswith("FILE:"):
         prompt = corpus.read_text(Path(prompt.removeprefix("FILE:")))
-    if not isinstance(tokenizer, CharTokenizer):
-        return prompt, tokenizer.encode(prompt) or [tokenizer.end_of_text]
-    if prompt and (given or prompt in tokenizer.characters):
-        try:
-            return prompt, tokenizer.encode(prompt)
-        except UserError as error:
+    try:
+        ids = tokenizer.encode(prompt)
+    except UserError as error:
+        if given:
             raise UserError(f"--start: {error}") from error
-    return "", [tokenizer.characters.index("\n") if "\n" in tokenizer.characters else 0]
+        ids = []
+    return (prompt, ids) if ids else ("", separator(tokenizer) or [0])
 
 
 def sample(

@@ -137,10 +137,9 @@ def main(config: Config) -> None:
         with explain_out_of_memory("start from a smaller model"):
             ckpt = open_checkpoint(config.init_from, config.out_dir, newest_state=True)
     config = resolve_config(config, ckpt)
-    accumulate = f" and raise --gradient_accumulation_steps (now {config.gradient_accumulation_steps}) to match"
-    accumulate = "" if config.batch_tokens else accumulate
+    steps = f" and raise --gradient_accumulation_steps (now {config.gradient_accumulation_steps}) to match"
     advice = (
-        f"lower --batch_size (now {config.batch_size}){accumulate}, or use "
+        f"lower --batch_size (now {config.batch_size}){'' if config.batch_tokens else steps}, or use "
         "--activation_checkpointing=True, which changes no result; or lower --block_size, --n_layer or --n_embd"
     )
     with explain_out_of_memory(advice), process_group(config.device, config.backend) as group:
@@ -286,12 +285,11 @@ def training_batches(
     of weight x loss over all micro-batches is the loss of the global batch.
     """
     for iteration in itertools.count(first_iter):
-        count = machine.micro_batches * config.batch_size
-        starts = data.draw("train", "train", config.seed, iteration, count, config.block_size)
-        starts = starts.reshape(machine.micro_batches, config.batch_size)
-        weights = data.loss_weights("train", starts, config.block_size)
+        count, block_size = machine.micro_batches * config.batch_size, config.block_size
+        starts = data.draw("train", "train", config.seed, iteration, count, block_size).reshape(machine.micro_batches, -1)
+        weights = data.loss_weights("train", starts, block_size)
         for micro_batch in range(group.rank, machine.micro_batches, group.size):
-            x, y = data.windows("train", starts[micro_batch], config.block_size, vocab_size)
+            x, y = data.windows("train", starts[micro_batch], block_size, vocab_size)
             yield *to_device((x, y), group.device), weights[micro_batch]
 
 

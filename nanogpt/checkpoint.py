@@ -197,7 +197,9 @@ def open_checkpoint(init_from: str, out_dir: str, newest_state: bool = False) ->
     Raises UserError if there is no such checkpoint.
     """
     path = Path(out_dir if init_from == "resume" else init_from)
-    if init_from != "resume" and (huggingface.is_folder(path) or (huggingface.is_name(init_from) and not path.exists())):
+    if init_from != "resume" and (
+        huggingface.is_folder(huggingface.restored(path)) or (huggingface.is_name(init_from) and not path.exists())
+    ):
         return _pretrained(init_from)
     resumes = init_from == "resume" and newest_state
     if path.is_dir():
@@ -233,10 +235,10 @@ def _runs_here() -> str:
     files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
     runs = [shlex.quote(name) for name in dict.fromkeys(str(file.parent) for file in files)]
     if runs:
-        script = Path(sys.argv[0]).name
-        resume = "--init_from=resume " if script == "train.py" else ""
+        flags = [argument for argument in sys.argv[1:] if not argument.startswith("--out_dir=")]
+        command = shlex.join(["python", Path(sys.argv[0]).name, *flags])
         others = f"; others: {', '.join(runs[1:SHOWN_RUNS])}{', ...' * (len(runs) > SHOWN_RUNS)}" if runs[1:] else ""
-        return f"the newest of {len(runs)} here: python {script} {resume}--out_dir={runs[0]}{others}"
+        return f"the newest of {len(runs)} here: {command} --out_dir={runs[0]}{others}"
     if not prepared():
         return "no run is here; prepare a dataset first: python data/shakespeare_char/prepare.py"
     flags = [f"--dataset={prepared()[0]}", f"--out_dir=out-{prepared()[0]}"]
@@ -305,7 +307,7 @@ def _pretrained(name: str) -> Checkpoint:
         iter_num=0,
         best_val_loss=float("inf"),
         config={},
-        extra={"gelu": pretrained.gelu, "tokenizer": pretrained.tokenizer},
+        extra={"gelu": pretrained.gelu, "tokenizer": pretrained.tokenizer, "chat_format": pretrained.chat_format},
         in_file=False,
     )
 
@@ -320,7 +322,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
             raise UserError(f"{checkpoint.path}: damaged: {error}") from error
     else:
         dataset = str(checkpoint.config.get("dataset", ""))
-        advice = f"; prepare its dataset, {shown(dataset)}, first" if dataset else "; it names no dataset"
+        advice = f"; prepare its dataset, {shown(dataset)}, first" if dataset else "; add to it config={'dataset': NAME}"
         try:
             tokenizer = tokenizers.from_folder(DATA / dataset)
         except OSError as error:  # not a name of a folder
@@ -525,7 +527,8 @@ def _check_shape(checkpoint: Checkpoint) -> None:
         else:
             fits = type(value) is int and 0 < value < 1 << 24
         if not fits:
-            raise UserError(f"{path}: damaged: its model_args have {name} = {shown(value)}")
+            found = f"{name} = {shown(value)}" if name in args else f"no {name}"
+            raise UserError(f"{path}: damaged: its model_args have {found}")
     if checkpoint.model_type == "bigram":
         return
     if args["n_embd"] % args["n_head"]:

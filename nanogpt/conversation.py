@@ -7,16 +7,19 @@ A conversation is encoded piece by piece (opening, then a prompt and a reply for
 turn gets exactly the ids of training. What people write is encoded as ordinary text: only the format's own strings can become
 special tokens.
 
+`template` returns a format as a Jinja template, with which transformers and llama.cpp render a conversation to the same text.
+
 The loss covers the replies and what ends them. If the stop string reaches into the next user header (plain: "\\nUser:"), that
 header is learned too, and so is the separator before the next conversation.
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from nanogpt.errors import UserError, shown
-from nanogpt.tokenizer import CharTokenizer, Tokenizer
+from nanogpt.tokenizer import END_OF_TEXT, Tokenizer
 
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]  # {"role": one of ROLES, "content": the text}
@@ -68,10 +71,13 @@ def from_dict(description: Any) -> ChatFormat:
 
 
 def separator(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids between documents: the end-of-text token, or a line break if the character table has one."""
-    if not isinstance(tokenizer, CharTokenizer):
+    """Return the ids between documents: the end-of-text token, or a line break if the tokenizer has one."""
+    if tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
-    return tokenizer.encode("\n") if "\n" in tokenizer.characters else []
+    try:
+        return tokenizer.encode("\n")
+    except UserError:
+        return []
 
 
 def encode_opening(chat_format: ChatFormat, tokenizer: Tokenizer, system: str = "") -> list[int]:
@@ -148,11 +154,46 @@ def check(messages: Any, chat_format: ChatFormat) -> None:
 
 def render(chat_format: ChatFormat, messages: list[Message]) -> str:
     """Return a conversation as text: what `encode`'s ids decode to, except that the separator is always a line break."""
-    ends = {"system": chat_format.user_end, "user": chat_format.user_end, "assistant": chat_format.assistant_end}
-    heads = {
-        "system": "",
-        "user": chat_format.user + chat_format.lead,
-        "assistant": chat_format.assistant + chat_format.lead,
-    }
-    text = "".join(heads[message["role"]] + message["content"] + ends[message["role"]] for message in messages)
+    around = _around(chat_format)
+    text = "".join(message["content"].join(around[message["role"]]) for message in messages)
     return "\n" + text if chat_format.separated else text
+
+
+def template(chat_format: ChatFormat, tokenizer: Tokenizer) -> str:
+    """Return the format as a Jinja chat template, which renders messages to the text of `encode`'s ids.
+
+    With `add_generation_prompt`, it ends with the header after which the reply begins.
+    """
+    before, after = ({role: strings[i] for role, strings in _around(chat_format).items()} for i in (0, 1))
+    opening = tokenizer.decode(separator(tokenizer)) if chat_format.separated else ""
+    return (
+        f"{{% set before = {_literal(before)} %}}{{% set after = {_literal(after)} %}}{{{{ {_literal(opening)} }}}}"
+        "{% for message in messages %}{{ before[message.role] + message.content + after[message.role] }}{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ {_literal(chat_format.assistant)} }}}}{{% endif %}}"
+    )
+
+
+def marks(chat_format: ChatFormat) -> list[str]:
+    """Return the strings at which a byte-pair encoding must split a rendered conversation to give `encode`'s ids.
+
+    They are the format's own, the longest first. A format with a lead needs none: its messages start at a space.
+    """
+    if chat_format.lead:
+        return []
+    strings = (chat_format.user, chat_format.user_end, chat_format.user_end + chat_format.assistant, chat_format.assistant_end)
+    parts = {part for string in strings for part in string.split(END_OF_TEXT) if part}
+    return sorted(parts, key=lambda part: (-len(part), part))
+
+
+def _around(chat_format: ChatFormat) -> dict[str, tuple[str, str]]:
+    """Return the strings before and after a message of each role."""
+    return {
+        "system": ("", chat_format.user_end),
+        "user": (chat_format.user + chat_format.lead, chat_format.user_end),
+        "assistant": (chat_format.assistant + chat_format.lead, chat_format.assistant_end),
+    }
+
+
+def _literal(value: str | dict[str, str]) -> str:
+    """Return `value` in Jinja's syntax, which is JSON's, except for the surrogate pairs that ensure_ascii writes."""
+    return json.dumps(value, ensure_ascii=False)

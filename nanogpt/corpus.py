@@ -6,14 +6,14 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from nanogpt.errors import UserError, one_line
 from nanogpt.files import FolderLock, atomic_write
-from nanogpt.tokenizer import CharTokenizer, Tokenizer
+from nanogpt.tokenizer import Tokenizer, to_pickle
 
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -22,6 +22,7 @@ DOWNLOAD_TRIES = 3
 DOWNLOAD_TIMEOUT_SECONDS = 20  # without a byte received
 DOWNLOAD_CHUNK_BYTES = 1 << 16
 
+Dtype = Literal["auto", "uint8", "uint16", "uint32"]  # of a token file; auto: the smallest that holds the vocabulary
 STAGED = ".part"  # suffix of a complete token file that is not yet renamed into its place
 
 
@@ -116,7 +117,7 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer, separate: bool)
 
     With `separate`, each document ends with the end-of-text token, if the tokenizer has one.
     """
-    end = [] if isinstance(tokenizer, CharTokenizer) or not separate else [tokenizer.end_of_text]
+    end = [tokenizer.end_of_text] if separate and tokenizer.end_of_text is not None else []
     parts = [np.empty(0, dtype=np.int32)]
     with tqdm(total=sum(map(len, documents)), desc="tokenizing", unit="char", unit_scale=True, disable=None) as bar:
         for document in documents:
@@ -125,24 +126,39 @@ def encode_documents(documents: list[str], tokenizer: Tokenizer, separate: bool)
     return np.concatenate(parts)
 
 
-def token_dtype(vocab_size: int) -> str:
-    """Return the smallest numpy dtype that holds all ids below `vocab_size`."""
-    return "uint8" if vocab_size <= 1 << 8 else "uint16" if vocab_size <= 1 << 16 else "uint32"
+def token_dtype(vocab_size: int, dtype: Dtype = "auto") -> str:
+    """Return the smallest numpy dtype that holds all ids below `vocab_size`, or the one that is asked for.
+
+    Raises UserError if that one is too small.
+    """
+    smallest = "uint8" if vocab_size <= 1 << 8 else "uint16" if vocab_size <= 1 << 16 else "uint32"
+    if dtype == "auto":
+        return smallest
+    if np.iinfo(dtype).max < vocab_size - 1:
+        raise UserError(f"--dtype={dtype} is too small for the ids of {vocab_size:,} tokens; try --dtype={smallest}")
+    return dtype
 
 
 def write_dataset(
-    folder: Path, train: list[str], val: list[str], tokenizer: Tokenizer, source: str, separate: bool = False
+    folder: Path,
+    train: list[str],
+    val: list[str],
+    tokenizer: Tokenizer,
+    source: str,
+    separate: bool = False,
+    dtype: Dtype = "auto",
 ) -> None:
     """Tokenize documents, write train.bin, val.bin and meta.json, and print the token counts.
 
     `source` names the text in meta.json; see `encode_documents` for `separate`. A process killed at any moment leaves the old
     dataset, the new one, or one without train.bin, which training refuses.
     """
+    token_dtype(tokenizer.vocab_size, dtype)  # refuse one that is too small before tokenizing
     splits = {name: encode_documents(texts, tokenizer, separate) for name, texts in (("train", train), ("val", val))}
     digest = hashlib.sha256()
     for document in train + val:
         digest.update(document.encode("utf-8"))
-    write_tokens(folder, splits, tokenizer, source, digest.hexdigest())
+    write_tokens(folder, splits, tokenizer, source, digest.hexdigest(), dtype=dtype)
 
 
 def write_tokens(
@@ -153,6 +169,7 @@ def write_tokens(
     sha256: str,
     masks: dict[str, np.ndarray] | None = None,
     extra: dict[str, Any] | None = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Write the token ids of "train" and "val" as a dataset, as safely as `write_dataset`, and print the token counts.
 
@@ -161,13 +178,13 @@ def write_tokens(
     """
     counts = {split: len(ids) for split, ids in splits.items()}
     check_counts(counts)
-    dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
-    files = {f"{split}.bin": ids.astype(dtype).tobytes() for split, ids in splits.items()}
+    stored = np.dtype(token_dtype(tokenizer.vocab_size, dtype)).newbyteorder("<")
+    files = {f"{split}.bin": ids.astype(stored).tobytes() for split, ids in splits.items()}
     for split, mask in (masks or {}).items():
         assert mask.shape == splits[split].shape
         files[f"{split}.mask.bin"] = (mask != 0).astype(np.uint8).tobytes()
     with writing_into(folder):
-        finish(folder, files, counts, tokenizer, source, sha256, extra)
+        finish(folder, files, counts, tokenizer, source, sha256, extra, dtype)
 
 
 def writing_into(folder: Path) -> FolderLock:
@@ -190,15 +207,16 @@ def finish(
     source: str,
     sha256: str,
     extra: dict[str, Any] | None = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Replace the dataset in `folder` with `files`, by name, and their meta.json; print the token counts.
 
     The caller holds the lock of `writing_into`. A content of None means that the file is already written, under its name plus
-    STAGED.
+    STAGED. For nanoGPT's scripts, a table of characters goes into meta.pkl, too.
     """
-    dtype = token_dtype(tokenizer.vocab_size)
+    stored = token_dtype(tokenizer.vocab_size, dtype)
     meta = {
-        "dtype": dtype,
+        "dtype": stored,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": tokenizer.to_dict(),
         "source": source,
@@ -206,8 +224,10 @@ def finish(
         "tokens": counts,
     }
     files = files | {"meta.json": json.dumps(meta | (extra or {}), indent=1, ensure_ascii=False).encode("utf-8")}
+    if (table := to_pickle(tokenizer)) is not None:
+        files["meta.pkl"] = table
     _replace_files(folder, files)
-    print(one_line(f"{source}: {tokenizer}, stored as {dtype}"))
+    print(one_line(f"{source}: {tokenizer}, stored as {stored}"))
     for split, count in counts.items():
         print(f"{split} has {count:,} tokens")
     print(f"wrote {', '.join(sorted(files))} into {shown_path(folder)}")
@@ -223,8 +243,8 @@ def _replace_files(folder: Path, files: dict[str, bytes | None]) -> None:
                 with atomic_write(staged[name]) as file:
                     file.write(content)
 
-        # 2) remove what makes the old dataset: training refuses a folder without train.bin
-        for stale in ("train.bin", "train.mask.bin", "val.mask.bin"):
+        # 2) remove what makes the old dataset, train.bin first: training, here and in nanoGPT, refuses a folder without it
+        for stale in ("train.bin", "train.mask.bin", "val.mask.bin", "meta.pkl"):
             (folder / stale).unlink(missing_ok=True)
 
         # 3) rename, train.bin last

@@ -3,6 +3,7 @@
 import re
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,21 @@ def envelope(x: np.ndarray, y: np.ndarray, count: int = 2000) -> tuple[np.ndarra
     return np.repeat(x[:whole].reshape(-1, each).mean(axis=1), 2), ends.reshape(-1)
 
 
+def check_out(out: str) -> None:
+    """Raise UserError unless a picture can go to the file `out`."""
+    if Path(out).suffix.lower() not in (".png", ".svg"):
+        raise UserError(f"--out must end in .png or .svg, got {out}")
+    if not Path(out).parent.is_dir():
+        raise UserError(f"--out={out}: no such folder {Path(out).parent}; create it first")
+
+
 def draw(runs: list[Run], path: Path, x: str = "iterations", log: str = "none") -> None:
-    """Draw runs, which `read` has read with the same `x`, to a PNG or SVG file; the file is written atomically."""
+    """Draw runs, which `read` has read with the same `x`, to a PNG or SVG file."""
+    write_figure(path, lambda figure: fill(figure.add_subplot(), runs, x, log))
+
+
+def write_figure(path: Path, fill: Callable[[Any], None], inches: tuple[float, float] = (8, 4.5)) -> None:
+    """Let `fill` draw into a matplotlib Figure, and write it to a PNG or SVG file atomically."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -194,8 +208,8 @@ def draw(runs: list[Run], path: Path, x: str = "iterations", log: str = "none") 
         warnings.simplefilter("ignore")  # of characters that the font lacks
         matplotlib.rcdefaults()  # the same picture whatever the user's own settings
         matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-        fill(figure.add_subplot(), runs, x, log)
+        figure = Figure(figsize=inches, dpi=150, layout="constrained")
+        fill(figure)
         with atomic_write(path, durable=False) as file:
             if path.suffix.lower() == ".png":
                 canvas = FigureCanvasAgg(figure)

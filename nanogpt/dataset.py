@@ -84,7 +84,8 @@ class Dataset:
 
         # tokenizer and description
         self.tokenizer = tokenizer.from_folder(self.folder)
-        self.dtype = np.dtype("<u2")  # nanoGPT's folders have no meta.json
+        # nanoGPT's folders have no meta.json
+        self.dtype = np.dtype("<u2" if self.tokenizer.model_vocab_size <= 1 << 16 else "<u4")
         self.chat_format: ChatFormat | None = None  # set for a dataset of conversations
         counts = {}
         if (self.folder / "meta.json").is_file():

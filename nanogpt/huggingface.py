@@ -4,20 +4,20 @@
     save(Path("folder"), model.state_dict(), model_args, gelu, tokenizer, torch.float32)
 
 Such a folder holds config.json and the weights: model.safetensors, or shards listed in model.safetensors.index.json, or the
-older pytorch_model.bin, whole or in shards. `save` adds one key to config.json, `nanogpt`: whether the model has biases, and
-its tokenizer.
+older pytorch_model.bin, whole or in shards. `save` adds one key to config.json, `nanogpt`: whether the model has biases,
+its tokenizer and its chat format. transformers keeps that key when it loads and saves the model.
 
 Two things differ from our state dicts: the prefix `transformer.` may be missing from names, and the matrices of `Conv1D`
 layers are transposed.
 """
 
+import contextlib
 import errno
 import hashlib
 import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,10 @@ from typing import Any
 
 import torch
 
+from nanogpt import conversation
+from nanogpt.conversation import ChatFormat
 from nanogpt.errors import UserError, first_line, shown, warn
+from nanogpt.files import sync_folder
 from nanogpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, CharTokenizer, TiktokenTokenizer, Tokenizer
 from nanogpt.tokenizer import from_dict as tokenizer_from_dict
 from nanogpt.weights import HEAD, WPE, WTE, bare_name, can_map, checked, read_pickled, require_tied
@@ -48,6 +51,7 @@ EXPORTED = {  # every file that `save` may write
     "model.safetensors",
     "tokenizer_config.json",
 }
+UNFINISHED = re.compile(r"\.tmp\w+")  # what safetensors leaves of a file if it is killed
 MAX_JSON_BYTES = 64 << 20
 MAX_SIZE = (1 << 24) - 1  # of any number in SIZES
 SIZES = {  # our name: (their name, its synonym, its default)
@@ -87,6 +91,7 @@ class Pretrained:
     model_args: dict[str, Any]  # nanoGPT's seven
     gelu: str  # "tanh" or "erf"
     tokenizer: dict[str, Any]  # for nanogpt.tokenizer.from_dict
+    chat_format: dict[str, Any] | None = None  # for nanogpt.conversation.from_dict, if `save` has written it
 
 
 def is_name(init_from: str) -> bool:
@@ -119,7 +124,7 @@ def load(name_or_folder: str) -> Pretrained:
     reproduce their model.
     """
     try:
-        if name_or_folder not in NAMES and Path(name_or_folder).is_dir():
+        if name_or_folder not in NAMES and restored(Path(name_or_folder)).is_dir():
             folder = Path(name_or_folder)
         elif is_name(name_or_folder):
             folder = _download(name_or_folder)
@@ -137,43 +142,67 @@ def save(
     gelu: str,
     tokenizer: Tokenizer,
     dtype: torch.dtype,
+    chat_format: ChatFormat | None = None,
 ) -> None:
     """Write a GPT's state dict and tokenizer to `folder`, for transformers to load with the same logits.
 
     `model_args` are nanoGPT's seven, `gelu` is "erf" or "tanh". A model without biases gets zero biases; padding rows of the
-    token embedding are left out. The folder appears once it is complete, and replaces an earlier export.
+    token embedding are left out. A `chat_format` becomes a chat template, and where no token ends a reply, a stop string.
+
+    The folder appears once it is complete, and replaces an earlier export. It is written as `folder` + ".tmp", and an earlier
+    one is called `folder` + ".old" for the moment of the swap: whenever the process is killed, one of both is whole, and
+    `restored` puts it back.
 
     Raises UserError if anything but an earlier export is in its place, or if transformers has no such tokenizer.
     """
     # what may be replaced: an earlier export, and the remains of one that was killed
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     if not folder.name:
         raise UserError(f"{folder}: the export needs a folder of its own; choose another")
     part, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     for place in (folder, part, old):
         _check_replaceable(place)
+    restored(folder)
 
     # the JSON files, in memory
-    files = _tokenizer_files(tokenizer, model_args["block_size"])
+    files = _tokenizer_files(tokenizer, model_args["block_size"], chat_format)
     end = tokenizer.end_of_text if isinstance(tokenizer, TiktokenTokenizer) else None
-    files["config.json"] = _json(_config(model_args, gelu, tokenizer, end, dtype))
-    files["generation_config.json"] = _json({"bos_token_id": end, "eos_token_id": end})
+    files["config.json"] = _json(_config(model_args, gelu, tokenizer, end, dtype, chat_format))
+    generation: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end}
+    if chat_format and (end is None or chat_format.stop != END_OF_TEXT):
+        generation["stop_strings"] = [chat_format.stop]
+    files["generation_config.json"] = _json(generation)
 
     # write everything beside the folder; config.json first, since it marks the remains of a killed export as ours
-    for place in (part, old):
-        if place.exists():
-            shutil.rmtree(place)
+    _discard(part, part)
+    _discard(old, part)
     part.mkdir(parents=True)
     for name in sorted(files):
         (part / name).write_text(files[name], encoding="utf-8", newline="\n")
     _write_weights(part / "model.safetensors", weights, model_args, tokenizer.vocab_size, dtype)
+    (part / "model.safetensors").chmod((part / "config.json").stat().st_mode & 0o777)  # safetensors lets no one else read it
+    for path in part.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    sync_folder(part)
 
     # swap it in
     if folder.exists():
         folder.rename(old)
     part.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
+    sync_folder(folder.parent)
+    _discard(old, part)
+
+
+def restored(folder: Path) -> Path:
+    """Return `folder`. If an export was killed before it took that name, the earlier export gets the name back first."""
+    with contextlib.suppress(ValueError):  # not an export (UserError), or no path
+        place = Path(os.path.realpath(folder))
+        old = Path(f"{place}.old")
+        if not os.path.lexists(place) and os.path.isdir(old):
+            _check_replaceable(old)
+            old.rename(place)
+    return folder
 
 
 def vocabulary_digest(vocabulary: dict[str, int]) -> str:
@@ -235,9 +264,10 @@ def _load_folder(folder: Path) -> Pretrained:
         )
     settings = _read_json(path)
     args, gelu = _model_args(settings, path)
-    bias, tokenizer, added = True, {"kind": "tiktoken", "name": "gpt2", "vocab_size": GPT2_VOCAB_SIZE}, set()
+    tokenizer, added = {"kind": "tiktoken", "name": "gpt2", "vocab_size": GPT2_VOCAB_SIZE}, set()
+    bias, chat_format = True, None
     if "nanogpt" in settings:
-        bias, tokenizer = _own_settings(settings["nanogpt"], args["vocab_size"], path)
+        bias, tokenizer, chat_format = _own_settings(settings["nanogpt"], args["vocab_size"], path)
     else:
         added = _check_vocabulary(folder, args["vocab_size"])
     rows = tokenizer["vocab_size"] if tokenizer["kind"] == "tiktoken" else args["vocab_size"]
@@ -250,7 +280,7 @@ def _load_folder(folder: Path) -> Pretrained:
     if not bias and not any(weights[name].any() for name in biases):  # unless transformers has trained them since
         weights = {name: tensor for name, tensor in weights.items() if name not in biases}
         args["bias"] = False
-    return Pretrained(folder, weights, args, gelu, tokenizer)
+    return Pretrained(folder, weights, args, gelu, tokenizer, chat_format)
 
 
 def _model_args(settings: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
@@ -280,18 +310,20 @@ def _model_args(settings: dict[str, Any], path: Path) -> tuple[dict[str, Any], s
     return args | {"bias": True, "dropout": 0.0}, GELUS[activation]
 
 
-def _own_settings(own: Any, vocab_size: int, path: Path) -> tuple[bool, dict[str, Any]]:
-    """Return what `save` adds to a config: whether the model has biases, and its tokenizer's description."""
+def _own_settings(own: Any, vocab_size: int, path: Path) -> tuple[bool, dict[str, Any], dict[str, Any] | None]:
+    """Return what `save` adds to a config: whether the model has biases, its tokenizer's description, its chat format's."""
     if not isinstance(own, dict) or type(own.get("bias")) is not bool:
         raise UserError(f"{path}: damaged: nanogpt = {shown(own)}")
     try:
         tokenizer = tokenizer_from_dict(own.get("tokenizer"))
+        if own.get("chat_format") is not None:
+            conversation.from_dict(own["chat_format"])
     except UserError as error:
         raise UserError(f"{path}: damaged: {error}") from error
     added = isinstance(tokenizer, TiktokenTokenizer) and tokenizer.vocab_size < vocab_size  # by transformers, since the export
     if tokenizer.vocab_size != vocab_size and not added:
         raise UserError(f"{path}: vocab_size must be that of its tokenizer ({tokenizer}), got {vocab_size}")
-    return own["bias"], tokenizer.to_dict()
+    return own["bias"], tokenizer.to_dict(), own.get("chat_format")
 
 
 def _check_vocabulary(folder: Path, vocab_size: int) -> set[str]:
@@ -502,20 +534,38 @@ def _check_replaceable(folder: Path) -> None:
     """Raise UserError if `folder` exists and is anything but an earlier export."""
     if not os.path.lexists(folder):
         return
-    if not folder.is_dir():
-        raise UserError(f"{folder}: exists and is not a folder; choose another name")
+    if folder.is_symlink() or not folder.is_dir():
+        what = "a link" if folder.is_symlink() else "not a folder"
+        raise UserError(f"{folder}: exists and is {what}; choose another name, or move it away")
     held = sorted(path.name for path in folder.iterdir())
-    others = [name for name in held if name not in EXPORTED]
+    others = [name for name in held if name not in EXPORTED and not UNFINISHED.fullmatch(name)]
     if others:
         raise UserError(f"{folder}: holds {shown(others[0])}, which is not part of an export; choose another folder")
     if held and ("config.json" not in held or "nanogpt" not in _read_json(folder / "config.json")):
         raise UserError(f"{folder}: holds a model that export.py did not write; choose another folder")
 
 
+def _discard(folder: Path, part: Path) -> None:
+    """Delete an export that `_check_replaceable` has passed, under the name of an unfinished one: never half of it is left."""
+    if folder.exists():
+        folder.rename(part)
+        for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):  # last, since it marks them as ours
+            path.unlink()
+        part.rmdir()
+
+
 def _config(
-    model_args: Mapping[str, Any], gelu: str, tokenizer: Tokenizer, end: int | None, dtype: torch.dtype
+    model_args: Mapping[str, Any],
+    gelu: str,
+    tokenizer: Tokenizer,
+    end: int | None,
+    dtype: torch.dtype,
+    chat_format: ChatFormat | None,
 ) -> dict[str, Any]:
     """Return the content of config.json."""
+    own = {"bias": model_args["bias"], "tokenizer": tokenizer.to_dict()}
+    if chat_format:
+        own["chat_format"] = conversation.to_dict(chat_format)
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -535,7 +585,7 @@ def _config(
         "eos_token_id": end,
         "tie_word_embeddings": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "nanogpt": {"bias": model_args["bias"], "tokenizer": tokenizer.to_dict()},
+        "nanogpt": own,
     }
 
 
@@ -561,19 +611,25 @@ def _write_weights(
         raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
-def _tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
+def _tokenizer_files(tokenizer: Tokenizer, block_size: int, chat_format: ChatFormat | None = None) -> dict[str, str]:
     """Return a tokenizer's files, content by name. Raises UserError for an encoding other than GPT-2's."""
     if isinstance(tokenizer, CharTokenizer):
         description = _character_table(tokenizer)
         about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         files = {}
-    elif tokenizer.name == "gpt2":
-        description, files = _byte_pairs(tokenizer)
+    elif isinstance(tokenizer, TiktokenTokenizer) and tokenizer.name == "gpt2":
+        marks = conversation.marks(chat_format) if chat_format else []
+        description, files = _byte_pairs(tokenizer, marks)
         about = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
+        if marks:  # this class reads all of tokenizer.json; GPT2Tokenizer reads only the vocabulary and the merges
+            about = {"tokenizer_class": "PreTrainedTokenizerFast"}
         about |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     else:
-        raise UserError(f"the tokenizer must be a character table or gpt2 to be exported, got {tokenizer.name}")
+        raise UserError(f"the tokenizer must be a character table or gpt2 to be exported, got {tokenizer}")
     about |= {"model_max_length": block_size, "clean_up_tokenization_spaces": False}
+    about["model_input_names"] = ["input_ids", "attention_mask"]  # GPT-2 would add embeddings of token_type_ids
+    if chat_format:
+        about["chat_template"] = conversation.template(chat_format, tokenizer)
     frame = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
     frame |= {"pre_tokenizer": None, "post_processor": None, "decoder": None}
     return files | {"tokenizer.json": _json(frame | description), "tokenizer_config.json": _json(about)}
@@ -595,8 +651,11 @@ def _character_table(tokenizer: CharTokenizer) -> dict[str, Any]:
     }
 
 
-def _byte_pairs(tokenizer: TiktokenTokenizer) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the parts of tokenizer.json for GPT-2's encoding, and the older vocab.json and merges.txt."""
+def _byte_pairs(tokenizer: TiktokenTokenizer, marks: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the parts of tokenizer.json for GPT-2's encoding, and the older vocab.json and merges.txt.
+
+    Text is split at each of `marks` before it is encoded.
+    """
     end = tokenizer.end_of_text  # loads the encoding, with a UserError if that fails
     import tiktoken
 
@@ -607,12 +666,13 @@ def _byte_pairs(tokenizer: TiktokenTokenizer) -> tuple[dict[str, Any], dict[str,
     vocabulary |= {END_OF_TEXT: end}
     merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    split = {"type": "Split", "pattern": {"Regex": "|".join(map(re.escape, marks))}, "behavior": "Isolated", "invert": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False}
     model |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
     description = {
         "added_tokens": [{"id": end, "content": END_OF_TEXT} | flags],
-        "pre_tokenizer": byte_level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]} if marks else byte_level,
         "post_processor": byte_level | {"trim_offsets": False},
         "decoder": byte_level,
         "model": model | {"vocab": vocabulary, "merges": [list(pair) for pair in merges]},

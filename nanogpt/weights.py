@@ -8,16 +8,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from nanogpt.errors import UserError, first_line, shown
+from nanogpt.pickles import NUMPY_SCALARS
 
 WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
 WRAPPERS = ("_orig_mod", "module")  # parts of names that torch.compile and DistributedDataParallel add
 MASK = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")  # causal masks, which older files hold as buffers
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-NUMPY_PLAIN = re.compile(r"b1|[iu][1248]|f[248]|U\d{1,6}")  # numpy's numbers and strings; no objects, no records
 
 
 # files
@@ -30,7 +29,7 @@ def read_pickled(file: Path, what: str, mmap: bool) -> Any:
     format before PyTorch 1.6 does not allow that, and is read at once.
     """
     try:
-        with torch.serialization.safe_globals(NUMPY_STAND_INS):
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in NUMPY_SCALARS.items()]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and can_map(file))
     except FileNotFoundError:
         raise
@@ -46,34 +45,6 @@ def can_map(file: Path) -> bool:
     """Return whether a file can be memory-mapped: all but those of `torch.save` before PyTorch 1.6."""
     with open(file, "rb") as opened:
         return file.suffix == ".safetensors" or opened.read(4) == b"PK\x03\x04"
-
-
-class _NumpyDtype:
-    """Stands in for numpy.dtype while a file is read: numpy's own would take fields at any address, and objects."""
-
-    def __init__(self, code: str, align: bool = False, copy: bool = False):
-        if not NUMPY_PLAIN.fullmatch(code):
-            raise ValueError(f"a numpy value of type {shown(code)} is neither a number nor a string")
-        self.code, self.order = code, "|"
-
-    def __setstate__(self, state: tuple) -> None:
-        _, order, *_ = state  # version, byte order, then what plain types do not have
-        if order not in ("<", ">", "|"):
-            raise ValueError(f"a numpy value of byte order {shown(order)}")
-        self.order = order
-
-
-def _numpy_scalar(dtype: _NumpyDtype, content: bytes) -> bool | int | float | str:
-    """Stands in for numpy's function of this name: returns the value as Python's own."""
-    (value,) = np.frombuffer(content, dtype.order + dtype.code).tolist()
-    return value
-
-
-NUMPY_STAND_INS = [
-    (_NumpyDtype, "numpy.dtype"),
-    (_numpy_scalar, "numpy.core.multiarray.scalar"),  # numpy 1
-    (_numpy_scalar, "numpy._core.multiarray.scalar"),  # numpy 2
-]
 
 
 # names and tensors
@@ -102,7 +73,7 @@ def is_stored(value: Any) -> bool:
 def checked(tensor: Any, name: str, file: Path) -> torch.Tensor:
     """Return `tensor` if a model's weights can be copied from it. Raises UserError if it is anything else."""
     if not is_stored(tensor) or tensor.dtype not in DTYPES:
-        found = tensor.dtype if isinstance(tensor, torch.Tensor) else shown(tensor)
+        found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else shown(tensor)
         raise UserError(f"{file}: {shown(name)} must be a dense floating-point tensor, stored in full, got {found}")
     return tensor
 

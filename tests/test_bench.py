@@ -1,17 +1,20 @@
 """bench.py: its measurements run, its arithmetic is right, and the two ways are what their names say."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_train
 
 import bench
 from configurator import parse
-from model import GPT
+from model import GPTConfig
 from nanogpt import metrics
+from nanogpt.device import pick_dtype
 from nanogpt.errors import UserError
 
 TINY = "--size=laptop --device=cpu --batch_size=2 --block_size=8".split()
@@ -19,7 +22,7 @@ TINY = "--size=laptop --device=cpu --batch_size=2 --block_size=8".split()
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., dict]:
-    """A function that runs bench.py with these flags in `tmp_path`; returns its last line, JSON, and all "lines"."""
+    """A function that runs bench.py with these flags in `tmp_path`; returns its line of JSON, and all "lines"."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
@@ -41,6 +44,7 @@ def test_training(run: Callable[..., dict], dataset: Path, tmp_path: Path) -> No
     assert any(line.startswith(fast) for line in found["lines"])
     assert found["ratio"] == pytest.approx(found["fast_tokens_per_second"] / found["plain_tokens_per_second"], rel=0.5)
     assert found["fast_megabytes"] > 50
+    assert f"data: {dataset}" in found["lines"]
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
@@ -53,6 +57,76 @@ def test_real_data(dataset: Path) -> None:
         bench.main(parse(bench.Config, [*flags, "--dataset=nowhere"]))
 
 
+def test_last_line_is_nanogpts(run: Callable[..., dict]) -> None:
+    """Catches a last line that scripts for nanoGPT's bench.py cannot parse, or one with another time or MFU than the rest."""
+    found = run(*TINY, "--rounds=1", "--steps=2", "--against=nothing", "--real_data=False")
+    line = re.fullmatch(r"time per iteration: (\d+\.\d{4})ms, MFU: (\d+\.\d\d)%", found["lines"][-1])
+    assert 2 * 8 / (float(line[1]) / 1e3) == pytest.approx(found["fast_tokens_per_second"], rel=1e-3)
+    assert float(line[2]) == pytest.approx(100 * found["fast_share"], abs=0.006)
+    measured = r"fast: median .* of \d+\.\d\d TFLOP/s \(measured matrix products\), peak memory .*"
+    assert any(re.fullmatch(measured, line) for line in found["lines"])
+
+
+def test_peak_names_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a GPU that no data sheet here lists, but whose measured peak is said to be from one."""
+    monkeypatch.setattr(bench, "measured_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    assert bench.find_peak("cuda", torch.bfloat16) == (312e12, "data sheet")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA of tomorrow")
+    assert bench.find_peak("cuda", torch.bfloat16) == (1e12, "measured matrix products")
+
+
+def test_nanogpts_keys() -> None:
+    """Catches a key of nanoGPT's bench.py that is unknown here, or without effect."""
+    flags = "--batch_size=12 --block_size=512 --bias=True --real_data=False --seed=1 --device=cpu --dtype=bfloat16"
+    config = parse(bench.Config, [*flags.split(), "--compile=False", "--profile=False"])
+    assert bench.model_shape(config) == GPTConfig(block_size=512, vocab_size=50304, bias=True)
+    assert bench.model_shape(parse(bench.Config, [])) == GPTConfig(bias=False)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_plain_on_cuda_is_nanogpts_default(device: str, has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a baseline that is slower than nanoGPT: in float32, not compiled, or with AdamW that is not fused."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bfloat16)
+    settings = bench.plain_settings(device)
+    assert pick_dtype(settings["dtype"], device) == (torch.bfloat16 if has_bfloat16 else torch.float16)
+    assert (settings["compile"], settings["fused"]) == (True, True)
+    assert (settings["loss_rows"], settings["keep_memory"]) == (0, False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_plain_elsewhere(device: str) -> None:
+    """Catches a baseline faster than nanoGPT, which has no autocast and no fused AdamW there."""
+    settings = bench.plain_settings(device)
+    assert pick_dtype(settings["dtype"], device) == torch.float32
+    assert (settings["compile"], settings["fused"]) == (False, False)
+
+
+def test_plain_generation_on_cuda_has_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a baseline that generates in float32 where nanoGPT's sample.py has autocast."""
+    config = parse(bench.Config, ["--size=laptop", "--what=generation", "--new_tokens=1"])
+    seen = []
+    monkeypatch.setattr(bench, "plain_settings", lambda device: {"dtype": "bfloat16"})  # as on CUDA
+    monkeypatch.setattr(bench, "sample_next", lambda logits, *_: seen.append(logits.dtype) or logits.argmax(-1, keepdim=True))
+    shape = bench.model_shape(config)
+    bench.plain(shape, torch.zeros(1, 2, dtype=torch.long), config, "cpu", torch.float32)()
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("flags, said", [(["--vocab_size=65"], "{dataset}"), (["--vocab_size=5"], "random tokens; ")])
+def test_real_data_is_used_when_it_fits(flags: list[str], said: str, dataset: Path) -> None:
+    """Catches real data that is there but unused, and a measurement that stops for data that nobody asked for."""
+    config = parse(bench.Config, [*TINY, f"--dataset={dataset}", *flags])
+    is_real, data = bench.pick_data(config, bench.model_shape(config))
+    assert data.startswith(said.format(dataset=dataset))
+    assert is_real == (data == str(dataset))
+    config = parse(bench.Config, [*TINY, "--dataset=nowhere"])
+    is_real, data = bench.pick_data(config, bench.model_shape(config))
+    assert not is_real and "nowhere" in data
+    assert bench.pick_data(config.replace(real_data=False), bench.model_shape(config)) == (False, "random tokens")
+
+
 def test_generation(run: Callable[..., dict]) -> None:
     """Catches generation that fails in either way."""
     found = run("--what=generation", "--size=laptop", "--new_tokens=5", "--rounds=1", "--device=cpu")
@@ -60,23 +134,53 @@ def test_generation(run: Callable[..., dict]) -> None:
     assert found["ratio"] > 0
 
 
-@pytest.mark.parametrize("size, parameters", [("laptop", 803_072 + 8_192), ("gpt2", 124_373_760), ("gpt2-xl", 1_556_609_600)])
-def test_sizing(size: str, parameters: int, run: Callable[..., dict]) -> None:
-    """Catches a part that is left out or counted twice, and FLOPs for another context."""
-    found = run("--what=sizing", f"--size={size}")
-    config = parse(bench.Config, [f"--size={size}"])
-    with torch.device("meta"):
-        model = GPT(bench.trained_shape(config))
-    assert found["parameters"] == sum(p.numel() for p in model.parameters())
-    assert found["parameters"] == pytest.approx(parameters, rel=0.02)
-    assert found["flops_per_token"] == model.flops_per_token()
+@pytest.mark.parametrize(
+    "flags, parameters",
+    [
+        (["--size=laptop"], 65 * 128 + 64 * 128 + 4 * 12 * 128**2 + 9 * 128),
+        (["--size=gpt2"], 124_373_760),
+        (["--size=gpt2-xl"], (50304 + 1024 + 2 * 48 + 1) * 1600 + 48 * 12 * 1600**2),
+        (["--size=gpt2", "--bias=True", "--vocab_size=50257"], 124_439_808),  # OpenAI's 124M
+        ("--size=laptop --n_layer=1 --n_head=2 --n_embd=6 --block_size=8 --vocab_size=5".split(), 5 * 6 + 8 * 6 + 12 * 36 + 18),
+    ],
+)
+def test_sizing(flags: list[str], parameters: int, run: Callable[..., dict]) -> None:
+    """Catches a shape that differs from its keys, and keys that the last line does not name."""
+    found = run("--what=sizing", *flags)
+    assert found["parameters"] == parameters
     assert found["optimal_tokens"] == 20 * found["parameters"]
+    assert found["size"].split(", ")[0] == flags[0].removeprefix("--size=")
+    assert set(found["size"].split(", ")[1:]) == {flag[2:] for flag in flags[1:]}
 
 
-def test_flops_use_the_sequence_length() -> None:
-    """Catches a share of the peak that counts attention over the full context instead of --block_size."""
-    long, short = (bench.trained_flops(parse(bench.Config, [f"--block_size={size}"])) for size in (1024, 256))
-    assert long - short == 12 * 12 * 768 * (1024 - 256)
+def test_sizing_of_a_run(run: Callable[..., dict], dataset: Path, tmp_path: Path) -> None:
+    """Catches a run's folder whose shape is not read, keys that no longer override it, and a traceback without a run."""
+    shape = "--n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --bias=True --gradient_accumulation_steps=1".split()
+    flags = [*shape, "--device=cpu", "--max_iters=1", "--eval_iters=1", "--batch_size=2", f"--dataset={dataset}"]
+    run_train(*flags, f"--out_dir={tmp_path / 'out'}")
+    weights = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["model"]
+    count = sum(tensor.numel() for name, tensor in weights.items() if name != "lm_head.weight")
+    assert run("--what=sizing", f"--out_dir={tmp_path / 'out'}")["parameters"] == count
+    assert run("--what=sizing", f"--out_dir={tmp_path / 'out'}", "--block_size=10")["parameters"] == count + 2 * 8
+    with pytest.raises(UserError, match=r"--out_dir=nowhere: no such folder"):
+        bench.main(parse(bench.Config, ["--what=sizing", "--out_dir=nowhere"]))
+
+
+def test_days_of_training(run: Callable[..., dict]) -> None:
+    """Catches keys without effect. nanoGPT's notebook says 3.46 days for GPT-2 on eight A100s."""
+    flags = ["--what=sizing", "--vocab_size=50257", "--tokens=300e9"]
+    assert run(*flags)["days_by_6ND"] == pytest.approx(3.46, abs=0.005)
+    assert run(*flags, "--peak=624e12", "--mfu=0.6", "--gpus=2")["days_by_6ND"] == pytest.approx(3.46, abs=0.005)
+    assert run(*flags, "--gpus=1")["days_by_6ND"] == pytest.approx(27.67, abs=0.005)
+
+
+def test_scaling(run: Callable[..., dict], tmp_path: Path) -> None:
+    """Catches a command without its picture, and numbers of another model."""
+    found = run("--what=scaling", "--size=gpt2-medium", "--tokens=7e9")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert "curves in scaling.png" in found["lines"]
+    assert found["parameters"] == run("--what=sizing", "--size=gpt2-medium")["parameters"]
+    assert found["tokens"] == 7e9
 
 
 def test_time_to_loss_excludes_evaluations(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,8 +199,14 @@ def test_time_to_loss_excludes_evaluations(monkeypatch: pytest.MonkeyPatch, caps
     assert [bench.crossing(found, target) for target in (2.5, 2.0, 1.25, 0.9)] == [2.0, 4.0, 7.0, None]
 
 
-@pytest.mark.parametrize("flag", ["--against=transformers", "--block_size=4096", "--what=nothing"])
+@pytest.mark.parametrize("flag", ["--against=transformers", "--mfu=2", "--what=nothing", "--out=a.txt"])
 def test_impossible_flags_are_refused(flag: str) -> None:
     """Catches a traceback, or a measurement of something else than asked for."""
     with pytest.raises(UserError, match=flag.partition("=")[0]):
         parse(bench.Config, [flag])
+
+
+def test_heads_must_divide_channels() -> None:
+    """Catches an assertion for a shape that cannot be."""
+    with pytest.raises(UserError, match=r"n_head must divide n_embd=128, got --n_head=3"):
+        bench.main(parse(bench.Config, ["--what=sizing", "--size=laptop", "--n_head=3"]))

@@ -607,7 +607,7 @@ def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     [
         ("--fail=user", "script.py: error: the thing is  [31m wrong\n"),
         ("--fail=file", "script.py: error: nowhere/at-all.txt: No such file or directory\n"),
-        ("--fial=user", "script.py: error: unknown key 'fial' in --fial=user; did you mean --fail?; --help lists all keys\n"),
+        ("--fial=user", "script.py: error: unknown key 'fial' in --fial=user; --help lists all keys; did you mean --fail?\n"),
         ("a\nb.py", "script.py: error: a b.py: no such config file\n"),
     ],
 )

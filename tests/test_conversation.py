@@ -1,5 +1,6 @@
-"""Chat formats: the text and loss mask of each, bad conversations, and a tiny model that learns to answer."""
+"""Chat formats: the text and loss mask of each, templates, bad conversations, and a tiny model that learns to answer."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 
 import chat
 import configurator
+import export
 import train
-from nanogpt import checkpoint, conversation, corpus
+from nanogpt import checkpoint, conversation, corpus, huggingface
 from nanogpt.conversation import FORMATS, ChatFormat, Message
 from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
@@ -245,6 +247,46 @@ def test_bad_conversations_are_refused(messages: object, told: str) -> None:
     assert told in str(refusal.value)
 
 
+# templates
+
+NAMED = dataclasses.replace(FORMATS["plain"], user="JULIET:", assistant='Dr. "}} \\n {% é🙂:', stop="\nJULIET:")
+HARD = ["Hi.", "Hello!  ", "  (So?)\n", "it's\n\n", "<a> [b]", "no\tend <", "'s", "7"]  # where encodings may join pieces
+
+
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.parametrize("chat_format", [*FORMATS.values(), NAMED], ids=[*FORMATS, "names"])
+def test_template(tmp_path: Path, chat_format: ChatFormat, kind: str, request: pytest.FixtureRequest) -> None:
+    """Catches a template of another text than training's, and a byte-pair encoding that joins a message to its header."""
+    from transformers import AutoTokenizer
+
+    if kind == "gpt2":
+        request.getfixturevalue("gpt2_vocabulary")
+        tokenizer: Tokenizer = TiktokenTokenizer("gpt2")
+    else:
+        tokenizer = CharTokenizer.from_text(conversation.render(chat_format, talk(*HARD, system="Be kind.")))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    for name, content in huggingface._tokenizer_files(tokenizer, 1024, chat_format).items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "again")
+    for folder, system in itertools.product((tmp_path, tmp_path / "again"), ("", "Be kind.")):
+        theirs = AutoTokenizer.from_pretrained(folder)
+        messages = talk(*HARD, system=system)
+        ids, _ = conversation.encode(chat_format, messages, tokenizer)
+        assert theirs.apply_chat_template(messages, tokenize=False) == tokenizer.decode(ids)
+        assert theirs.apply_chat_template(messages)["input_ids"] == ids
+
+        # what chat.py feeds the model, for which a reply comes next
+        prompt = conversation.encode_opening(chat_format, tokenizer, system)
+        prompt += conversation.encode_prompt_turn(chat_format, "it's", tokenizer)
+        messages = [*talk(system=system), {"role": "user", "content": "it's"}]
+        assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == prompt
+        text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert text == tokenizer.decode(prompt)
+    with pytest.raises(Exception, match="tool"):
+        theirs.apply_chat_template([{"role": "tool", "content": "7"}])
+
+
 # datasets
 
 
@@ -276,13 +318,18 @@ LEARNED = [
     talk("I am Eve.", "Hi Eve.", "Who am I?", "Eve."),
     talk("I am Bob.", "Hi Bob.", "Who am I?", "Bob."),
     talk("What is hot?", "Fire.", "What is cold?", "Ice."),
-    talk("Bye!", "See you."),
+    talk("Bye for now!", "See you."),
 ]
 
 
 @pytest.mark.parametrize("name", ["plain", "nanochatgpt"])
 def test_tiny_model_answers_what_it_learned(name: str, tmp_path: Path) -> None:
-    """Catches a shifted loss mask, prompts that differ from training, endless replies, and a checkpoint without its format."""
+    """Catches a shifted loss mask, prompts that differ from training, endless replies, and a checkpoint without its format.
+
+    The same for the exported model, here and in transformers.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     chat_format = FORMATS[name]
     write(tmp_path / "chat", chat_format, LEARNED * 4)
     flags = (
@@ -311,3 +358,18 @@ def test_tiny_model_answers_what_it_learned(name: str, tmp_path: Path) -> None:
             reply, stop, _ = tokenizer.decode(new).partition(chat_format.stop)
             assert stop and reply.removeprefix(chat_format.lead).rstrip("\n") == assistant["content"]
             ids += conversation.encode_reply(chat_format, assistant["content"], tokenizer)
+
+    # exported: as a chat, and by transformers
+    export.main(configurator.parse(export.Config, [f"--out_dir={tmp_path / 'out'}", f"--to={tmp_path / 'exported'}"]))
+    model, tokenizer, ckpt = checkpoint.load_model(str(tmp_path / "exported"), "none")
+    assert ckpt.chat_format == chat_format
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    for messages in LEARNED:
+        talk = chat.Chat(model.eval(), tokenizer, ckpt.chat_format, config, "cpu")
+        for i in range(0, len(messages), 2):
+            assert "".join(talk.send(messages[i]["content"])).strip() == messages[i + 1]["content"]
+            ids = their_tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=True, return_tensors="pt")
+            new = theirs.generate(**ids, tokenizer=their_tokenizer, max_new_tokens=48, do_sample=False)
+            reply, stop, rest = their_tokenizer.decode(new[0, ids["input_ids"].shape[1] :]).partition(chat_format.stop)
+            assert (reply.strip(), stop, rest) == (messages[i + 1]["content"], chat_format.stop, "")

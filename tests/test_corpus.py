@@ -5,6 +5,7 @@ import http.server
 import itertools
 import json
 import os
+import pickle
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
 
 BODY = bytes(range(256)) * 1000
 SHA256 = hashlib.sha256(BODY).hexdigest()
+FILES = ["meta.json", "meta.pkl", "train.bin", "val.bin"]  # of a character dataset
 
 
 class Server:
@@ -223,6 +225,16 @@ def test_token_dtype_holds_the_largest_id(vocab_size: int, dtype: str) -> None:
     assert np.iinfo(dtype).max >= vocab_size - 1
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype", "smallest"), [(257, "uint8", "uint16"), (65537, "uint16", "uint32"), (100277, "uint8", "uint32")]
+)
+def test_token_dtype_too_small(vocab_size: int, dtype: corpus.Dtype, smallest: str) -> None:
+    """Catches ids that wrap around in the type that was asked for, or an error without the type that works."""
+    with pytest.raises(UserError, match=rf"--dtype={dtype} .* {vocab_size:,} tokens; try --dtype={smallest}"):
+        corpus.token_dtype(vocab_size, dtype)
+    assert corpus.token_dtype(vocab_size, smallest) == corpus.token_dtype(vocab_size) == smallest
+
+
 @pytest.mark.parametrize(("vocab_size", "width"), [(256, 1), (257, 2), (65536, 2), (65537, 4)])
 def test_token_files_are_raw_and_little_endian(tmp_path: Path, vocab_size: int, width: int) -> None:
     """Catches a header, another byte order, or a largest id that wraps around."""
@@ -246,9 +258,54 @@ def test_meta_json_describes_the_files(tmp_path: Path, capsys: pytest.CaptureFix
         "sha256": hashlib.sha256("héllo wörld hé".encode()).hexdigest(),
         "tokens": {"train": 12, "val": 2},
     }
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     shown = capsys.readouterr().out.splitlines()
     assert "train has 12 tokens" in shown and "val has 2 tokens" in shown
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32"])
+def test_dtype_that_was_asked_for(tmp_path: Path, dtype: corpus.Dtype) -> None:
+    """Catches a type that is ignored, or files that are read in another type than they were written in."""
+    table = CharTokenizer(["a", "b", "c"])
+    corpus.write_dataset(tmp_path, ["abcabc"], ["cab"], table, "letters", dtype=dtype)
+    assert np.fromfile(tmp_path / "train.bin", dtype).tolist() == [0, 1, 2, 0, 1, 2]
+    data = Dataset(str(tmp_path))
+    assert (data.dtype.name, data.tokens) == (dtype, {"train": 6, "val": 3})
+    assert data.windows("val", np.array([0]), 2, 3)[1].tolist() == [[0, 1]]
+
+
+def test_uint16_folder_by_nanogpts_rules(tmp_path: Path) -> None:
+    """Catches a folder in which nanoGPT's scripts, which read uint16 and meta.pkl, find other tokens, text or vocabulary."""
+    train, val = "Grüße 🙂\n" * 9, "🙂 üß\n"
+    corpus.write_dataset(tmp_path, [train], [val], CharTokenizer.from_text(train), "greetings", dtype="uint16")
+    with open(tmp_path / "meta.pkl", "rb") as file:
+        meta = pickle.load(file)
+    for split, text in (("train", train), ("val", val)):
+        ids = np.memmap(tmp_path / f"{split}.bin", dtype=np.uint16, mode="r").tolist()
+        assert "".join(meta["itos"][i] for i in ids) == text
+        assert [meta["stoi"][character] for character in text] == ids
+    assert meta["vocab_size"] == len(meta["itos"]) == len(set(train))
+    (tmp_path / "meta.json").unlink()  # the pickle alone says the same here
+    data = Dataset(str(tmp_path))
+    assert data.tokenizer.to_dict() == CharTokenizer.from_text(train).to_dict()
+    assert data.dtype.name == "uint16" and data.tokens == {"train": len(train), "val": len(val)}
+
+
+def test_smaller_dtype_stops_in_nanogpt(tmp_path: Path) -> None:
+    """Catches bytes that nanoGPT, which reads them as uint16, trains on in silence."""
+    text = "to be or not to be\n" * 10
+    corpus.write_dataset(tmp_path, [text], [text], CharTokenizer.from_text(text), "a line")
+    ids = np.memmap(tmp_path / "train.bin", dtype=np.uint16, mode="r")
+    assert ids.max() >= pickle.loads((tmp_path / "meta.pkl").read_bytes())["vocab_size"]  # an index error in its embedding
+
+
+def test_stale_pickle_goes(tmp_path: Path) -> None:
+    """Catches the old table beside the tokens of an encoding, which nanoGPT would take."""
+    write(tmp_path, OLD)
+    assert (tmp_path / "meta.pkl").is_file()
+    splits = {"train": np.array([15496, 995]), "val": np.array([995, 15496])}
+    corpus.write_tokens(tmp_path, splits, TiktokenTokenizer("gpt2", 50257), "hello", "0")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
 @pytest.mark.parametrize(("train", "val"), [([], ["ab"]), (["ab"], []), (["a"], ["ab"]), (["ab"], ["a"])])
@@ -284,11 +341,13 @@ def write(folder: Path, content: tuple[str, str, str]) -> None:
 
 
 def read(folder: Path) -> tuple[str, str, str] | None:
-    """Return a dataset's table and texts, or None if training would refuse it."""
+    """Return a dataset's table and texts, or None if training would refuse it; meta.pkl must hold the same table."""
     try:
         data = Dataset(str(folder))
     except UserError:
         return None
+    table = pickle.loads((folder / "meta.pkl").read_bytes())["itos"]
+    assert data.tokenizer.characters == list(table.values())
     texts = [data.tokenizer.decode(np.fromfile(folder / f"{split}.bin", data.dtype).tolist()) for split in ("train", "val")]
     return "".join(data.tokenizer.characters), texts[0], texts[1]
 
@@ -355,7 +414,7 @@ def test_kill_at_any_moment_leaves_no_mixture(tmp_path: Path, before: tuple | No
         assert found is None or len(masks) == (2 if found == OLD else 0)
         write(folder, NEW)
         assert read(folder) == NEW
-        assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+        assert sorted(path.name for path in folder.iterdir()) == FILES
         if finished:
             break
     assert outcomes[0] == before and outcomes[-1] == NEW
@@ -398,4 +457,4 @@ def test_full_disk_keeps_the_old_dataset(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError):
         write(tmp_path, NEW)
     assert read(tmp_path) == OLD
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES

@@ -208,6 +208,25 @@ def test_nanogpt_folder_without_description(tmp_path: Path) -> None:
     assert data.windows("train", np.array([0]), 3, 50304)[1].tolist() == [[0, 300, 65]]
 
 
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "<u2"), (65_537, "<u4"), (100_277, "<u4")])
+def test_folder_with_vocab_size_alone(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+    """Catches a folder of a fork that is refused, or whose ids above 65,535 are read as two."""
+    np.array([0, vocab_size - 1, 7, 1, 0], dtype).tofile(tmp_path / "train.bin")
+    np.array([2, 1, 0], dtype).tofile(tmp_path / "val.bin")
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
+    data = Dataset(str(tmp_path))
+    assert data.tokens == {"train": 5, "val": 3} and data.tokenizer.model_vocab_size == vocab_size
+    assert data.windows("train", np.array([0]), 3, vocab_size)[1].tolist() == [[vocab_size - 1, 7, 1]]
+
+
+def test_meta_json_wins_over_a_pickle(tmp_path: Path) -> None:
+    """Catches tokens read in nanoGPT's type because of a meta.pkl beside meta.json."""
+    folder = write(tmp_path, [1, 2, 3, 4], [5, 6])
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 9}))
+    data = Dataset(str(folder))
+    assert (data.dtype.name, data.tokens, data.tokenizer.vocab_size) == ("uint8", {"train": 4, "val": 2}, 100)
+
+
 # damaged and missing datasets
 
 

@@ -305,6 +305,12 @@ def test_signal_to_torchrun_stops_all_ranks_after_one_update(dataset: Path, tmp_
 # in one process
 
 
+def test_sum_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches float64 on MPS, which does not have it."""
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    assert Group(size=2, device="mps").sum(0.1, 2.0**53 - 1) == [0.2, 2.0**54 - 2]
+
+
 def model_and_batch() -> tuple[GPT, torch.Tensor]:
     torch.manual_seed(1)
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=3, n_head=2, n_embd=16, dropout=0.3))

@@ -289,8 +289,8 @@ def test_interrupted_at_any_step(
         corpus.write_dataset(folder, ["abab"], ["baba"], CharTokenizer(["a", "b"]), "letters")
         before = content(folder)
         ended = end(lambda folder=folder: large_corpus.prepare(folder, source, tokenizer, split, workers=2), step)
-        found = {name: content(folder).get(name) for name in before}
-        assert found in (before, whole) or found["train.bin"] is None
+        found = {name: data for name, data in content(folder).items() if name in before}
+        assert found in (before, whole) or "train.bin" not in found
         assert end is not refuse or not list(folder.glob("*.bin.*"))
         with open(folder / large_corpus.TOKENS, "ab") as file:
             file.write(b"torn")  # tokens written after the progress was saved

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import pickle
 import re
 import runpy
 import subprocess
@@ -133,6 +134,21 @@ def test_shakespeare_char_from_any_folder(
     assert decoded(folder) == shakespeare
 
 
+def test_shakespeare_char_for_nanogpt(prepare: Prepare, project: Path, shakespeare: str) -> None:
+    """Catches --dtype=uint16 that writes other files than nanoGPT's prepare.py, or that is not read here."""
+    folder = project / "data" / "shakespeare_char"
+    put(folder / "input.txt", shakespeare)
+    assert "uint16" in prepare("shakespeare_char", "--dtype=uint16")
+    table = sorted(set(shakespeare))
+    ids = [table.index(character) for character in shakespeare[:1000]]
+    assert np.fromfile(folder / "train.bin", "<u2")[:1000].tolist() == ids
+    assert (folder / "val.bin").stat().st_size == 2 * 111_540
+    meta = pickle.loads((folder / "meta.pkl").read_bytes())
+    stoi = {character: i for i, character in enumerate(table)}
+    assert meta == {"vocab_size": 65, "itos": dict(enumerate(table)), "stoi": stoi}
+    assert decoded(folder) == shakespeare
+
+
 def test_shakespeare_sha256(shakespeare: str) -> None:
     """Catches a digest that no download can have."""
     assert hashlib.sha256(shakespeare.encode()).hexdigest() == corpus.TINY_SHAKESPEARE_SHA256
@@ -214,9 +230,10 @@ def test_text_in_its_own_dataset_folder(prepare: Prepare, project: Path) -> None
     """Catches a second run that takes the token files of the first for text."""
     folder = project / "data" / "poems"
     put(folder / "poems.txt", "roses are red\n" * 50)
-    for _ in range(2):
-        prepare("text", "--input=data/poems", "--name=poems")
+    for dtype in ("auto", "uint32"):
+        prepare("text", "--input=data/poems", "--name=poems", f"--dtype={dtype}")
         assert decoded(folder) == "roses are red\n" * 50
+    assert Dataset(str(folder)).dtype.name == "uint32"
 
 
 @pytest.mark.parametrize(
@@ -234,6 +251,8 @@ def test_text_in_its_own_dataset_folder(prepare: Prepare, project: Path) -> None
         (["--input=good.txt", "--val_fraction=1"], ["--val_fraction=1", "below 1"]),
         (["--input=good.txt", "--val_fraction=0.001"], ["too short", "val.bin"]),
         (["--input=good.txt", "--tokenizer=words"], ["--tokenizer=words", "char", "gpt2"]),
+        (["--input=wide.txt", "--dtype=uint8"], ["--dtype=uint8 is too small", "301 tokens", "--dtype=uint16"]),
+        (["--input=good.txt", "--dtype=int64"], ["--dtype=int64", "uint16"]),
         (["--input=good.txt", "--name="], ["--name=", "letters"]),
         (["--input=good.txt", "--name=../mine"], ["--name=../mine", "letters"]),
         (["--input=good.txt", "--name=.."], ["--name=..", "letters"]),
@@ -259,6 +278,7 @@ def test_bad_text_is_refused_in_one_line(
     put(texts / "latin.txt", b"caf\xe9 au lait\n" * 9)
     put(texts / "short.txt", "abc")
     put(texts / "good.txt", "to be or not to be\n" * 9)
+    put(texts / "wide.txt", "\n" + "".join(map(chr, range(1000, 1300))))
     put(texts / "mixed" / "latin.txt", b"caf\xe9\n" * 9)
     put(texts / "mixed" / "good.txt", "to be\n" * 9)
     (texts / "bare").mkdir()
@@ -344,13 +364,14 @@ def test_conversations_with_the_tokenizer_of_a_dataset(
     put(tmp_path / "mine.jsonl", (line("Hi.", "Ho!") + line("Ho.", "Hi?", system="Sing!")) * 2)
     name = str(folder) if by_path else "own"
     flags = [f"--input={tmp_path / 'mine.jsonl'}", f"--tokenizer={name}"]
-    prepare("chat", *flags, "--chat_format=plain")
+    prepare("chat", *flags, "--chat_format=plain", "--dtype=uint16")
     with pytest.raises(SystemExit) as end:
         prepare("chat", *flags, "--chat_format=nanochatgpt")
     error = capsys.readouterr().err
     assert end.value.code == 1
     assert "--chat_format=nanochatgpt: character '<'" in error and "try --chat_format=plain" in error
-    assert Dataset(str(project / "data" / "chat")).tokenizer.to_dict() == table.to_dict()
+    data = Dataset(str(project / "data" / "chat"))
+    assert data.tokenizer.to_dict() == table.to_dict() and data.dtype.name == "uint16"
     assert decoded(project / "data" / "chat").count("\nUser: Hi.\nAssistant: Ho!\n") == 2
 
 

@@ -1,13 +1,16 @@
 """sample.py: prompts, printed texts, seeds, and sampling from nothing but a checkpoint."""
 
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import run_train
 
 import chat
 import configurator
@@ -17,7 +20,7 @@ import train
 from model import GPT, Bigram, GPTConfig
 from nanogpt import checkpoint, errors
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
+from nanogpt.tokenizer import CharTokenizer, IdTokenizer, TableTokenizer, TiktokenTokenizer, Tokenizer
 
 TABLE = CharTokenizer(list("abcdefghij\n"))
 LINE = "---------------\n"
@@ -98,6 +101,59 @@ def test_prompt_without_a_line_break(prompt, given):
 def test_encoded_prompt(words, prompt, given, ids):
     """Catches an empty prompt that is not the end-of-text token, or that prints it."""
     assert sample.read_prompt(prompt, given, words) == (prompt, ids)
+
+
+@pytest.mark.parametrize(
+    "tokenizer, prompt, given, expected",
+    [
+        (IdTokenizer(50), "12 7", True, ("12 7", [12, 7])),
+        (IdTokenizer(50), "\n", False, ("", [0])),
+        (IdTokenizer(50), "", True, ("", [0])),
+        (TableTokenizer(["to", " be", "\n", "\n\n"]), "to be", True, ("to be", [0, 1])),
+        (TableTokenizer(["to", " be", "\n", "\n\n"]), "", True, ("", [2])),
+        (TableTokenizer(["to", " be"]), "\n", False, ("", [0])),
+    ],
+)
+def test_prompt_of_other_tables(tokenizer, prompt, given, expected):
+    """Catches a default prompt that a table of strings or ids refuses, or a prompt that is printed but not seen."""
+    assert sample.read_prompt(prompt, given, tokenizer) == expected
+
+
+def train_on_ids(folder: Path, out_dir: Path, **meta: Any) -> None:
+    """Train a tiny model on a dataset of ids below 20 with a fork's meta.pkl, and remove the dataset."""
+    folder.mkdir()
+    for split in ("train", "val"):
+        (np.arange(200) % 20).astype("<u2").tofile(folder / f"{split}.bin")
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 20} | meta))
+    flags = "--device=cpu --n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=2 --max_iters=2 --eval_iters=1"
+    run_train(*flags.split(), "--sample_interval=1", f"--dataset={folder}", f"--out_dir={out_dir}")
+    shutil.rmtree(folder)
+
+
+def test_run_on_ids_without_text(tmp_path, texts, capsys):
+    """Catches a fork's dataset with vocab_size alone that does not train or sample, or a chat or export of it."""
+    run = tmp_path / "run"
+    train_on_ids(tmp_path / "ids", run)
+    assert "(20 token ids without text)" in capsys.readouterr().out
+    (text,) = texts(init_from=run, start="3 4", num_samples=1, max_new_tokens=5)
+    assert text.startswith("3 4 ") and len(ids := [int(word) for word in text.split()]) == 7 and max(ids) < 20
+    (text,) = texts(init_from=run, num_samples=1, max_new_tokens=5)
+    assert len(text.split()) == 5
+    with pytest.raises(UserError, match=r"--start: these tokens have no text: write ids below 20.*'ROMEO:'"):
+        texts(init_from=run, start="ROMEO:")
+    with pytest.raises(UserError, match=r"does not go with this model: these tokens have no text"):
+        chat.main(configurator.parse(chat.Config, [f"--init_from={run}", "--device=cpu"]))
+    with pytest.raises(UserError, match=r"to be exported, got 20 token ids without text"):
+        export.main(configurator.parse(export.Config, [f"--init_from={run}", f"--to={tmp_path / 'exported'}"]))
+
+
+def test_run_on_a_table_of_strings(tmp_path, texts, capsys):
+    """Catches a fork's dataset of words whose table is lost in the checkpoint, or cut into characters."""
+    run, itos = tmp_path / "run", [f"w{i} " for i in range(20)]
+    train_on_ids(tmp_path / "ids", run, itos=itos)
+    assert "(20 strings)" in capsys.readouterr().out
+    (text,) = texts(init_from=run, start="w3 w14 ", num_samples=1, max_new_tokens=5)
+    assert text.startswith("w3 w14 w") and len(text.split()) == 7 and set(text.split()) <= {word.strip() for word in itos}
 
 
 @pytest.mark.parametrize("content, ids", [("abba", [0, 1, 1, 0]), ("ab\n", [0, 1, 10]), ("", [10])])
@@ -309,7 +365,7 @@ def test_runs_here_are_listed(out_dir, texts, monkeypatch):
     runs = "; the newest of 3 here: python {} --out_dir=out-c; others: 'out b', out-a"
     with pytest.raises(UserError, match=re.escape("--out_dir=out: no such folder" + runs.format("sample.py"))):
         texts()
-    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setattr("sys.argv", ["train.py", "--init_from=resume"])
     with pytest.raises(UserError, match=re.escape(runs.format("train.py --init_from=resume"))):
         train.main(configurator.parse(train.Config, ["--init_from=resume"]))
 

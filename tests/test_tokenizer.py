@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from nanogpt import tokenizer
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import CharTokenizer, StreamDecoder, TiktokenTokenizer
+from nanogpt.tokenizer import CharTokenizer, IdTokenizer, StreamDecoder, TableTokenizer, TiktokenTokenizer
 
 MULTI_BYTE = "naïve café — 日本語 한국어 👩‍👩‍👧‍👦 🙂🙃 ﷽ \U0010ffff\x00 e\u0301\r\n\tend"
 CL100K_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
@@ -282,6 +283,14 @@ def test_tiktoken_description_round_trip() -> None:
         {"kind": "char", "characters": ["a", ["b"]]},
         {"kind": "char", "characters": ["a", "b", "a"]},
         {"kind": "word", "characters": ["a"]},
+        {"kind": "table", "strings": []},
+        {"kind": "table", "strings": ["", ""]},
+        {"kind": "table", "strings": ["a", 1]},
+        {"kind": "table", "strings": "ab"},
+        {"kind": "ids"},
+        {"kind": "ids", "vocab_size": 0},
+        {"kind": "ids", "vocab_size": "9"},
+        {"kind": "ids", "vocab_size": 1 << 40},
         {"kind": "tiktoken", "name": "gpt2"},
         {"kind": "tiktoken", "name": 2, "vocab_size": 50257},
         {"kind": "tiktoken", "name": "gpt2", "vocab_size": "50257"},
@@ -349,6 +358,160 @@ def test_folder_without_description_is_gpt2(tmp_path: Path) -> None:
     assert (tokens.name, tokens.vocab_size) == ("gpt2", 50257)
 
 
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"itos": {0: "c", 1: "a", 2: "b"}},
+        {"itos": {2: "b", 0: "c", 1: "a"}},
+        {"itos": ["c", "a", "b"]},
+        {"itos": "cab"},
+        {"stoi": {"a": 1, "b": 2, "c": 0}},
+        {"itos": ["c", "a", "b"], "stoi": {}},
+        {"vocab_size": np.int64(3), "itos": {np.int64(i): np.str_(c) for i, c in enumerate("cab")}},
+        {"vocab_size": np.uint16(3), "stoi": {np.str_(c): np.int32(i) for i, c in enumerate("cab")}},
+    ],
+    ids=["dict", "unsorted", "list", "string", "stoi", "no-stoi", "numpy", "numpy-stoi"],
+)
+@pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
+def test_other_spellings_of_a_character_table(tmp_path: Path, meta: dict[str, Any], protocol: int) -> None:
+    """Catches a table of nanoGPT's forks that is refused, put in another order, or keeps numpy's numbers."""
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
+    tokens = tokenizer.from_folder(tmp_path)
+    assert isinstance(tokens, CharTokenizer) and tokens.encode("abc") == [1, 2, 0]
+    assert type(tokens.model_vocab_size) is int and tokens.model_vocab_size == 3
+    assert json.loads(json.dumps(tokens.to_dict())) == {"kind": "char", "characters": ["c", "a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("meta", "vocab_size", "rows"),
+    [
+        ({"vocab_size": 64, "itos": "abc"}, 3, 64),
+        ({"vocab_size": 64, "itos": ["a", "bc"]}, 2, 64),
+        ({"vocab_size": 50_000, "tokenizer": "gpt2"}, 50_000, 50_048),
+        ({"vocab_size": 51_200, "tokenizer": "gpt2"}, 50_257, 51_200),
+    ],
+)
+def test_vocab_size_adds_rows(tmp_path: Path, meta: dict[str, Any], vocab_size: int, rows: int) -> None:
+    """Catches a padded model that is built too small for its ids, or that samples ids without a string."""
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    tokens = tokenizer.from_folder(tmp_path)
+    assert (tokens.vocab_size, tokens.model_vocab_size) == (vocab_size, rows)
+
+
+def test_longest_match() -> None:
+    """Catches a shorter string that is taken first, as nanoGPT's stoi would, or a table that loses its order."""
+    tokens = TableTokenizer(["th", "t", "e", "the", " ", "h", "", "🙂", "er"])
+    assert tokens.encode("the the th er🙂") == [3, 4, 3, 4, 0, 4, 8, 7]
+    assert tokens.encode_array("tthe").tolist() == [1, 3] and tokens.encode_array("").dtype == np.int32
+    assert tokens.decode([3, 4, 6, 8, 9, -1]) == "the er\ufffd\ufffd"
+    with pytest.raises(UserError, match=r"'r' \(U\+0072\) at line 1, column 4 is not among the 9 strings"):
+        tokens.encode("ther")
+    copy = tokenizer.from_dict(json.loads(json.dumps(tokens.to_dict())))
+    assert type(copy) is TableTokenizer and copy.strings == tokens.strings
+
+
+@quick
+@given(st.lists(st.text("abc", min_size=1, max_size=4), max_size=6), st.text("abc", max_size=30))
+def test_longest_match_of_any_table(strings: list[str], text: str) -> None:
+    """Catches text that encode and decode change, or a match that is not the longest one: compared with a regex."""
+    table = [*strings, "a", "b", "c"]
+    tokens = TableTokenizer(table)
+    longest_first = "|".join(sorted(table, key=len, reverse=True))
+    assert [table[i] for i in tokens.encode(text)] == re.findall(longest_first, text)
+    assert tokens.decode(tokens.encode(text)) == text
+
+
+@pytest.mark.parametrize("itos", [{0: "to", 1: " be", 2: "\n"}, ["to", " be", "\n"]])
+def test_longer_strings_in_a_pickle(tmp_path: Path, itos: Any) -> None:
+    """Catches a fork's table of words or syllables that is refused, or encoded by character."""
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "itos": itos}))
+    tokens = tokenizer.from_folder(tmp_path)
+    assert tokens.encode("to be\nto") == [0, 1, 2, 0] and tokens.decode([0, 1, 1, 2]) == "to be be\n"
+    stream = StreamDecoder(tokens, ["be\n"])
+    assert [stream.feed(i) for i in (0, 1, 0, 1, 2)] == ["to", " ", "beto", " ", ""] and stream.stopped
+
+
+def test_id_without_a_string(tmp_path: Path) -> None:
+    """Catches a table that starts at 1, with 0 for padding, being refused or shifted."""
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 4, "itos": {1: "a", 3: "b"}}))
+    tokens = tokenizer.from_folder(tmp_path)
+    assert tokens.encode("ab") == [1, 3] and tokens.decode([0, 1, 2, 3]) == "ab"
+
+
+def test_ids_without_text(tmp_path: Path) -> None:
+    """Catches a folder with vocab_size alone that is refused, or taken for GPT-2's encoding."""
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": np.int64(300)}))
+    tokens = tokenizer.from_folder(tmp_path)
+    assert isinstance(tokens, IdTokenizer) and tokens.vocab_size == tokens.model_vocab_size == 300
+    assert tokens.encode(" 12 7\n299") == tokens.encode_array("12 7 299").tolist() == [12, 7, 299]
+    assert tokens.encode(tokens.decode([12, 7, 299])) == [12, 7, 299] and tokens.encode("") == []
+    stream = StreamDecoder(tokens)
+    assert "12" + stream.feed(7) + stream.feed(299) + stream.finish() == "12 7 299"
+    copy = tokenizer.from_dict(json.loads(json.dumps(tokens.to_dict())))
+    assert isinstance(copy, IdTokenizer) and copy.vocab_size == 300
+
+
+@pytest.mark.parametrize("text", ["User:", "12 x", "300", "-1", "1.5", "٣", "²", "9" * 5000])
+def test_text_where_ids_are_expected(text: str) -> None:
+    """Catches words or ids outside the vocabulary that are accepted, or a traceback."""
+    with pytest.raises(UserError, match=r"no text: write ids below 300") as refusal:
+        IdTokenizer(300).encode(text)
+    assert len(str(refusal.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("meta", "name", "vocab_size"),
+    [
+        ({"vocab_size": 50257, "tokenizer": "gpt2"}, "gpt2", 50257),
+        ({"vocab_size": np.int64(50304), "tokenizer": "gpt2", "num_train_tokens": 7}, "gpt2", 50257),
+        ({"vocab_size": 100277, "encoding": "cl100k_base"}, "cl100k_base", 100277),
+        ({"tokenizer": "tiktoken", "encoding_name": "o200k_base"}, "o200k_base", 200019),
+        ({"tokenizer_name": "r50k_base"}, "r50k_base", 50257),
+    ],
+)
+def test_named_encoding(tmp_path: Path, meta: dict[str, Any], name: str, vocab_size: int) -> None:
+    """Catches the name of an encoding that is passed over, or that needs a network to be taken."""
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    tokens = tokenizer.from_folder(tmp_path)
+    assert tokens.to_dict() == {"kind": "tiktoken", "name": name, "vocab_size": vocab_size}
+
+
+def test_encoding_sizes(encoding_name: str) -> None:
+    """Catches a vocabulary size other than tiktoken's."""
+    assert tokenizer.ENCODING_SIZES[encoding_name] == TiktokenTokenizer(encoding_name).vocab_size
+
+
+def test_unknown_encoding_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Catches a folder that trains in nanoGPT being refused for its tokenizer, or taken without a word."""
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 32000, "tokenizer": "llama\n2"}))
+    tokens = tokenizer.from_folder(tmp_path)
+    assert isinstance(tokens, IdTokenizer) and tokens.vocab_size == 32000
+    warning = capsys.readouterr().err
+    assert "warning" in warning and "llama" in warning and warning.count("\n") == 1
+
+
+def test_table_wins_over_an_encoding(tmp_path: Path) -> None:
+    """Catches a character dataset taken for GPT-2's encoding, though nanoGPT decodes it with its table."""
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(nanogpt_meta("ab") | {"tokenizer": "gpt2"}))
+    assert isinstance(tokenizer.from_folder(tmp_path), CharTokenizer)
+
+
+@pytest.mark.parametrize("tokens", [CharTokenizer(["b", "a", "\ud800"]), TableTokenizer(["", "to", " be"])], ids=str)
+def test_pickle_round_trip(tmp_path: Path, tokens: TableTokenizer) -> None:
+    """Catches a pickle that our own reader refuses, or that nanoGPT cannot use."""
+    tokens.model_vocab_size = 64
+    (tmp_path / "meta.pkl").write_bytes(tokenizer.to_pickle(tokens))
+    copy = tokenizer.from_folder(tmp_path)
+    assert type(copy) is type(tokens) and (copy.strings, copy.model_vocab_size) == (tokens.strings, 64)
+    meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())
+    assert all(meta["itos"][i] == string and meta["stoi"][string] == i for i, string in enumerate(tokens.strings))
+
+
+def test_other_tokenizers_have_no_pickle() -> None:
+    """Catches a meta.pkl for which nanoGPT's sample.py has no text."""
+    assert tokenizer.to_pickle(IdTokenizer(3)) is tokenizer.to_pickle(TiktokenTokenizer("gpt2", 50257)) is None
+
+
 class RunsCommand:
     def __reduce__(self) -> tuple:
         return os.system, ("echo > ran.txt",)
@@ -379,11 +542,24 @@ def test_hostile_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         b"",
         b"no pickle at all",
         pickle.dumps(nanogpt_meta("abc"))[:-9],
-        pickle.dumps({"vocab_size": 3}),
+        pickle.dumps({}),
+        pickle.dumps({"vocab_size": 0}),
+        pickle.dumps({"vocab_size": 65.0}),
+        pickle.dumps({"vocab_size": "65"}),
+        pickle.dumps({"vocab_size": True}),
+        pickle.dumps({"vocab_size": 1 << 40}),
         pickle.dumps(["a", "b"]),
         pickle.dumps({"itos": {0: "a", 2: "b"}}),
+        pickle.dumps({"itos": {0: "a", 2: "b"}, "vocab_size": 2}),
+        pickle.dumps({"itos": {0: "a", -1: "b"}}),
+        pickle.dumps({"itos": {0: "a", "1": "b"}}),
         pickle.dumps({"itos": {0: "a", 1: "a"}}),
-        pickle.dumps({"itos": {0: "a", 1: "bc"}}),
+        pickle.dumps({"itos": {0: "a", 1: b"b"}}),
+        pickle.dumps({"itos": {0: "a", 1: "b"}, "stoi": {"a": 1, "b": 0}}),
+        pickle.dumps({"itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1, "c": 2}}),
+        pickle.dumps({"itos": ["a", "b"], "stoi": ["a", "b"]}),
+        pickle.dumps({"stoi": {"a": 0, "b": 0}}),
+        pickle.dumps({"itos": {0: "a", 1: "b"}, "vocab_size": 1}),
         pickle.dumps({"itos": {0: "a", 1: None}}),
         pickle.dumps({"itos": {}}),
         pickle.dumps({"itos": 3}),

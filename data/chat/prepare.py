@@ -43,6 +43,7 @@ class Config(configurator.Config):
     chat_format: Literal["plain", "nanochatgpt", "dialogpt"] = "nanochatgpt"  # the strings around the messages
     val_fraction: Annotated[float, configurator.Range(above=0, below=1)] = 0.1  # share of conversations for validation
     seed: Seed = 1337  # shuffles the conversations
+    dtype: corpus.Dtype = "auto"  # of a token in the files. auto: the smallest that fits; uint16 is what nanoGPT reads
     name: str = "chat"  # write the dataset to data/<name>, for train.py --dataset=<name>
 
     def validate(self) -> None:
@@ -77,7 +78,7 @@ def main(config: Config) -> None:
         ids[split] = np.concatenate([encoded[index][0] for index in chosen])
         masks[split] = np.concatenate([encoded[index][1] for index in chosen])
     extra = {"chat_format": conversation.to_dict(chat_format)}
-    corpus.write_tokens(FOLDER.parent / config.name, ids, tokenizer, source, sha256, masks, extra)
+    corpus.write_tokens(FOLDER.parent / config.name, ids, tokenizer, source, sha256, masks, extra, config.dtype)
 
     # what has been written
     learned = sum(mask.sum() for mask in masks.values()) / sum(map(len, ids.values()))
@@ -118,7 +119,7 @@ def find_tokenizer(name: str, chat_format: ChatFormat, conversations: list[list[
             raise UserError(f"--tokenizer={name}: must be char, {', '.join(ENCODINGS)} or a prepared dataset")
         tokenizer = tokenizers.from_folder(folder)
     strings = chat_format.user + chat_format.user_end + chat_format.assistant + chat_format.assistant_end + chat_format.lead
-    if isinstance(tokenizer, CharTokenizer) and END_OF_TEXT in strings:
+    if tokenizer.end_of_text is None and END_OF_TEXT in strings:
         raise UserError(
             f"--chat_format={chat_format.name} needs the special token {END_OF_TEXT}, which a character table lacks; try "
             "--tokenizer=gpt2 or another format"

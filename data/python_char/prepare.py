@@ -23,7 +23,7 @@ EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
-    pass
+    dtype: corpus.Dtype = "auto"  # of a token in the files. auto: the smallest, here uint8; uint16 is what nanoGPT reads
 
 
 def standard_library() -> list[str]:
@@ -42,7 +42,8 @@ def main(config: Config) -> None:
     val = files[9::10]
     train = [file for index, file in enumerate(files) if index % 10 != 9]
     tokenizer = CharTokenizer.from_text("".join(files))
-    corpus.write_dataset(FOLDER, train, val, tokenizer, f"standard library of Python {platform.python_version()}")
+    source = f"standard library of Python {platform.python_version()}"
+    corpus.write_dataset(FOLDER, train, val, tokenizer, source, dtype=config.dtype)
 
 
 if __name__ == "__main__":

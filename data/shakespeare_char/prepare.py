@@ -18,6 +18,7 @@ from nanogpt.tokenizer import CharTokenizer
 @dataclass(frozen=True)
 class Config(configurator.Config):
     url: str = corpus.TINY_SHAKESPEARE  # where to download input.txt from if it is not here yet
+    dtype: corpus.Dtype = "auto"  # of a token in the files. auto: the smallest, here uint8; uint16 is what nanoGPT reads
 
 
 def main(config: Config) -> None:
@@ -25,7 +26,7 @@ def main(config: Config) -> None:
     tokenizer = CharTokenizer.from_text(text)
     print(f"characters: {''.join(tokenizer.characters)!r}")
     train, val = corpus.split_documents([text], val_fraction=0.1)
-    corpus.write_dataset(FOLDER, train, val, tokenizer, "Tiny Shakespeare")
+    corpus.write_dataset(FOLDER, train, val, tokenizer, "Tiny Shakespeare", dtype=config.dtype)
 
 
 if __name__ == "__main__":

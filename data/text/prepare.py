@@ -17,7 +17,7 @@ from nanogpt import corpus
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
 
-OUTPUTS = ("train.bin", "val.bin", "meta.json")  # not text, if the input is the dataset's own folder
+OUTPUTS = ("train.bin", "val.bin", "meta.json", "meta.pkl")  # not text, if the input is the dataset's own folder
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Config(configurator.Config):
     input: str = ""  # a text file, or a folder: all its files, sorted by path, except hidden ones
     tokenizer: Literal["char", "gpt2", "cl100k_base", "o200k_base"] = "char"  # char: by character; or a byte-pair encoding
     val_fraction: Annotated[float, configurator.Range(above=0, below=1)] = 0.1  # share of the text, at its end, for validation
+    dtype: corpus.Dtype = "auto"  # of a token in the files. auto: the smallest that fits; uint16 is what nanoGPT reads
     name: str = "text"  # write the dataset to data/<name>, for train.py --dataset=<name>
 
     def validate(self) -> None:
@@ -55,7 +56,8 @@ def main(config: Config) -> None:
         tokenizer = TiktokenTokenizer(config.tokenizer)
     train, val = corpus.split_documents(documents, config.val_fraction)
     source = Path(config.input).resolve().name
-    corpus.write_dataset(FOLDER.parent / config.name, train, val, tokenizer, source, separate=len(documents) > 1)
+    folder, separate = FOLDER.parent / config.name, len(documents) > 1
+    corpus.write_dataset(folder, train, val, tokenizer, source, separate, config.dtype)
     print(f"next: python train.py config/train_shakespeare_char_cpu.py --dataset={config.name} --out_dir=out-{config.name}")
 
 
