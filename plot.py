@@ -5,11 +5,16 @@ python plot.py out-a out-b nanogpt.log --out=curves.svg      several runs in one
 python plot.py out-a out-b --x=seconds --log=xy              against time, on logarithmic axes
 """
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
+
 import configurator
+from configurator import PathStr
 from nanogpt.curves import best_of, check_out, draw, read
 from nanogpt.errors import UserError
 
@@ -18,8 +23,8 @@ from nanogpt.errors import UserError
 class Config(configurator.Config):
     positional: ClassVar[str] = "runs"
     runs: str = ""  # run folders, metrics.csv files or logs, separated by commas (or as plain arguments). Empty: out_dir
-    out_dir: str = "out"  # run folder to plot if no runs are given
-    out: str = ""  # .png or .svg file to write. Empty: loss.png in the run's folder; curves.png for several runs or a file
+    out_dir: PathStr = "out"  # run folder to plot if no runs are given
+    out: PathStr = ""  # .png or .svg file to write. Empty: loss.png in the run's folder; curves.png for several runs or a file
     x: Literal["iterations", "tokens", "seconds"] = "iterations"  # quantity on the x axis
     log: Literal["none", "x", "y", "xy"] = "none"  # logarithmic axes
 
@@ -29,7 +34,7 @@ class Config(configurator.Config):
 
 
 def main(config: Config) -> None:
-    paths = [Path(name) for name in config.runs.split(",") if name] or [Path(config.out_dir)]
+    paths = [Path(os.path.expanduser(name)) for name in config.runs.split(",") if name] or [Path(config.out_dir)]
     runs = [read(path, config.x) for path in paths]
     out = Path("curves.png") if len(runs) > 1 or not paths[0].is_dir() else paths[0] / "loss.png"
     out = Path(config.out) if config.out else out

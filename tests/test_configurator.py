@@ -633,18 +633,6 @@ def test_command_runs_and_helps(tmp_path: Path) -> None:
     assert "started" not in process.stdout and "how to fail" in process.stdout
 
 
-def test_interrupt_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Catches a Ctrl-C with a traceback, or with exit status 0."""
-
-    def interrupted(config: Config) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-    with pytest.raises(SystemExit) as caught:
-        configurator.run(interrupted, Config)
-    assert caught.value.code == 130 and "Traceback" not in capsys.readouterr().err
-
-
 def test_check_value() -> None:
     """Catches a value from a checkpoint with a wrong type or range."""
     assert configurator.check_value(Config, "learning_rate", 1, "ckpt.pt") == 1.0

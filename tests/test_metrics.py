@@ -313,6 +313,7 @@ def fake_wandb(monkeypatch):
     fake.finish = lambda **arguments: fake.calls.append(arguments)
     fake.define_metric = lambda *arguments, **keywords: None
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setitem(sys.modules, "wandb.errors", fake.errors)
     return fake
 
 

@@ -9,12 +9,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-import configurator
+import configurator  # before numpy: it says so if packages are missing
+
+# isort: split
+import numpy as np
+
 from nanogpt.large_corpus import HubConfig, prepare_from_hub
 
 
