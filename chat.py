@@ -14,10 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 
 import configurator
-from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
+from configurator import NonNegativeFloat, NonNegativeInt, PathStr, PositiveInt, PromptStr, Seed
+
+import torch
+
 from model import GPT, Bigram
 from nanogpt import checkpoint, conversation, corpus, errors
 from nanogpt.conversation import ChatFormat
@@ -48,12 +51,12 @@ Ctrl-C stops a reply, Ctrl-D leaves. To send a message that starts with a slash,
 @dataclass(frozen=True)
 class Config(configurator.Config):
     positional: ClassVar[str] = "init_from"
-    init_from: str = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
-    out_dir: str = "out"  # run folder to load with init_from=resume
+    init_from: PathStr = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
+    out_dir: PathStr = "out"  # run folder to load with init_from=resume
     chat_format: Literal["auto", "plain", "nanochatgpt", "dialogpt"] = "auto"  # auto: the model's own, else plain
     user_name: str = "User"  # your name in the plain format
     assistant_name: str = "Assistant"  # the model's name in the plain format
-    context: str = ""  # system message: text that opens the conversation, or FILE:context.txt to read it from a file
+    context: PromptStr = ""  # system message: text that opens the conversation, or FILE:context.txt to read it from a file
     max_new_tokens: PositiveInt = 300  # longest reply, in tokens
     temperature: NonNegativeFloat = 0.8  # below 1 is less random, above 1 more random; 0 is greedy decoding
     top_k: NonNegativeInt = 200  # sample from the k most likely tokens; 0: from all

@@ -7,11 +7,16 @@ python plot.py out-a out-b --x=seconds --log=xy              against time, on lo
 
 import itertools
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
+
 import configurator
+from configurator import PathStr
+
 from nanogpt.curves import best_of, check_out, draw, read
 from nanogpt.errors import UserError, one_line
 
@@ -21,8 +26,8 @@ class Config(configurator.Config):
     positional: ClassVar[str] = "runs"
     takes_several: ClassVar[bool] = True
     runs: str = ""  # run folders, metrics.csv files or logs, as plain arguments or separated by commas. Empty: out_dir
-    out_dir: str = "out"  # run folder to plot if no runs are given
-    out: str = ""  # .png or .svg file to write. Empty: loss.png in the run's folder; curves.png for several runs or a file
+    out_dir: PathStr = "out"  # run folder to plot if no runs are given
+    out: PathStr = ""  # .png or .svg file to write. Empty: loss.png in the run's folder; curves.png for several runs or a file
     x: Literal["iterations", "tokens", "seconds"] = "iterations"  # quantity on the x axis
     log: Literal["none", "x", "y", "xy"] = "none"  # logarithmic axes
 
@@ -33,7 +38,7 @@ class Config(configurator.Config):
 
 def main(config: Config) -> None:
     given = [[name] if os.path.exists(name) else name.split(",") for name in config.runs.split("\n")]  # a name may hold commas
-    paths = [Path(name) for name in itertools.chain(*given) if name] or [Path(config.out_dir)]
+    paths = [Path(os.path.expanduser(name)) for name in itertools.chain(*given) if name] or [Path(config.out_dir)]
     runs = [read(path, config.x) for path in paths]
     for axis in set(config.log) & {"x", "y"}:
         curves = [curve for run in runs for curve in ((run.train_x, run.val_x) if axis == "x" else (run.train, run.val))]

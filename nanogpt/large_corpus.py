@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
 
+import configurator
+from configurator import NonNegativeInt, PathStr, PositiveInt
+
 import numpy as np
 from tqdm import tqdm
 
-import configurator
-from configurator import NonNegativeInt, PositiveInt
 from nanogpt import corpus, documents
 from nanogpt.documents import Position, Source
 from nanogpt.errors import UserError, warn
@@ -44,7 +45,7 @@ class HubConfig(configurator.Config):
     """The keys of a prepare.py that takes a corpus from the Hub; each sets its own `revision` and `name`."""
 
     positional: ClassVar[str] = "input"
-    input: str = ""  # a .parquet, .jsonl, .jsonl.gz or .txt file, or a folder of them; empty downloads from the Hub
+    input: PathStr = ""  # a .parquet, .jsonl, .jsonl.gz or .txt file, or a folder of them; empty downloads from the Hub
     revision: str = "main"  # version of the dataset on the Hub: a commit, or main for the newest
     tokenizer: Literal["gpt2", "cl100k_base", "o200k_base"] = "gpt2"  # byte-pair encoding
     workers: PositiveInt = os.cpu_count() or 1  # threads that tokenize

@@ -269,7 +269,7 @@ def start_wandb(project: str, name: str, config: dict[str, Any], run_id: str | N
     Raises UserError if the package or a login is missing.
     """
     try:
-        import wandb
+        import wandb.errors  # a folder wandb/, such as its logs, is taken for an empty package if there is no other
     except ImportError as error:
         raise UserError("--wandb_log=True needs the package wandb: pip install wandb") from error
     stdin = sys.stdin

@@ -24,8 +24,8 @@ from nanogpt.checkpoint import BEST, LAST, Checkpoint, Optimizer, Saver, remove_
 from nanogpt.curves import Curves
 from nanogpt.dataset import Dataset, FileLost
 from nanogpt.device import describe, peak_flops, peak_memory, synchronize
-from nanogpt.distributed import Group, is_sharded
-from nanogpt.errors import UserError, warn
+from nanogpt.distributed import Group, how_to_launch, is_sharded
+from nanogpt.errors import UserError, rank, warn
 from nanogpt.files import FolderLock, atomic_write
 from nanogpt.metrics import Metrics, SilentMetrics, start_wandb
 
@@ -302,11 +302,9 @@ class Run:
                 print(f"stopped early: {state.evals_since_best} evaluations without a better validation loss;", end=" ")
                 print("a larger --patience continues the run")
             if self._stop_agreed:
-                ranks = self.group.size
-                launcher = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
                 done = f"{state.iter_num:,} of {config['max_iters']:,} iterations"
-                print(f"{signal.Signals(number).name}: stopped and saved after {done}; to continue:")
-                print(f"  {launcher} train.py --init_from=resume --out_dir={out_dir}")
+                launch = how_to_launch(f"train.py --init_from=resume --out_dir={out_dir}", self.group.size)
+                print(f"{signal.Signals(number).name}: stopped and saved after {done}; to continue{launch}")
         return SystemExit(128 + number) if self._stop_agreed else None
 
 
@@ -440,7 +438,7 @@ class Signals:
                 signal.raise_signal(number)
             return
         self.received, self._received_at = number, time.monotonic()
-        if os.environ.get("RANK", "0") == "0":
+        if rank() in ("", "0"):
             line = f"\n{signal.Signals(number).name}: finishing this iteration and saving; a second one ends the run at once\n"
             with contextlib.suppress(OSError):
                 os.write(2, line.encode())  # print is not reentrant

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import configurator
+
 import launcher
 import pytest
 import torch
 
-import configurator
 import train
 from nanogpt import corpus, curves
 from nanogpt.tokenizer import CharTokenizer

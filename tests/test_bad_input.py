@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import configurator
+
 import pytest
 import torch
 from conftest import run_train
 
 import chat
-import configurator
 import export
 import plot
 import sample

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import configurator
+
 import pytest
 import torch
 from launcher import TIMEOUT_SECONDS
 
 import chat
-import configurator
 from model import GPT, Bigram, GPTConfig
 from nanogpt import checkpoint, conversation
 from nanogpt.conversation import ChatFormat

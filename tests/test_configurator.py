@@ -10,14 +10,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import configurator
+from configurator import NonNegativeFloat, PositiveInt, Probability, Range, parse
+
 import pytest
 from launcher import TIMEOUT_SECONDS
 
-import configurator
 import plot
 import sample
 import train
-from configurator import NonNegativeFloat, PositiveInt, Probability, Range, parse
 from nanogpt import errors
 from nanogpt.errors import UserError
 
@@ -632,18 +633,6 @@ def test_command_runs_and_helps(tmp_path: Path) -> None:
     process = run_script(tmp_path, "--fail=bug", "--help")
     assert (process.returncode, process.stderr) == (0, "")
     assert "started" not in process.stdout and "how to fail" in process.stdout
-
-
-def test_interrupt_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Catches a Ctrl-C with a traceback, or with exit status 0."""
-
-    def interrupted(config: Config) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-    with pytest.raises(SystemExit) as caught:
-        configurator.run(interrupted, Config)
-    assert caught.value.code == 130 and "Traceback" not in capsys.readouterr().err
 
 
 def test_check_value() -> None:

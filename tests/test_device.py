@@ -7,11 +7,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 
+from configurator import ROOT
+
 import pytest
 import torch
 from launcher import TIMEOUT_SECONDS
 
-from configurator import ROOT
 from model import GPT, GPTConfig
 from nanogpt.device import (
     LINUX_STATUS,

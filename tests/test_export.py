@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import configurator
+
 import pytest
 import safetensors.torch
 import torch
 
-import configurator
 import export
 from model import GPT, Bigram, GPTConfig
 from nanogpt import checkpoint, conversation, huggingface

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import configurator
+
 import numpy as np
 import pytest
 
-import configurator
 from nanogpt import corpus, documents, large_corpus
 from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError

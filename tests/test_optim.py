@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from configurator import parse
+
 import pytest
 import torch
 
 import train
-from configurator import parse
 from model import GPT, GPTConfig
 from nanogpt import checkpoint
 from nanogpt.errors import UserError

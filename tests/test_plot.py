@@ -8,10 +8,11 @@ import struct
 import sys
 from pathlib import Path
 
+import configurator
+
 import numpy as np
 import pytest
 
-import configurator
 import plot
 import train
 from nanogpt import curves

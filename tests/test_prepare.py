@@ -13,10 +13,11 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+import configurator
+
 import numpy as np
 import pytest
 
-import configurator
 from nanogpt import corpus
 from nanogpt.conversation import FORMATS
 from nanogpt.dataset import Dataset
