@@ -42,8 +42,8 @@ from nanogpt.device import (
     Dtype,
     autocast,
     compile_model,
+    find_peak,
     keep_memory,
-    peak_flops,
     peak_memory,
     pick_compile,
     pick_device,
@@ -366,19 +366,6 @@ def plain_clip(model: GPT, limit: float) -> None:
 def batch_size(config: Config) -> int:
     """Return the sequences per batch."""
     return config.batch_size or BATCH_SIZES.get(config.size, 12)
-
-
-def find_peak(device: str, dtype: torch.dtype) -> tuple[float, str]:
-    """Return the device's peak in FLOP/s, and the source of that."""
-    peak = peak_flops(device, dtype)
-    return (peak, "data sheet") if peak else (measured_peak(device, dtype), "measured matrix products")
-
-
-def measured_peak(device: str, dtype: torch.dtype, size: int = 1024) -> float:
-    """Measure the FLOP/s of a product of two square matrices."""
-    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
-    seconds = [timed(lambda: a @ b, device) for _ in range(20)]
-    return 2 * size**3 / statistics.median(seconds[5:])
 
 
 def device_name(device: str) -> str:

@@ -53,7 +53,7 @@ from nanogpt.distributed import Group, clip_gradient, parallelize, process_group
 from nanogpt.errors import UserError, warn
 from nanogpt.evaluation import estimate_loss, sample_text
 from nanogpt.optim import OptimizerName, build_optimizer
-from nanogpt.run import Run, Signals, TrainState, every, summary
+from nanogpt.run import Run, Signals, TrainState, every
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
         sequences_per_iter = machine.micro_batches * config.batch_size
         values = dataclasses.asdict(config)
         run.begin(state, model, optimizer, scaler, data.describe(), values, resumed, sequences_per_iter, machine.dtype)
-        run.say(summary(values, model, data, group, sequences_per_iter, choices(config, machine, device_type), config.ignored))
+        run.say(run.summary(data, choices(config, machine, device_type), config.ignored))
         if resumed:
             run.say(f"resuming after {state.iter_num:,} of {config.max_iters:,} iterations")
         if state.iter_num >= config.max_iters:

@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,9 @@ CHUNKED_LOSS_MIN_BYTES = 1 << 27  # of float32 logits: above this, a CPU compute
 CHUNKED_LOSS_ROWS = 256
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LINUX_STATUS = Path("/proc/self/status")
+PEAK_SECONDS = 0.05  # of measuring the peak of matrix products
+PRODUCT_SECONDS = 1e-3  # of one product, so that starting it takes no part of that
+PRODUCT_SIZES = (256, 8192)  # rows of the first and of the largest matrices
 OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can(no|')t allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 # Peak FLOP/s of dense matrix products, from the vendors' data sheets, by words of the device's name: (16-bit, float32), the
@@ -226,6 +230,39 @@ def peak_flops(device: str, dtype: torch.dtype) -> float | None:
         if words.issuperset(name.split()) and "Laptop" not in words:
             return single if dtype == torch.float32 else half
     return None
+
+
+def find_peak(device: str, dtype: torch.dtype) -> tuple[float, str]:
+    """Return the device's peak FLOP/s in matrix products, and the source of that."""
+    peak = peak_flops(device, dtype)
+    return (peak, "data sheet") if peak else (measured_peak(device, dtype), "measured matrix products")
+
+
+def measured_peak(device: str, dtype: torch.dtype) -> float:
+    """Measure the device's peak FLOP/s: the fastest product of two square matrices, which grow until one takes long enough.
+
+    Draws no random numbers, so that a run stays the same.
+    """
+    size, largest = PRODUCT_SIZES
+    torch.mm(*_matrices(size, device, dtype))  # starts the libraries
+    rates, started = [], time.perf_counter()
+    while not rates or time.perf_counter() - started < PEAK_SECONDS:
+        a, b = _matrices(size, device, dtype)
+        product = a @ b
+        for _ in range(3):
+            synchronize(device)
+            before = time.perf_counter()
+            torch.mm(a, b, out=product)
+            synchronize(device)
+            seconds = time.perf_counter() - before
+            rates.append(2 * size**3 / seconds)
+        if seconds < PRODUCT_SECONDS and size < largest:
+            size *= 2
+    return max(rates)
+
+
+def _matrices(size: int, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.linspace(-1, 1, 2 * size * size, device=device).to(dtype).view(2, size, size).unbind()
 
 
 # memory

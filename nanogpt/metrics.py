@@ -11,7 +11,7 @@ metrics.csv has a row for each evaluation (train_loss and val_loss) and one for 
     grad_norm            L2 norm of the gradient before clipping
     clipped              share of iterations since the last logged one (this one included) whose gradient was clipped
     tokens_per_second    since the last logged iteration
-    mfu                  model FLOPs utilization, running average; -1 if the device's peak is unknown
+    mfu                  model FLOPs utilization, running average; -1 if not known yet
     peak_memory_mb       10^6 bytes; of tensors on a CUDA device, elsewhere of the process
 
 Numbers that are not finite or not known are left empty. Weights & Biases gets each row as it is written, under nanoGPT's names

@@ -6,8 +6,11 @@ import torch
 
 from model import GPT, Bigram
 from nanogpt.device import has_bfloat16_instructions
+from nanogpt.distributed import is_sharded
+from nanogpt.errors import UserError
 
 OptimizerName = Literal["adamw", "muon"]
+SHARDED_MUON_VERSION = "2.10"  # of PyTorch: the first whose DTensor splits a stack of shards (unbind)
 
 
 def build_optimizer(
@@ -19,10 +22,18 @@ def build_optimizer(
     device_type: str,
     fused: bool = True,
 ) -> "torch.optim.AdamW | MuonWithAdamW":
-    """Return the optimizer of a model: "adamw", or "muon" for the matrices of its blocks, at the same learning rate."""
+    """Return the optimizer of a model: "adamw", or "muon" for the matrices of its blocks, at the same learning rate.
+
+    Raises UserError if this PyTorch is too old for Muon with FSDP.
+    """
     adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type, fused)
     if name == "adamw":
         return adamw
+    if is_sharded(model) and torch.__version__ < SHARDED_MUON_VERSION:  # compares release numbers
+        raise UserError(
+            f"--optimizer=muon with --parallel=fsdp needs PyTorch {SHARDED_MUON_VERSION} or newer, got {torch.__version__}; "
+            "use --parallel=ddp or --optimizer=adamw"
+        )
     matrices = [p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2]
     hidden = set(matrices)
     for group in adamw.param_groups:

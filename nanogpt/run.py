@@ -23,7 +23,7 @@ from model import GPT, Bigram
 from nanogpt.checkpoint import BEST, LAST, Checkpoint, Optimizer, Saver, remove_older
 from nanogpt.curves import Curves
 from nanogpt.dataset import Dataset, FileLost
-from nanogpt.device import describe, peak_flops, peak_memory, synchronize
+from nanogpt.device import describe, find_peak, peak_memory, synchronize
 from nanogpt.distributed import Group, how_to_launch, is_sharded
 from nanogpt.errors import UserError, rank, warn
 from nanogpt.files import FolderLock, atomic_write
@@ -122,8 +122,9 @@ class Run:
         """
         self.state, self._model, self._scaler, self._config = state, model, scaler, config
         self._sequences_per_iter = sequences_per_iter
-        peak = peak_flops(self.group.device, dtype)
-        self._peak_flops = None if peak is None else peak * self.group.size
+        self.group.sum(0)  # all ranks measure their peak at once, since they may share cores
+        peak, self._peak_source = find_peak(self.group.device, dtype)
+        (self._peak_flops,) = self.group.sum(peak)
         tokens_per_iter = sequences_per_iter * model.config.block_size
 
         # rank 0 writes the folder
@@ -206,6 +207,23 @@ class Run:
         self._val_loss = losses["val"]
         self._log.evaluation(self.state.iter_num, losses, learning_rate, self._mfu, self.state.best_val_loss)
 
+    def summary(self, data: Dataset, choices: str, ignored: tuple[str, ...] = ()) -> str:
+        """Return what a run prints at its start: model, data, length, machine, ignored settings; `choices`: how it computes."""
+        model, config, tokens, ranks = self._model, self._config, data.tokens["train"], self.group.size
+        per_iter = self._sequences_per_iter * model.config.block_size
+        keys = ["block_size"] if config["model"] == "bigram" else ["n_layer", "n_head", "n_embd", "block_size"]
+        return (
+            f"model: {config['model']}, {model.get_num_params():,} parameters, "
+            f"{', '.join(f'{key}={getattr(model.config, key)}' for key in keys)}\n"
+            f"data: {config['dataset']} ({data.tokenizer})\n"
+            f"      {tokens:,} training tokens, {data.tokens['val']:,} validation tokens\n"
+            f"tokens per iteration: {per_iter:,} ({tokens / per_iter:,.0f} iterations per epoch)\n"
+            f"run: {config['max_iters']:,} iterations, {config['max_iters'] * per_iter / tokens:,.2f} epochs\n"
+            f"machine: {describe(self.group.device)}, {ranks} process{'es' if ranks > 1 else ''}\n"
+            f"         {choices}\n"
+            f"         peak for mfu: {self._peak_flops / 1e12:.3g} TFLOP/s ({self._peak_source})"
+        ) + (f"\nignored: {', '.join(ignored)}" if ignored else "")
+
     def log_step(self, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Count an iteration, and log it every log_interval iterations."""
         iteration = self.state.iter_num
@@ -215,9 +233,8 @@ class Run:
         now = time.perf_counter()
         seconds = (now - self._t0) / (iteration + 1 - self._first_unlogged)
         self._t0, self._first_unlogged = now, iteration + 1
-        if self._peak_flops is not None:
-            mfu = self._model.estimate_mfu(self._sequences_per_iter, seconds, self._peak_flops)
-            self._mfu = mfu if self._mfu < 0 else 0.9 * self._mfu + 0.1 * mfu
+        mfu = self._model.estimate_mfu(self._sequences_per_iter, seconds, self._peak_flops)
+        self._mfu = mfu if self._mfu < 0 else 0.9 * self._mfu + 0.1 * mfu
         tokens_per_second = self._sequences_per_iter * self._model.config.block_size / seconds
         memory = peak_memory(self.group.device)
         self._log.step(iteration, loss, learning_rate, grad_norm, seconds, tokens_per_second, self._mfu, memory)
@@ -306,30 +323,6 @@ class Run:
                 launch = how_to_launch(f"train.py --init_from=resume --out_dir={out_dir}", self.group.size)
                 print(f"{signal.Signals(number).name}: stopped and saved after {done}; to continue{launch}")
         return SystemExit(128 + number) if self._stop_agreed else None
-
-
-def summary(
-    config: dict[str, Any],
-    model: GPT | Bigram,
-    data: Dataset,
-    group: Group,
-    sequences_per_iter: int,
-    choices: str,
-    ignored: tuple[str, ...] = (),
-) -> str:
-    """Return what a run prints at its start: model, data, length, machine, `ignored` settings; `choices`: how it computes."""
-    tokens, per_iter = data.tokens["train"], sequences_per_iter * model.config.block_size
-    keys = ["block_size"] if config["model"] == "bigram" else ["n_layer", "n_head", "n_embd", "block_size"]
-    return (
-        f"model: {config['model']}, {model.get_num_params():,} parameters, "
-        f"{', '.join(f'{key}={getattr(model.config, key)}' for key in keys)}\n"
-        f"data: {config['dataset']} ({data.tokenizer})\n"
-        f"      {tokens:,} training tokens, {data.tokens['val']:,} validation tokens\n"
-        f"tokens per iteration: {per_iter:,} ({tokens / per_iter:,.0f} iterations per epoch)\n"
-        f"run: {config['max_iters']:,} iterations, {config['max_iters'] * per_iter / tokens:,.2f} epochs\n"
-        f"machine: {describe(group.device)}, {group.size} process{'es' if group.size > 1 else ''}\n"
-        f"         {choices}"
-    ) + (f"\nignored: {', '.join(ignored)}" if ignored else "")
 
 
 # the run's folder

@@ -30,7 +30,7 @@ from nanogpt.tokenizer import CharTokenizer
 
 CHECKPOINT_INTERVAL = 5  # iterations between saves
 MAX_LIFE_SECONDS = 1.5  # of a process after its first line; loading takes the first few tenths
-MEASURED = ("seconds", "tokens_per_second", "peak_memory_mb")  # columns of metrics.csv that differ from run to run
+MEASURED = ("seconds", "tokens_per_second", "mfu", "peak_memory_mb")  # columns of metrics.csv that differ from run to run
 FLAGS = (
     "--n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batch_size=8 --gradient_accumulation_steps=2 --dropout=0.2 "
     "--dtype=bfloat16 --eval_iters=5 --eval_interval=20 --learning_rate=1e-2 --lr_decay_iters=2000 --warmup_iters=20 "

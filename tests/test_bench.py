@@ -68,15 +68,6 @@ def test_last_line_is_nanogpts(run: Callable[..., dict]) -> None:
     assert any(re.fullmatch(measured, line) for line in found["lines"])
 
 
-def test_peak_names_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a GPU that no data sheet here lists, but whose measured peak is said to be from one."""
-    monkeypatch.setattr(bench, "measured_peak", lambda device, dtype: 1e12)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
-    assert bench.find_peak("cuda", torch.bfloat16) == (312e12, "data sheet")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA of tomorrow")
-    assert bench.find_peak("cuda", torch.bfloat16) == (1e12, "measured matrix products")
-
-
 def test_nanogpts_keys() -> None:
     """Catches a key of nanoGPT's bench.py that is unknown here, or without effect."""
     flags = "--batch_size=12 --block_size=512 --bias=True --real_data=False --seed=1 --device=cpu --dtype=bfloat16"

@@ -1,22 +1,28 @@
 """Which device, dtype and compilation a machine gets; random seeds, peak FLOP/s, memory; the process group."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 from configurator import ROOT
 
 import pytest
 import torch
+from conftest import read_rows, run_train
 from launcher import TIMEOUT_SECONDS
 
 from model import GPT, GPTConfig
 from nanogpt.device import (
     LINUX_STATUS,
     autocast,
+    find_peak,
+    measured_peak,
     peak_flops,
     pick_compile,
     pick_device,
@@ -190,6 +196,45 @@ def test_peak_flops(monkeypatch: pytest.MonkeyPatch, name: str, half: float | No
 def test_peak_flops_without_a_gpu(device: str) -> None:
     """Catches an MFU for a machine that is not in the table."""
     assert peak_flops(device, torch.float32) is None
+
+
+def test_peak_names_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a GPU that no data sheet here lists, but whose measured peak is said to be from one."""
+    monkeypatch.setattr("nanogpt.device.measured_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    assert find_peak("cuda", torch.bfloat16) == (312e12, "data sheet")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA of tomorrow")
+    assert find_peak("cuda", torch.bfloat16) == (1e12, "measured matrix products")
+
+
+def test_measured_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches wrong units, products too small to measure, or random numbers drawn, which would change the run.
+
+    On a clock that advances by 2^-11 s at each look, each product takes that long: too little to stop at the first size.
+    """
+    ticks = iter(range(1000))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) * 2.0**-11)
+    monkeypatch.setattr("nanogpt.device.PEAK_SECONDS", 0.05)
+    monkeypatch.setattr("nanogpt.device.PRODUCT_SIZES", (4, 16))
+    before = torch.get_rng_state()
+    assert measured_peak("cpu", torch.float32) == 2 * 16**3 * 2**11
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mfu_of_a_cpu(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Catches an MFU of -100% on a device without a data sheet, or one that is not said to be measured."""
+    monkeypatch.setattr("nanogpt.device.measured_peak", lambda device, dtype: 5e9)
+    shape = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--batch_size=2", "--gradient_accumulation_steps=1"]
+    run_train(
+        f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--max_iters=2", "--eval_iters=1", *shape
+    )
+    printed = capsys.readouterr().out
+    assert "peak for mfu: 0.005 TFLOP/s (measured matrix products)\n" in printed
+    first = next(row for row in read_rows(tmp_path / "out") if row["loss"])
+    (model,) = re.findall(r"model: gpt, ([\d,]+) parameters", printed)
+    flops = 6 * int(model.replace(",", "")) + 12 * 1 * 8 * 8  # PaLM's count, a token: 6 N + 12 L H Q T
+    assert float(first["mfu"]) == pytest.approx(flops * float(first["tokens_per_second"]) / 5e9, rel=1e-3)
+    assert "-100.00%" not in printed
 
 
 # random numbers

@@ -1,11 +1,13 @@
 """Muon against PyTorch's and a naive loop; which parameters it gets; saving and resuming."""
 
+import contextlib
 from pathlib import Path
 
 from configurator import parse
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import train
 from model import GPT, GPTConfig
@@ -104,6 +106,17 @@ def test_bigram_refuses_muon() -> None:
     """Catches Muon without matrices, which PyTorch refuses with a traceback."""
     with pytest.raises(UserError, match="bigram"):
         parse(train.Config, ["--optimizer=muon", "--model=bigram"])
+
+
+@pytest.mark.parametrize("version, works", [("2.9.1+cu128", False), ("2.10.0", True), ("2.14.1", True)])
+def test_muon_with_fsdp_needs_a_newer_pytorch(monkeypatch: pytest.MonkeyPatch, version: str, works: bool) -> None:
+    """Catches the traceback of PyTorch 2.9, or versions compared as text, for which 2.10 comes before 2.9."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    model = GPT(SHAPE)
+    muon_with_adamw(model)  # not sharded
+    model.reshard = None  # what FSDP adds
+    with contextlib.nullcontext() if works else pytest.raises(UserError, match=r"needs PyTorch 2\.10 or newer, got 2\.9\.1"):
+        muon_with_adamw(model)
 
 
 def test_muon_state_in_a_checkpoint(tmp_path: Path) -> None:
