@@ -332,7 +332,7 @@ def test_two_machines(dataset: Path, tmp_path: Path) -> None:
     agents = start(["torchrun", *nodes, "train.py", *flags, f"--out_dir={tmp_path / 'out'}", "--max_iters=1000000"])
     wait_for(lambda: len(read_rows(tmp_path / "out")) > 5, tmp_path / "out" / "metrics.csv", agents)
     agents[0].send_signal(signal.SIGTERM)
-    printed = "".join(agent.communicate(timeout=60)[0] for agent in agents)
+    printed = "".join(agent.communicate(timeout=launcher.TIMEOUT_SECONDS)[0] for agent in agents)
     done = checkpoint.load(checkpoint.newest(tmp_path / "out")).iter_num
     (command,) = re.findall(r"to continue, on each machine:\n +(torchrun .*)\n", printed)
     assert "--rdzv_endpoint=127.0.0.1:29500" in command.split()
@@ -340,7 +340,7 @@ def test_two_machines(dataset: Path, tmp_path: Path) -> None:
     # its resume, with the command that it has printed
     command = command.replace("127.0.0.1:29500", endpoint)
     agents = start([*shlex.split(command), f"--max_iters={done + 3}"])
-    outputs = [agent.communicate(timeout=60)[0] for agent in agents]
+    outputs = [agent.communicate(timeout=launcher.TIMEOUT_SECONDS)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert f"resuming after {done:,} of {done + 3:,} iterations" in "".join(outputs)
 

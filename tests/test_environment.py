@@ -10,6 +10,7 @@ from pathlib import Path
 import configurator
 from configurator import ROOT, parse
 
+import launcher
 import pytest
 from conftest import run_train
 
@@ -71,7 +72,7 @@ def run_script(folder: Path, *arguments: str, closed: str = "", **environment: s
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=launcher.TIMEOUT_SECONDS,
     )
 
 
@@ -151,7 +152,7 @@ def run_without_site(script: str, *options: str, **environment: str) -> subproce
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=launcher.TIMEOUT_SECONDS,
     )
 
 
