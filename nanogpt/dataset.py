@@ -40,6 +40,8 @@ class MappedFile:
         with open(path, "rb") as file:
             self._version = _version(os.fstat(file.fileno()))
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""  # an empty map is an error
+        if self.size and hasattr(mmap, "MADV_RANDOM"):  # do not read ahead, which may be megabytes for each window
+            self._map.madvise(mmap.MADV_RANDOM)
 
     @property
     def size(self) -> int:
