@@ -171,6 +171,12 @@ def smooth(values: np.ndarray, half: int) -> np.ndarray:
     return np.where(2 * count > left + right, (totals[i + right + 1] - totals[i - left]) / np.maximum(count, 1), np.nan)
 
 
+def isolated(values: np.ndarray) -> np.ndarray:
+    """Return where finite (n,) values have no finite neighbor, and so no line."""
+    good = np.pad(np.isfinite(values), 1)
+    return good[1:-1] & ~good[:-2] & ~good[2:]
+
+
 def envelope(x: np.ndarray, y: np.ndarray, count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
     """Thin out a long line to about 2 * `count` points: the lowest and the highest of each group of neighbors."""
     each = -(-len(x) // count)
@@ -243,6 +249,8 @@ def fill(axes: Any, runs: list[Run], x: str, log: str) -> None:
         raw_x, raw = (run.train_x, run.train) if "x" in log else envelope(run.train_x, run.train)
         axes.plot(raw_x / unit, raw, color=color, alpha=0.25 if half else 1.0, linewidth=0.7)
         (train,) = axes.plot(run.train_x / unit, smoothed, color=color, linewidth=1.8 if alone else 1.0)
+        lonely = isolated(smoothed)
+        axes.plot(run.train_x[lonely] / unit, smoothed[lonely], color=color, linestyle="", marker="o", markersize=3)
         (val,) = axes.plot(run.val_x / unit, run.val, color=val_color, **DOTS if len(run.val) <= 50 else {"linewidth": 2})
 
         # legend, and a ring around the best evaluation

@@ -252,6 +252,15 @@ def test_best_evaluation_is_marked() -> None:
     assert axes.get_title(loc="left") == "a"
 
 
+@pytest.mark.parametrize(
+    ("train", "dots"), [([4], [0]), ([4, math.nan, 3], [0, 2]), ([4, 3, math.nan, 2, math.nan], [3]), ([4, 3, 2], [])]
+)
+def test_single_points_are_seen(train: list[float], dots: list[int]) -> None:
+    """Catches the training loss of a run that has logged one batch, or the one between two NaNs, in a line of no length."""
+    dotted = [line for line in drawn(a_run(train, [])).get_lines() if line.get_markersize() == 3]
+    assert [line.get_xdata().tolist() for line in dotted] == [dots]
+
+
 def test_outliers_do_not_set_the_scale() -> None:
     """Catches one outlier batch that sets the scale of the y axis."""
     low, high = drawn(a_run([20 if i == 500 else 2 + i % 2 / 10 for i in range(1000)], [2.5, 2.0])).get_ylim()
