@@ -14,6 +14,7 @@ torch.compile; elsewhere float32, AdamW without a fused kernel, not compiled. Al
 import itertools
 import json
 import multiprocessing
+import shlex
 import statistics
 import subprocess
 import sys
@@ -25,11 +26,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
+
+import configurator
+from configurator import LossRows, NonNegativeFloat, NonNegativeInt, PathStr, PositiveFloat, PositiveInt, Range, Seed
+
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-import configurator
-from configurator import LossRows, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed
 from model import GPT, GPTConfig, sample_next
 from nanogpt import checkpoint, curves, metrics, scaling, sizing
 from nanogpt.dataset import Dataset
@@ -87,7 +91,7 @@ class Config(configurator.Config):
     seed: Seed = 1337  # random seed
     # model
     size: Literal["laptop", "shakespeare", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # model size
-    out_dir: str = ""  # folder of a run: its model's shape in place of a size
+    out_dir: PathStr = ""  # folder of a run: its model's shape in place of a size
     n_layer: NonNegativeInt = 0  # layers. 0, here and below: the size's
     n_head: NonNegativeInt = 0  # attention heads per layer
     n_embd: NonNegativeInt = 0  # channels
@@ -98,7 +102,7 @@ class Config(configurator.Config):
     steps: NonNegativeInt = 0  # training steps per round. 0: as many as take two seconds
     optimizer: Literal["adamw", "muon"] = "adamw"  # optimizer of the fast run
     real_data: bool | Literal["auto"] = "auto"  # train on the dataset, or on random tokens. auto: if it is prepared and fits
-    dataset: str = "openwebtext"  # folder in data/ with train.bin and val.bin
+    dataset: PathStr = "openwebtext"  # folder in data/ with train.bin and val.bin
     profile: bool = False  # write trace.json, for ui.perfetto.dev, and list the operations that take the most time
     # generation
     prompt_tokens: PositiveInt = 8  # prompt length
@@ -112,7 +116,7 @@ class Config(configurator.Config):
     peak: PositiveFloat = 312e12  # FLOP/s of a device; 312e12 is an A100 in bf16
     mfu: Annotated[float, Range(above=0, at_most=1)] = 0.3  # model FLOPs utilization: share of the peak
     gpus: PositiveInt = 8  # devices
-    out: str = "scaling.png"  # .png or .svg file for the curves of scaling
+    out: PathStr = "scaling.png"  # .png or .svg file for the curves of scaling
     # machine (for the fast run, as in train.py)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"  # mixed precision; in generation, also of weights. auto: bf16/fp16 where the device supports it
@@ -416,7 +420,7 @@ def timed_run(name: str, config: Config, recipe: str, keys: dict[str, Any]) -> l
     """Run train.py with a recipe; return (seconds of training, iteration, validation loss) of each evaluation."""
     keys = keys | {"eval_iters": 0, "log_interval": 1, "seed": config.seed}
     command = ["train.py", recipe, *(f"--{key}={value}" for key, value in keys.items())]
-    print(f"{name}: python {' '.join(command)}", flush=True)
+    print(f"{name}: python {shlex.join(command)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, *command, f"--out_dir={folder}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         rows = metrics.read_rows(Path(folder) / "metrics.csv")

@@ -14,10 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 
 import configurator
-from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
+from configurator import NonNegativeFloat, NonNegativeInt, PathStr, PositiveInt, PromptStr, Seed
+
+import torch
+
 from model import GPT, Bigram
 from nanogpt import checkpoint, conversation, corpus, errors
 from nanogpt.conversation import ChatFormat
@@ -48,12 +51,12 @@ Ctrl-C stops a reply, Ctrl-D leaves. To send a message that starts with a slash,
 @dataclass(frozen=True)
 class Config(configurator.Config):
     positional: ClassVar[str] = "init_from"
-    init_from: str = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
-    out_dir: str = "out"  # run folder to load with init_from=resume
+    init_from: PathStr = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
+    out_dir: PathStr = "out"  # run folder to load with init_from=resume
     chat_format: Literal["auto", "plain", "nanochatgpt", "dialogpt"] = "auto"  # auto: the model's own, else plain
     user_name: str = "User"  # your name in the plain format
     assistant_name: str = "Assistant"  # the model's name in the plain format
-    context: str = ""  # system message: text that opens the conversation, or FILE:context.txt to read it from a file
+    context: PromptStr = ""  # system message: text that opens the conversation, or FILE:context.txt to read it from a file
     max_new_tokens: PositiveInt = 300  # longest reply, in tokens
     temperature: NonNegativeFloat = 0.8  # below 1 is less random, above 1 more random; 0 is greedy decoding
     top_k: NonNegativeInt = 200  # sample from the k most likely tokens; 0: from all
@@ -85,7 +88,8 @@ def main(config: Config) -> None:
     chat = Chat(model, tokenizer, chat_format, config, device)
     if sys.stdout.isatty():
         context = model.config.block_size
-        print(f"{ckpt.path}: {n_params / 1e6:.2f}M parameters, context {context:,}, format {chat_format.name}")
+        model_line = f"{ckpt.path}: {n_params / 1e6:.2f}M parameters, context {context:,}, format {chat_format.name}"
+        print(errors.one_line(model_line))
         print("/help lists the commands, Ctrl-D leaves")
     for message in messages(config.user_name):
         try:
@@ -159,11 +163,10 @@ class Chat:
         return self._reply()
 
     def retry(self) -> Generator[str, None, None]:
-        """Yield another reply to the last message."""
+        """Yield another reply to the last message; the earlier one stays until there is text."""
         if not self.turns:
             raise UserError("there is nothing to retry yet")
-        self.turns[-1] = Turn(self.turns[-1].prompt)
-        return self._reply()
+        return self._reply(earlier=self.turns[-1])
 
     def undo(self) -> None:
         """Remove the last message and its reply."""
@@ -175,7 +178,10 @@ class Chat:
         """Remove all turns."""
         self.turns.clear()
 
-    def _reply(self) -> Generator[str, None, None]:
+    def _reply(self, earlier: Turn | None = None) -> Generator[str, None, None]:
+        """Generate the reply of the last turn, or a new one in place of the `earlier` turn."""
+        if earlier is not None:
+            self.turns[-1] = Turn(earlier.prompt)
         turn = self.turns[-1]
         decoder = StreamDecoder(self.tokenizer, [self.chat_format.stop, END_OF_TEXT])
         try:
@@ -192,7 +198,10 @@ class Chat:
             self._close(turn)
             if not turn.text.strip():
                 turn.text = ""
-                self.notes.append("there was no reply; /retry asks again")
+                kept = ""
+                if earlier is not None and earlier.text:
+                    self.turns[-1], kept = earlier, "; the earlier one stays"
+                self.notes.append(f"there was no reply{kept}; /retry asks again")
 
     def _tokens(self) -> Iterator[int]:
         """Yield the next tokens of the reply, until the context or the reply is full."""

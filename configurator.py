@@ -19,15 +19,19 @@ if __name__ == "__main__":  # run by exec, in a script's globals
     _script = dict(globals())  # the script's own variables
 
 import ast
+import atexit
 import builtins
+import contextlib
 import dataclasses
 import difflib
-import importlib
+import importlib.util
 import inspect
 import io
 import math
 import os
 import re
+import shlex
+import signal
 import sys
 import textwrap
 import tokenize
@@ -38,7 +42,7 @@ from collections.abc import Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
-from nanogpt.errors import UserError, one_line, warn
+from nanogpt.errors import UserError, one_line, rank, warn
 
 ROOT = Path(inspect.getfile(UserError)).resolve().parents[1]
 # what nanoGPT's config files need not import, since they run inside its train.py
@@ -71,12 +75,25 @@ SYNONYMS = {  # other people's names for a key, which are never passed over: the
 }
 
 
+def _not_installed(package: str) -> str:
+    return (
+        f"{package} is not installed in this Python ({sys.executable}): activate the environment with "
+        "'source .venv/bin/activate' ('make' creates it), or run 'pip install -r requirements.txt'"
+    )
+
+
+for _package in ("torch", "numpy", "tqdm"):  # imported by the commands right after this module
+    if importlib.util.find_spec(_package) is None:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {_not_installed(_package)}")
+
+
 class Config:
     """Base class of every command's config."""
 
     given: ClassVar[frozenset[str]] = frozenset()  # the keys that a file or a flag has set, on each instance
     ignored: ClassVar[tuple[str, ...]] = ()  # names in config files that are no keys, and settings that a checkpoint overrides
-    positional: ClassVar[str] = ""  # the key of arguments that are neither flags nor .py files, joined by commas; "": none
+    positional: ClassVar[str] = ""  # the key of arguments that are neither flags nor .py files; "": none
+    takes_several: ClassVar[bool] = False  # of these, joined by line breaks
 
     def validate(self) -> None:
         """Check the keys together. Raises UserError if they do not fit."""
@@ -117,6 +134,15 @@ Probability = Annotated[float, Range(at_least=0, below=1)]
 LossRows = Annotated[int | Literal["auto"], Range(at_least=0)]
 
 
+def _expand_prompt(text: str) -> str:
+    name = text.removeprefix("FILE:")
+    return text if name == text else f"FILE:{os.path.expanduser(name)}"
+
+
+PathStr = Annotated[str, os.path.expanduser]  # a path: a leading ~ becomes the home folder, which shells do not do after =
+PromptStr = Annotated[str, _expand_prompt]  # text, or FILE:path
+
+
 def parse(config_class: type, arguments: list[str]) -> Any:
     """Return a `config_class` with its defaults overridden by `arguments`, from left to right.
 
@@ -137,14 +163,17 @@ def parse(config_class: type, arguments: list[str]) -> Any:
                 raise UserError(f"unknown key '{name}' in {argument}; --help lists all keys{_hint(name, keys, '--{}')}")
             updates = {name: _check(argument, text, kinds[name], is_text=True)}
         elif positional and not argument.startswith("-") and Path(argument).suffix != ".py" and name not in keys:
-            updates = {positional: f"{values[positional]},{argument}" if positional in given else argument}
+            if positional in given and not config_class.takes_several:
+                raise UserError(f"{argument}: only one {positional} is taken, got {values[positional]!r}, too")
+            argument = os.path.expanduser(argument)
+            updates = {positional: f"{values[positional]}\n{argument}" if positional in given else argument}
         else:
             updates, unknown = {}, {}
             for name, value in _run_config_file(_find_config_file(argument, keys), argument, values).items():
                 if name not in keys:
                     unknown[name] = value
                     continue
-                value = defaults[name] if value is None and kinds[name] is str else value
+                value = defaults[name] if value is None and kinds[name] in (str, PathStr, PromptStr) else value
                 updates[name] = _check(f"{argument}: {name} = {value!r}", value, kinds[name], is_text=False)
             _refuse_mistyped(argument, unknown, [key for key in keys if key not in updates])
             ignored.update(dict.fromkeys(unknown))
@@ -180,9 +209,11 @@ def check_value(config_class: type, key: str, value: Any, source: str) -> Any:
 def run(main: Callable[[Any], None], config_class: type) -> None:
     """Parse the command line and call `main` with the config: the `if __name__ == "__main__"` of every command.
 
-    A UserError, or an OSError with a file's name, ends the process with one line on stderr and status 1; Ctrl-C with status
-    130. Any other exception is a bug and keeps its traceback.
+    A UserError, a missing package, or an OSError with a file's name ends the process with one line on stderr and status 1. Any
+    other exception is a bug and keeps its traceback. Ctrl-C, and SystemExit(128 + n) in `main` after signal n, end the process
+    by that signal; see `_end_by`.
     """
+    _open_closed_streams()
     try:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -195,6 +226,11 @@ def run(main: Callable[[Any], None], config_class: type) -> None:
         sys.stdout.flush()
     except UserError as error:
         _exit(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or importlib.util.find_spec(package) is not None:
+            raise
+        _exit(_not_installed(package))
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -204,7 +240,11 @@ def run(main: Callable[[Any], None], config_class: type) -> None:
         _exit(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        _end_by(signal.SIGINT)
+    except SystemExit as error:
+        if isinstance(error.code, int) and error.code - 128 in signal.valid_signals():
+            _end_by(error.code - 128)
+        raise
 
 
 def help_text(config_class: type, script: str) -> str:
@@ -231,11 +271,39 @@ def help_text(config_class: type, script: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _open_closed_streams() -> None:
+    """Open the null device for each standard stream that the caller has closed (`2>&-`), which is None in Python.
+
+    It takes the stream's descriptor, the lowest free one, which else went to the next file to be opened: to a checkpoint that
+    then contains what a library prints.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+
+
 def _exit(message: str) -> NoReturn:
-    rank = os.environ.get("RANK", "0")
-    script = Path(sys.argv[0]).name + ("" if rank == "0" else f" [rank {rank}]")
+    script = Path(sys.argv[0]).name + ("" if rank() in ("", "0") else f" [rank {rank()}]")
     print(f"{script}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(1)
+
+
+def _end_by(number: int) -> NoReturn:
+    """End the process by signal `number`, once everything is closed and flushed: what shells and wandb's agent expect.
+
+    Ranks of torchrun or a cluster exit with status 128 + `number` instead, as does PID 1 of a container, which ignores the
+    signal, and a process on Windows, which has none.
+    """
+    if os.name == "posix" and not rank():
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)  # returns in PID 1
+    sys.exit(128 + number)
 
 
 def override(script: dict[str, Any], variables: dict[str, Any]) -> None:
@@ -310,8 +378,9 @@ def _find_config_file(argument: str, keys: list[str]) -> Path:
     if key in keys:
         raise UserError(f"{argument}: a key needs two dashes: --{argument}")
     if Path(argument).exists() and "init_from" in keys:
-        resumes = f"--init_from=resume --out_dir={argument} continues a run, " if Path(argument).is_dir() else ""
-        raise UserError(f"{argument}: not a config file; {resumes}--init_from={argument} starts from its weights")
+        run = shlex.quote(argument)
+        resumes = f"--init_from=resume --out_dir={run} continues a run, " if Path(argument).is_dir() else ""
+        raise UserError(f"{argument}: not a config file; {resumes}--init_from={run} starts from its weights")
     names = sorted(path.stem for path in (ROOT / "config").glob("*.py"))
     raise UserError(f"{argument}: no such config file{_hint(Path(argument).stem, names, 'config/{}.py')}")
 
@@ -355,7 +424,7 @@ def _check(shown: str, value: Any, kind: Any, is_text: bool) -> Any:
         raise UserError(f"{shown}: not {_expected(kind)}") from None
     if limits is not None and isinstance(value, (int, float)) and value not in limits:
         raise UserError(f"{shown}: must be {limits}")
-    return value
+    return limits(value) if callable(limits) else value
 
 
 def _members(kind: Any) -> tuple:

@@ -5,13 +5,18 @@ python export.py --out_dir=out-shakespeare-char --to=shakespeare
 
 import dataclasses
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 
 import configurator
+from configurator import PathStr
+
+import torch
+
 from model import GPT
 from nanogpt import checkpoint, huggingface
 from nanogpt.errors import UserError
@@ -20,9 +25,9 @@ from nanogpt.errors import UserError
 @dataclass(frozen=True)
 class Config(configurator.Config):
     positional: ClassVar[str] = "init_from"
-    init_from: str = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
-    out_dir: str = "out"  # run folder to load with init_from=resume
-    to: str = ""  # folder to write; an earlier export in it is replaced
+    init_from: PathStr = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
+    out_dir: PathStr = "out"  # run folder to load with init_from=resume
+    to: PathStr = ""  # folder to write; an earlier export in it is replaced
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the exported weights
 
     def validate(self) -> None:

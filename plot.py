@@ -5,21 +5,29 @@ python plot.py out-a out-b nanogpt.log --out=curves.svg      several runs in one
 python plot.py out-a out-b --x=seconds --log=xy              against time, on logarithmic axes
 """
 
+import itertools
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
+
 import configurator
+from configurator import PathStr
+
 from nanogpt.curves import best_of, check_out, draw, read
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
     positional: ClassVar[str] = "runs"
-    runs: str = ""  # run folders, metrics.csv files or logs, separated by commas (or as plain arguments). Empty: out_dir
-    out_dir: str = "out"  # run folder to plot if no runs are given
-    out: str = ""  # .png or .svg file to write. Empty: loss.png in the run's folder; curves.png for several runs or a file
+    takes_several: ClassVar[bool] = True
+    runs: str = ""  # run folders, metrics.csv files or logs, as plain arguments or separated by commas. Empty: out_dir
+    out_dir: PathStr = "out"  # run folder to plot if no runs are given
+    out: PathStr = ""  # .png or .svg file to write. Empty: loss.png in the run's folder; curves.png for several runs or a file
     x: Literal["iterations", "tokens", "seconds"] = "iterations"  # quantity on the x axis
     log: Literal["none", "x", "y", "xy"] = "none"  # logarithmic axes
 
@@ -29,8 +37,13 @@ class Config(configurator.Config):
 
 
 def main(config: Config) -> None:
-    paths = [Path(name) for name in config.runs.split(",") if name] or [Path(config.out_dir)]
+    given = [[name] if os.path.exists(name) else name.split(",") for name in config.runs.split("\n")]  # a name may hold commas
+    paths = [Path(os.path.expanduser(name)) for name in itertools.chain(*given) if name] or [Path(config.out_dir)]
     runs = [read(path, config.x) for path in paths]
+    for axis in set(config.log) & {"x", "y"}:
+        curves = [curve for run in runs for curve in ((run.train_x, run.val_x) if axis == "x" else (run.train, run.val))]
+        if not any((curve > 0).any() for curve in curves):
+            raise UserError(f"--log={config.log}: a logarithmic axis needs a positive {axis}, got none; use --log=none")
     out = Path("curves.png") if len(runs) > 1 or not paths[0].is_dir() else paths[0] / "loss.png"
     out = Path(config.out) if config.out else out
     try:
@@ -41,7 +54,7 @@ def main(config: Config) -> None:
         best = best_of(run)
         result = "no evaluation" if best is None else f"best val loss {run.val[best]:.4f} at {run.val_x[best]:,.0f} {config.x}"
         print(f"{run.name}: {result}")
-    print(f"curves in {out}")
+    print(one_line(f"curves in {out}"))
 
 
 if __name__ == "__main__":

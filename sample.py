@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 
 import configurator
-from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
+from configurator import NonNegativeFloat, NonNegativeInt, PathStr, PositiveInt, PromptStr, Seed
+
+import torch
+
 from model import GPT, Bigram
 from nanogpt import checkpoint, corpus, errors
 from nanogpt.conversation import separator
@@ -38,9 +41,9 @@ CACHE_BYTES = 2 << 30  # limit of a batch's KV cache; samples that do not fit go
 @dataclass(frozen=True)
 class Config(configurator.Config):
     positional: ClassVar[str] = "init_from"
-    init_from: str = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
-    out_dir: str = "out"  # run folder to load with init_from=resume
-    start: str = "\n"  # the prompt, or FILE:prompt.txt to read it from a file
+    init_from: PathStr = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
+    out_dir: PathStr = "out"  # run folder to load with init_from=resume
+    start: PromptStr = "\n"  # the prompt, or FILE:prompt.txt to read it from a file
     num_samples: PositiveInt = 10  # number of samples, generated in batches; the first is printed as it grows
     max_new_tokens: NonNegativeInt = 500  # tokens to generate in each sample
     temperature: NonNegativeFloat = 0.8  # below 1 is less random, above 1 more random; 0 is greedy decoding

@@ -10,16 +10,20 @@ Ctrl-C and SIGTERM save the run and stop it; --init_from=resume continues it, on
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
+
+import configurator
+from configurator import LossRows, NonNegativeFloat, NonNegativeInt, PathStr, PositiveFloat, PositiveInt, Probability, Seed
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import configurator
-from configurator import LossRows, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Seed
 from model import GPT, Bigram, GPTConfig
 from nanogpt.checkpoint import (
     MODELS,
@@ -37,8 +41,8 @@ from nanogpt.device import (
     autocast,
     explain_out_of_memory,
     keep_memory,
+    moved_settings,
     pick_compile,
-    pick_device,
     pick_dtype,
     pick_loss_rows,
     seed_dropout,
@@ -55,8 +59,8 @@ from nanogpt.run import Run, Signals, TrainState, every
 @dataclass(frozen=True)
 class Config(configurator.Config):
     # run
-    out_dir: str = "out"  # folder of the run: checkpoints, metrics.csv, loss.png, config.json
-    init_from: str = "scratch"  # scratch, resume (out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, a Hub id ...
+    out_dir: PathStr = "out"  # folder of the run: checkpoints, metrics.csv, loss.png, config.json
+    init_from: PathStr = "scratch"  # scratch, resume (out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, a Hub id ...
     eval_interval: PositiveInt = 2000  # iterations between evaluations
     eval_iters: NonNegativeInt = 200  # batches per split in an evaluation; 0: the whole split
     eval_only: bool = False  # evaluate once and exit
@@ -72,7 +76,7 @@ class Config(configurator.Config):
     wandb_project: str = "owt"  # W&B project
     wandb_run_name: str = "gpt2"  # W&B run name
     # data
-    dataset: str = "openwebtext"  # a folder in data/ with train.bin and val.bin
+    dataset: PathStr = "openwebtext"  # a folder in data/ with train.bin and val.bin
     gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches per iteration, over all processes
     batch_tokens: NonNegativeInt = 0  # tokens per iteration, instead of gradient_accumulation_steps; 0: not used
     batch_size: PositiveInt = 12  # sequences per micro-batch
@@ -308,14 +312,10 @@ def resolve_config(config: Config, ckpt: Checkpoint | None) -> Config:
         kept = config.given | {"init_from", "out_dir"}  # not taken from the checkpoint
         if "gradient_accumulation_steps" in config.given:
             kept |= {"batch_tokens"}  # else the run's batch_tokens would override it
-        for name in [field.name for field in dataclasses.fields(config)]:
-            if name in ckpt.config and name not in kept:
-                values[name] = configurator.check_value(Config, name, ckpt.config[name], str(ckpt.path))
-        if "device" not in config.given:
-            try:
-                pick_device(values.get("device", config.device))
-            except UserError:  # the run began on another kind of machine
-                values |= dict.fromkeys({"device", "dtype", "compile", "backend"} - config.given, "auto")
+        for name in [field.name for field in dataclasses.fields(config) if field.name in ckpt.config.keys() - kept]:
+            values[name] = configurator.check_value(Config, name, ckpt.config[name], str(ckpt.path))
+        moved = moved_settings(ckpt.config, config.device if "device" in config.given else None)
+        values |= {name: value for name, value in moved.items() if name not in config.given}
     if ckpt is not None:
         shape = {name: value for name, value in ckpt.model_args.items() if hasattr(config, name) and name != "dropout"}
         for name, value in (shape | {"model": ckpt.model_type}).items():
@@ -341,12 +341,11 @@ def resolve_machine(config: Config, group: Group, ckpt: Checkpoint | None, data:
         raise UserError("--parallel=fsdp has no loss scaling for float16; use --dtype=bfloat16 or --dtype=float32")
     set_up(group.device, config.seed)
     vocab_size = data.tokenizer.model_vocab_size if ckpt is None else ckpt.model_args["vocab_size"]
-    rows = config.batch_size * config.block_size
     accumulate = config.gradient_accumulation_steps
     return Machine(
         dtype=dtype,
         compile=pick_compile(config.compile, group.device),
-        loss_rows=pick_loss_rows(config.loss_rows, group.device, rows, vocab_size),
+        loss_rows=pick_loss_rows(config.loss_rows, group.device, config.batch_size * config.block_size, vocab_size),
         keeps_memory=config.keep_memory and group.device == "cpu" and keep_memory(),
         sharded=sharded,
         micro_batches=share_batch(accumulate, config.batch_tokens, config.batch_size, config.block_size, group.size),

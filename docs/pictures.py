@@ -15,11 +15,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import configurator
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-import configurator
 from model import GPT, Bigram
 from nanogpt import checkpoint
 from nanogpt.dataset import Dataset

@@ -17,6 +17,7 @@ import dataclasses
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,14 @@ class Saver:
         config: dict[str, Any],
         saved: tuple[int, int] = (-1, -1),
         is_main: bool = True,
+        check_folder: Callable[[], None] = lambda: None,
     ):
         """Save `model` (the module, not a wrapper of it) and the rest; `description` is the dataset's.
 
-        `saved` is the (iter_num, evaluated) of the state that is in the folder already, if any.
+        `saved` is the (iter_num, evaluated) of the state that is in the folder already, if any. `check_folder` is called before
+        each save; an OSError that it raises is one of writing.
         """
+        self._check_folder = check_folder
         self.failure = ""  # why the newest state is not on the disk
         self._out_dir, self._description, self._config, self._is_main = out_dir, description, config, is_main
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
@@ -123,6 +127,7 @@ class Saver:
         if not self._is_main:
             return
         try:
+            self._check_folder()
             if is_best:
                 save(self._out_dir / BEST, state)
                 (self._out_dir / LAST).unlink(missing_ok=True)  # older now; if the process is killed before, see `newest`
@@ -205,10 +210,14 @@ def open_checkpoint(init_from: str, out_dir: str, newest_state: bool = False) ->
         raise UserError(f"--init_from={init_from}: no such run folder or checkpoint file, nor a name of GPT-2 weights")
     elif path.suffix == ".safetensors" or path.name.startswith("pytorch_model"):
         missing = "" if (path.parent / "config.json").is_file() else ", once the model's config.json is in it"
-        raise UserError(f"{path}: a file of weights; --init_from takes its folder{missing}: --init_from={path.parent}")
+        raise UserError(
+            f"{path}: a file of weights; --init_from takes its folder{missing}: --init_from={shlex.quote(str(path.parent))}"
+        )
     checkpoint = load(path, mmap=True)
     if resumes and checkpoint.iter_num < 0:
-        raise UserError(f"{path}: no iter_num in it to resume from; --init_from={path} starts a new run from its weights")
+        raise UserError(
+            f"{path}: no iter_num in it to resume from; --init_from={shlex.quote(str(path))} starts a new run from its weights"
+        )
     return checkpoint
 
 
@@ -232,7 +241,8 @@ def _runs_here() -> str:
         return f"the newest of {len(runs)} here: {command} --out_dir={runs[0]}{others}"
     if not prepared():
         return "no run is here; prepare a dataset first: python data/shakespeare_char/prepare.py"
-    command = f"python train.py config/train_shakespeare_char_cpu.py --dataset={prepared()[0]} --out_dir=out-{prepared()[0]}"
+    flags = [f"--dataset={prepared()[0]}", f"--out_dir=out-{prepared()[0]}"]
+    command = f"python train.py config/train_shakespeare_char_cpu.py {shlex.join(flags)}"
     return f"no run is here; prepared datasets: {', '.join(prepared())}; train one there first: {command}"
 
 
@@ -407,7 +417,7 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, scaler: torc
     except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{checkpoint.path}: its optimizer state does not fit ({first_line(error)}); "
-            f"--init_from={checkpoint.path} --out_dir=NEW starts a new run from its weights"
+            f"--init_from={shlex.quote(str(checkpoint.path))} --out_dir=NEW starts a new run from its weights"
         ) from error
 
 

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from tqdm import tqdm
 
-from nanogpt.errors import UserError
-from nanogpt.files import atomic_write
+from nanogpt.errors import UserError, one_line
+from nanogpt.files import FolderLock, atomic_write
 from nanogpt.tokenizer import Tokenizer, to_pickle
 
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -33,7 +33,7 @@ def download(url: str, path: Path, sha256: str) -> None:
     """
     import requests  # imported here, since it is slow to import and sample.py does not need it
 
-    with atomic_write(path) as file:
+    with writing_into(path.parent), atomic_write(path) as file:
         for attempt in range(DOWNLOAD_TRIES):
             try:
                 digest = _fetch(url, file, path.stem)
@@ -183,7 +183,13 @@ def write_tokens(
     for split, mask in (masks or {}).items():
         assert mask.shape == splits[split].shape
         files[f"{split}.mask.bin"] = (mask != 0).astype(np.uint8).tobytes()
-    finish(folder, files, counts, tokenizer, source, sha256, extra, dtype)
+    with writing_into(folder):
+        finish(folder, files, counts, tokenizer, source, sha256, extra, dtype)
+
+
+def writing_into(folder: Path) -> FolderLock:
+    """Return a lock that keeps other prepare.py's out of a dataset's folder. Entering it raises UserError if one is at work."""
+    return FolderLock(folder, "another prepare.py is writing to", "wait for it, or stop it first")
 
 
 def check_counts(counts: dict[str, int]) -> None:
@@ -205,8 +211,8 @@ def finish(
 ) -> None:
     """Replace the dataset in `folder` with `files`, by name, and their meta.json; print the token counts.
 
-    A content of None means that the file is already written, under its name plus STAGED. For nanoGPT's scripts, a table of
-    characters goes into meta.pkl, too.
+    The caller holds the lock of `writing_into`. A content of None means that the file is already written, under its name plus
+    STAGED. For nanoGPT's scripts, a table of characters goes into meta.pkl, too.
     """
     stored = token_dtype(tokenizer.vocab_size, dtype)
     meta = {
@@ -221,7 +227,7 @@ def finish(
     if (table := to_pickle(tokenizer)) is not None:
         files["meta.pkl"] = table
     _replace_files(folder, files)
-    print(f"{source}: {tokenizer}, stored as {stored}")
+    print(one_line(f"{source}: {tokenizer}, stored as {stored}"))
     for split, count in counts.items():
         print(f"{split} has {count:,} tokens")
     print(f"wrote {', '.join(sorted(files))} into {shown_path(folder)}")
@@ -229,7 +235,6 @@ def finish(
 
 def _replace_files(folder: Path, files: dict[str, bytes | None]) -> None:
     """Replace the dataset in `folder` with `files` (see `finish`), so that files of two datasets are never taken for one."""
-    folder.mkdir(parents=True, exist_ok=True)
     staged = {name: folder / f"{name}{STAGED}" for name in files}
     try:
         # 1) write all files beside the old ones: a full disk leaves the old dataset
@@ -260,5 +265,5 @@ def check_name(name: str, folder: Path) -> None:
 
 
 def shown_path(path: Path) -> str:
-    """Return `path` relative to the current folder if it is inside it."""
-    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
+    """Return `path` as it is printed: relative to the current folder if it is inside it."""
+    return one_line(os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path))

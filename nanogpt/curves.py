@@ -1,6 +1,5 @@
 """Loss curves of one or more runs, read from metrics.csv or printed logs and drawn with matplotlib."""
 
-import math
 import re
 import time
 import warnings
@@ -12,13 +11,16 @@ from typing import Any
 import numpy as np
 
 from nanogpt import errors, metrics
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, one_line
 from nanogpt.files import atomic_write
 
 # printed lines of train.py and of nanoGPT
-ITER_LINE = re.compile(r"iter (\d+): loss ([\d.]+|nan|inf),")
-STEP_LINE = re.compile(r"step (\d+): train loss (?:[\d.]+|nan|inf), val loss ([\d.]+|nan|inf)")
-TOKENS_LINE = re.compile(r"tokens per iteration(?: will be)?: ([\d,]+)")
+LOSS = r"-?\d+(?:\.\d+)?(?![\d.])|nan|inf"
+ITER_LINE = re.compile(rf"iter (\d{{1,15}}): loss ({LOSS}),")
+STEP_LINE = re.compile(rf"step (\d{{1,15}}): train loss (?:{LOSS}), val loss ({LOSS})")
+TOKENS_LINE = re.compile(r"tokens per iteration(?: will be)?: (\d[\d,]{0,20})")
+LARGEST_X, LARGEST_LOSS, SMALLEST_LOG_LOSS = 1e18, 1e30, 1e-30  # what is beyond them is damage, and breaks axes
+NAME_CHARACTERS = 60  # of a run, in legends
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # colorblind-safe (Okabe & Ito 2008)
 STYLE = {
     "font.size": 11,
@@ -100,7 +102,7 @@ def read(path: Path, x: str = "iterations") -> Run:
     file = path / "metrics.csv" if path.is_dir() else path
     if not file.is_file():
         raise NothingToDraw(f"{file}: no such file; name run folders, metrics.csv files or logs")
-    name = file.resolve().parent.name if file.name == "metrics.csv" else path.name
+    name = one_line(file.resolve().parent.name if file.name == "metrics.csv" else path.name)[:NAME_CHARACTERS]
     rows = metrics.read_rows(file)
     if rows:
         column = {"iterations": "iteration"}.get(x, x)
@@ -111,9 +113,18 @@ def read(path: Path, x: str = "iterations") -> Run:
             raise UserError(f"{file} is damaged: {error}") from error
     else:
         train, val = read_log(file, x)
-    if not any(math.isfinite(loss) for _, loss in train + val):
+    run = Run(name, *_within_limits(train), *_within_limits(val))
+    if not (np.isfinite(run.train).any() or np.isfinite(run.val).any()):
         raise NothingToDraw(f"{file}: no losses in it yet; give a metrics.csv, or the printed log of train.py or nanoGPT")
-    return Run(name, *np.array(train, ndmin=2).reshape(-1, 2).T, *np.array(val, ndmin=2).reshape(-1, 2).T)
+    return run
+
+
+def _within_limits(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return x and losses of (x, loss) points, without those beyond LARGEST_X and with NaN for losses beyond LARGEST_LOSS."""
+    x, losses = np.array(points, dtype=float, ndmin=2).reshape(-1, 2).T
+    losses = np.where(np.abs(losses) <= LARGEST_LOSS, losses, np.nan)
+    kept = (x >= 0) & (x <= LARGEST_X)
+    return x[kept], losses[kept]
 
 
 def read_log(path: Path, x: str) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
@@ -158,6 +169,12 @@ def smooth(values: np.ndarray, half: int) -> np.ndarray:
     counts = np.concatenate(([0], np.cumsum(good)))
     count = counts[i + right + 1] - counts[i - left]
     return np.where(2 * count > left + right, (totals[i + right + 1] - totals[i - left]) / np.maximum(count, 1), np.nan)
+
+
+def isolated(values: np.ndarray) -> np.ndarray:
+    """Return where finite (n,) values have no finite neighbor, and so no line."""
+    good = np.pad(np.isfinite(values), 1)
+    return good[1:-1] & ~good[:-2] & ~good[2:]
 
 
 def envelope(x: np.ndarray, y: np.ndarray, count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
@@ -232,6 +249,8 @@ def fill(axes: Any, runs: list[Run], x: str, log: str) -> None:
         raw_x, raw = (run.train_x, run.train) if "x" in log else envelope(run.train_x, run.train)
         axes.plot(raw_x / unit, raw, color=color, alpha=0.25 if half else 1.0, linewidth=0.7)
         (train,) = axes.plot(run.train_x / unit, smoothed, color=color, linewidth=1.8 if alone else 1.0)
+        lonely = isolated(smoothed)
+        axes.plot(run.train_x[lonely] / unit, smoothed[lonely], color=color, linestyle="", marker="o", markersize=3)
         (val,) = axes.plot(run.val_x / unit, run.val, color=val_color, **DOTS if len(run.val) <= 50 else {"linewidth": 2})
 
         # legend, and a ring around the best evaluation
@@ -264,7 +283,7 @@ def _scale(axes: Any, losses: np.ndarray, log: str) -> None:
     """Set linear or logarithmic scales, and the y limits to the range of `losses` plus a margin."""
     from matplotlib import ticker
 
-    losses = losses[np.isfinite(losses) & ((losses > 0) | ("y" not in log))]
+    losses = losses[np.isfinite(losses) & ((losses > SMALLEST_LOG_LOSS) | ("y" not in log))]
     if "x" in log:
         axes.set_xscale("log", nonpositive="mask")
     if "y" in log:

@@ -6,6 +6,7 @@ the same tokens, interrupted or not. Token files are memory-mapped.
 
 import mmap
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,8 @@ class MappedFile:
         with open(path, "rb") as file:
             self._version = _version(os.fstat(file.fileno()))
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""  # an empty map is an error
+        if self.size and hasattr(mmap, "MADV_RANDOM"):  # do not read ahead, which may be megabytes for each window
+            self._map.madvise(mmap.MADV_RANDOM)
 
     @property
     def size(self) -> int:
@@ -212,7 +215,7 @@ def prepared() -> list[str]:
 
 def _missing(name: str, folder: Path, split: str) -> str:
     if (folder / "prepare.py").is_file():
-        return f"dataset '{name}' is not prepared yet (no {split}.bin); run python data/{name}/prepare.py"
+        return f"dataset '{name}' is not prepared yet (no {split}.bin); run python {shlex.quote(f'data/{name}/prepare.py')}"
     if folder.is_dir():
         return f"dataset '{name}': no {split}.bin in {folder}; run the prepare.py that makes it"
     return (

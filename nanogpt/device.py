@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -100,6 +100,26 @@ def pick_loss_rows(choice: int | Literal["auto"], device: str, rows: int, vocab_
     if choice != "auto":
         return choice
     return CHUNKED_LOSS_ROWS if device == "cpu" and 4 * rows * vocab_size > CHUNKED_LOSS_MIN_BYTES else 0
+
+
+def moved_settings(run: dict[str, Any], device: str | None) -> dict[str, str]:
+    """Return the settings of a resumed run that do not go with the kind of device it resumes on, each as "auto".
+
+    `run` holds the run's keys. `device` is the key given now; None for the run's own, or "auto" if that is not there.
+    Raises UserError if a given `device` is not there.
+    """
+    began_on, nccl = str(run.get("device", "auto")).partition(":")[0], run.get("backend") == "nccl"
+    if began_on == "auto" and nccl:
+        began_on = "cuda"
+    try:
+        resumes_on = pick_device(device or str(run.get("device", "auto"))).partition(":")[0]
+    except UserError:
+        if device is not None:
+            raise
+        return dict.fromkeys(("device", "dtype", "compile", "backend"), "auto")
+    if began_on not in ("auto", resumes_on):
+        return dict.fromkeys(("dtype", "compile", "backend"), "auto")
+    return {"backend": "auto"} if nccl and resumes_on != "cuda" else {}  # nanoGPT stores nccl with any device
 
 
 # computing

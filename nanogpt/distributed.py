@@ -21,8 +21,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
 from model import Block
+from nanogpt import errors
 from nanogpt.device import compile_model, pick_device
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, first_line, shown
+
+RENDEZVOUS_PORT = 29500  # torchrun's default, on the first machine
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,12 @@ def process_group(device: str, backend: str) -> Iterator[Group]:
     referenced keeps its threads, and one of those may abort the process at exit. If the block raises, the process ends
     without destroying the group, since the other ranks may be waiting in it.
     """
-    if "RANK" not in os.environ:
+    if not errors.rank():
         yield Group(device=pick_device(device))
         return
-    rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if ":" in device:
         raise UserError(f"under torchrun each process takes its own GPU, got --device={device}; use --device=cuda")
+    rank, local_rank, size = place_in_group()
     device = pick_device(device)
     if device == "cuda":
         gpus = torch.cuda.device_count()
@@ -73,16 +76,60 @@ def process_group(device: str, backend: str) -> Iterator[Group]:
         torch.cuda.set_device(device)
     if backend == "auto":
         backend = "nccl" if device.startswith("cuda") else "gloo"
+    if backend == "nccl" and not device.startswith("cuda"):
+        raise UserError(f"--backend=nccl needs CUDA, got the device {device}; use --backend=gloo")
     # Functions in this module have the default group as a default argument, evaluated at import. Building an optimizer
     # imports it; after init_process_group it would hold on to the group forever.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group(backend, device_id=torch.device(device) if device.startswith("cuda") else None)
+    try:
+        dist.init_process_group(backend, device_id=torch.device(device) if device.startswith("cuda") else None)
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"{size} processes cannot meet at {address}, rank 0's address: {first_line(error)}") from error
     yield Group(rank, local_rank, size, device, launched=True)
     for _ in range(5):  # a sharded model has reference cycles, and some are only freed after others
         if not gc.collect():
             break
     dist.barrier()
     dist.destroy_process_group()
+
+
+def place_in_group() -> tuple[int, int, int]:
+    """Return rank, local rank and world size from the environment, where torchrun or a cluster sets them.
+
+    A LOCAL_RANK that is not set is 0, as on machines with one process each. Raises UserError if others are missing or wrong.
+    """
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"the environment sets RANK={shown(errors.rank())} but not {', '.join(missing)}: set them or use torchrun to train "
+            "on several processes, or unset RANK to train on this one"
+        )
+    rank, local_rank, size, port = (os.environ.get(name) or "0" for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise UserError(
+            f"RANK must be a number from 0 to below WORLD_SIZE, got RANK={shown(rank)} and WORLD_SIZE={shown(size)}"
+        )
+    if not local_rank.isdecimal():
+        raise UserError(
+            f"LOCAL_RANK must be a number from 0, got {shown(local_rank)}; leave it out for one process per machine"
+        )
+    if not port.isdecimal() or int(port) >= 1 << 16:
+        raise UserError(f"MASTER_PORT must be a free port of rank 0's machine, got {shown(port)}; try MASTER_PORT=29500")
+    return int(rank), int(local_rank), int(size)
+
+
+def how_to_launch(arguments: str, size: int) -> str:
+    """Return the text that says how to start `arguments`, a script and its flags, on `size` processes as this one was."""
+    if size == 1:
+        return f":\n  python {arguments}"
+    machines, per_machine = (os.environ.get(name) for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # set by torchrun
+    if machines is None:
+        return f", with the launcher of these {size} processes:\n  python {arguments}"
+    if machines == "1":
+        return f":\n  torchrun --standalone --nproc_per_node={size} {arguments}"
+    meet = f"--rdzv_id=1 --rdzv_backend=c10d --rdzv_endpoint={os.environ['MASTER_ADDR']}:{RENDEZVOUS_PORT}"
+    return f", on each machine:\n  torchrun --nnodes={machines} --nproc_per_node={per_machine} {meet} {arguments}"
 
 
 def blocks(model: nn.Module) -> list[Block]:

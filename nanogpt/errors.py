@@ -14,9 +14,14 @@ class UserError(ValueError):
     """A person's mistake: printed as one line that says what to do, without a traceback."""
 
 
+def rank() -> str:
+    """Return RANK, which torchrun and clusters set in the environment; "" if this process was started alone."""
+    return os.environ.get("RANK", "")
+
+
 def warn(message: str) -> None:
-    """Print a one-line warning on stderr; under torchrun, only rank 0 does."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print a one-line warning on stderr; of several ranks, only rank 0 does."""
+    if rank() in ("", "0"):
         with contextlib.suppress(OSError):  # stderr may be a file on the very disk that is full
             print(f"{Path(sys.argv[0]).name}: warning: {one_line(message)}", file=sys.stderr)
 

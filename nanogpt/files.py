@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
+from filelock import lock_descriptor
+
+from nanogpt.errors import UserError, warn
+
+LOCK = "lock"  # name of the file that a process locks while it writes into a folder
+LOCK_TRIES = 100  # to lock a file that other processes create and remove
 
 
 @contextlib.contextmanager
@@ -45,12 +46,67 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def lock(descriptor: int) -> None:
-    """Lock an open file until it is closed or the process ends. Raises BlockingIOError or PermissionError if it is taken.
+class FolderLock:
+    """Keeps other processes out of a folder, which is created if need be, for as long as a `with` block runs.
 
-    Raises another OSError on disks without locks, as some network disks are.
+    The operating system locks a file in the folder (flock, LockFileEx), and releases it if the process is killed. The file is
+    removed at the end, as is the folder if it was created here and is empty. A disk without locks is a warning.
     """
-    if fcntl is not None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+    def __init__(self, folder: Path, holder: str, advice: str):
+        """`holder` and `advice` are the error's if the lock is taken: "another run uses" out, "stop it first"."""
+        self._folder, self._path = folder, folder / LOCK
+        self._holder, self._advice = holder, advice
+        self._file: BinaryIO | None = None
+        self._can_compare = True  # whether the disk tells one file from another
+
+    def __enter__(self) -> "FolderLock":
+        self._is_new_folder = not self._folder.exists()
+        self.acquire()
+        return self
+
+    def acquire(self) -> None:
+        """Create the folder and lock it. Raises UserError if another process holds the lock, OSError if it has no file."""
+        for _ in range(LOCK_TRIES):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = open(self._path, "ab")
+            try:
+                is_locked = lock_descriptor(file.fileno(), blocking=False)
+            except OSError as error:  # some network disks have no locks
+                warn(f"{self._folder} cannot be locked ({error.strerror}): let no second process write there")
+                break
+            if not is_locked:
+                file.close()
+                raise UserError(f"{self._holder} {self._folder}; {self._advice}")
+            if is_at(file, self._path):  # else another process has just removed this file
+                break
+            file.close()
+        else:
+            file, self._can_compare = open(self._path, "ab"), False
+            warn(f"{self._folder} cannot be locked (its files are never the same): let no second process write there")
+        if self._file is not None:
+            self._file.close()
+        self._file = file
+
+    def is_held(self) -> bool:
+        """Whether the locked file is still in its place, and not deleted or moved together with the folder."""
+        return not self._can_compare or is_at(self._file, self._path)
+
+    def __exit__(self, *exception: object) -> None:
+        with self._file, contextlib.suppress(OSError):
+            if os.name == "nt":
+                self._file.close()  # Windows removes no open file; elsewhere, a closed one may be another process's
+            if self.is_held():
+                self._path.unlink()
+            if self._is_new_folder:
+                self._folder.rmdir()  # if it is empty
+
+
+def is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is still the one at `path`: not deleted, moved or replaced, which Windows does not allow."""
+    if os.name == "nt":
+        return True
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False

@@ -19,15 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
 
+import configurator
+from configurator import NonNegativeInt, PathStr, PositiveInt
+
 import numpy as np
 from tqdm import tqdm
 
-import configurator
-from configurator import NonNegativeInt, PositiveInt
 from nanogpt import corpus, documents
 from nanogpt.documents import Position, Source
 from nanogpt.errors import UserError, warn
-from nanogpt.files import atomic_write, lock
+from nanogpt.files import atomic_write
 from nanogpt.tokenizer import TiktokenTokenizer
 
 TOKENS, PROGRESS = "tokens.part", "progress.part"
@@ -35,7 +36,6 @@ CHUNK_CHARACTERS = 1 << 20  # tokenized by a thread at a time
 DOCUMENT_OVERHEAD = 50  # counted as characters: the memory of an empty string
 SAVE_INTERVAL_TOKENS = 1 << 24  # between two saves of the progress
 BLOCK_TOKENS, BLOCK_DOCUMENTS = 1 << 25, 1 << 17  # at most, copied into a split at a time
-LOCKED_BYTE = 1 << 40  # Windows locks single bytes, and no other handle may read one: lock far beyond the tokens
 
 Split = Callable[[int], tuple[np.ndarray, np.ndarray]]  # number of documents -> those of train, those of val, in order
 
@@ -45,7 +45,7 @@ class HubConfig(configurator.Config):
     """The keys of a prepare.py that takes a corpus from the Hub; each sets its own `revision` and `name`."""
 
     positional: ClassVar[str] = "input"
-    input: str = ""  # a .parquet, .jsonl, .jsonl.gz or .txt file, or a folder of them; empty downloads from the Hub
+    input: PathStr = ""  # a .parquet, .jsonl, .jsonl.gz or .txt file, or a folder of them; empty downloads from the Hub
     revision: str = "main"  # version of the dataset on the Hub: a commit, or main for the newest
     tokenizer: Literal["gpt2", "cl100k_base", "o200k_base"] = "gpt2"  # byte-pair encoding
     workers: PositiveInt = os.cpu_count() or 1  # threads that tokenize
@@ -71,28 +71,26 @@ def prepare(
     of threads, does not change the result. The sha256 in meta.json is that of the source's tokens. Raises UserError if a
     document is damaged or the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(folder / TOKENS, "ab") as file:
-            _lock(file, folder)
-            try:
+    with corpus.writing_into(folder):
+        try:
+            with open(folder / TOKENS, "ab") as file:
                 _prepare(folder, file, source, tokenizer, split, workers, max_tokens)
-            finally:
-                if not (folder / PROGRESS).exists():  # nothing to continue from
-                    with suppress(OSError):
-                        (folder / TOKENS).unlink()
-                        folder.rmdir()
-    except KeyboardInterrupt:
-        print("\nrun the same command again to continue", file=sys.stderr)
-        raise
-    except OSError as error:
-        for name in ("train.bin", "val.bin"):
-            (folder / f"{name}{corpus.STAGED}").unlink(missing_ok=True)
-        if error.filename is not None:
+        except KeyboardInterrupt:
+            print("\nrun the same command again to continue", file=sys.stderr)
             raise
-        raise UserError(f"{folder}: {error.strerror}; make room, then run the same command again to continue") from error
-    for name in (PROGRESS, TOKENS):
-        (folder / name).unlink()
+        except OSError as error:
+            for name in ("train.bin", "val.bin"):
+                (folder / f"{name}{corpus.STAGED}").unlink(missing_ok=True)
+            if error.filename is not None:
+                raise
+            advice = "make room, then run the same command again to continue"
+            raise UserError(f"{folder}: {error.strerror}; {advice}") from error
+        finally:
+            if not (folder / PROGRESS).exists():  # nothing to continue from
+                with suppress(OSError):
+                    (folder / TOKENS).unlink()
+        for name in (PROGRESS, TOKENS):
+            (folder / name).unlink()
 
 
 def _prepare(
@@ -130,17 +128,6 @@ def _prepare(
             _arrange(folder / TOKENS, folder / f"{name}.bin{corpus.STAGED}", bounds, chosen, dtype, bar)
     extra = {"documents": {name: len(chosen) for name, chosen in splits.items()}}
     corpus.finish(folder, {"train.bin": None, "val.bin": None}, counts, tokenizer, source.name, sha256, extra)
-
-
-def _lock(file: BinaryIO, folder: Path) -> None:
-    """Keep other processes out of `folder` while `file` is open. Raises UserError if one is at work there."""
-    file.seek(LOCKED_BYTE)  # writes append all the same
-    try:
-        lock(file.fileno())
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(f"another prepare.py is writing to {folder}; wait for it, or stop it first") from error
-    except OSError:
-        pass  # some network disks have no locks
 
 
 # Tokenizing

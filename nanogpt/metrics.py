@@ -31,7 +31,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nanogpt.errors import CONTROL, UserError, warn
-from nanogpt.files import atomic_write
+from nanogpt.files import atomic_write, is_at
 
 COLUMNS = [
     "iteration",
@@ -47,6 +47,7 @@ COLUMNS = [
     "mfu",
     "peak_memory_mb",
 ]
+HEADER = (",".join(COLUMNS) + "\r\n").encode()
 WANDB_NAMES = {"iteration": "iter", "train_loss": "train/loss", "val_loss": "val/loss", "learning_rate": "lr"}
 FLUSH_SECONDS = 0.2  # quick iterations are printed and written together, at a tenth of the cost
 BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
@@ -75,7 +76,7 @@ class Metrics:
         self._path = out_dir / "metrics.csv"
         rows = [row for row in read_rows(self._path) if _was_before(row, first_iter, last_eval)] if first_iter else []
         self._file: io.FileIO | None = None  # opened once the rows to keep are in it
-        self._unwritten = "".join(map(_line, [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])).encode()
+        self._unwritten = HEADER + "".join(map(_line, rows)).encode()
         self._is_failing, self._status = False, ""
         self._pending: list[tuple[float, int, float, dict[str, float]]] = []  # logged iterations, not yet printed or written
         self._flushed_at = -math.inf
@@ -147,6 +148,21 @@ class Metrics:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.fsync(self._file.fileno())
+
+    def is_lost(self) -> bool:
+        """Whether metrics.csv was deleted or moved since it was opened."""
+        return self._file is not None and not is_at(self._file, self._path)
+
+    def write_again(self) -> None:
+        """Write a lost metrics.csv with all its rows, which can still be read from the open file."""
+        try:
+            self._file.seek(0)
+            rows = self._file.read()
+        except OSError:  # deleted by another machine, on a network disk
+            rows = HEADER
+        self._file.close()
+        self._file, self._unwritten = None, rows + self._unwritten
+        self._flush()
 
     def __enter__(self) -> "Metrics":
         return self
@@ -223,7 +239,7 @@ class Metrics:
             if self._file is None:
                 with atomic_write(self._path, durable=False) as file:
                     file.write(self._unwritten)
-                self._file, self._unwritten = open(self._path, "ab", buffering=0), b""
+                self._file, self._unwritten = open(self._path, "a+b", buffering=0), b""
             while self._unwritten:  # a disk that is filling up takes a part
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
@@ -253,7 +269,7 @@ def start_wandb(project: str, name: str, config: dict[str, Any], run_id: str | N
     Raises UserError if the package or a login is missing.
     """
     try:
-        import wandb
+        import wandb.errors  # a folder wandb/, such as its logs, is taken for an empty package if there is no other
     except ImportError as error:
         raise UserError("--wandb_log=True needs the package wandb: pip install wandb") from error
     stdin = sys.stdin

@@ -1,6 +1,8 @@
 """What surrounds the training loop: the state that it changes, and the run's folder, signals, clock, logging and saving."""
 
 import contextlib
+import errno
+import itertools
 import json
 import math
 import os
@@ -22,15 +24,14 @@ from nanogpt.checkpoint import BEST, LAST, Checkpoint, Optimizer, Saver, remove_
 from nanogpt.curves import Curves
 from nanogpt.dataset import Dataset, FileLost
 from nanogpt.device import describe, find_peak, peak_memory, synchronize
-from nanogpt.distributed import Group, is_sharded
-from nanogpt.errors import UserError, warn
-from nanogpt.files import atomic_write, lock
+from nanogpt.distributed import Group, how_to_launch, is_sharded
+from nanogpt.errors import UserError, rank, warn
+from nanogpt.files import FolderLock, atomic_write
 from nanogpt.metrics import Metrics, SilentMetrics, start_wandb
 
-LOCK = "lock"  # a file in the run's folder, locked for as long as the run lives
 CONFIG, METRICS, CURVES = "config.json", "metrics.csv", "loss.png"
-RUN_FILES = (BEST, LAST, METRICS, CONFIG, CURVES)
-PREVIOUS = "previous"  # folder for the files of an earlier run
+RUN_FILES = (CURVES, CONFIG, METRICS, BEST, LAST)  # in the order in which they are set aside
+PREVIOUS = "previous"  # folder for the files of an earlier run; previous-2 and so on for those of later ones
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, preemption, a closed terminal (not on Windows)
 MAX_SKIPPED_STEPS = 40  # in a row; a GradScaler halves its scale each time, from 2^16
 SIGNAL_DEBOUNCE_SECONDS = 1.0  # a second signal within this time is the same one, sent by the cluster and by torchrun
@@ -98,7 +99,7 @@ class Run:
         self._open_parts = contextlib.ExitStack()  # closed in reverse: curves, signals, log, lock
 
     def __enter__(self) -> "Run":
-        self._open_parts.enter_context(lock_folder(self.out_dir, self.group))
+        self._lock = self._open_parts.enter_context(lock_folder(self.out_dir, self.group))
         return self
 
     def begin(
@@ -132,6 +133,7 @@ class Run:
             if config["wandb_log"]:
                 wandb_run = start_wandb(config["wandb_project"], config["wandb_run_name"], config, state.wandb_id)
                 state.wandb_id = wandb_run.id
+            undo_set_aside(self.out_dir)
             if resumed:
                 remove_older(self.out_dir)
             else:
@@ -143,7 +145,10 @@ class Run:
         if resumed and (state.evals_since_best == 0 or not config["always_save_checkpoint"]):
             self._ckpt_val_loss = state.best_val_loss
         saved = (state.iter_num, state.last_eval) if resumed else (-1, -1)  # the state on the disk; -1: none
-        self._saver = Saver(self.out_dir, model, optimizer, scaler, description, config, saved, self.group.is_main)
+        is_main = self.group.is_main
+        self._saver = Saver(
+            self.out_dir, model, optimizer, scaler, description, config, saved, is_main, self._make_folder_again
+        )
         self._log = self._open_parts.enter_context(log)
         self._open_parts.enter_context(self.signals)
         self._curves = self._open_parts.enter_context(Curves(self.out_dir, self.group.is_main))
@@ -266,6 +271,25 @@ class Run:
         self._log.sync()
         self._saver.save(state.iter_num, state.best_val_loss, extra, best)
 
+    def _make_folder_again(self) -> None:
+        """If the folder was deleted or moved, make and lock it again, with config.json and metrics.csv; on rank 0.
+
+        Raises OSError if that fails or if another run uses it by now; the files of one that has ended are set aside.
+        """
+        if self._lock.is_held():
+            return
+        try:
+            self._lock.acquire()
+        except UserError as error:
+            raise OSError(errno.EBUSY, "the folder was deleted or moved, and another run uses it", str(self.out_dir)) from error
+        if not self._log.is_lost():  # only the lock file was deleted
+            return
+        set_aside(self.out_dir)
+        write_config(self.out_dir / CONFIG, self._config)
+        self._log.write_again()
+        self._log.sync()
+        warn(f"{self.out_dir} was deleted or moved; made it again, with {CONFIG} and all rows of {METRICS}")
+
     def update_curves(self) -> None:
         """Redraw loss.png, unless drawing would take too much of the run's time."""
         self._curves.update()
@@ -295,11 +319,9 @@ class Run:
                 print(f"stopped early: {state.evals_since_best} evaluations without a better validation loss;", end=" ")
                 print("a larger --patience continues the run")
             if self._stop_agreed:
-                ranks = self.group.size
-                launcher = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
                 done = f"{state.iter_num:,} of {config['max_iters']:,} iterations"
-                print(f"{signal.Signals(number).name}: stopped and saved after {done}; to continue:")
-                print(f"  {launcher} train.py --init_from=resume --out_dir={out_dir}")
+                launch = how_to_launch(f"train.py --init_from=resume --out_dir={out_dir}", self.group.size)
+                print(f"{signal.Signals(number).name}: stopped and saved after {done}; to continue{launch}")
         return SystemExit(128 + number) if self._stop_agreed else None
 
 
@@ -307,60 +329,66 @@ class Run:
 
 
 @contextlib.contextmanager
-def lock_folder(out_dir: Path, group: Group) -> Iterator[None]:
+def lock_folder(out_dir: Path, group: Group) -> Iterator[FolderLock | None]:
     """Create `out_dir` and hold it for this run alone; an empty folder that was created here is removed again.
 
-    Raises UserError, on all ranks, if another run holds it or if it cannot be written.
+    Gives the lock, on rank 0. Raises UserError, on all ranks, if another run holds it or if it cannot be written.
     """
-    refusal = None
+    lock = refusal = None
     with contextlib.ExitStack() as held:
         if group.is_main:
             try:
-                held.enter_context(_hold(out_dir))
+                lock = held.enter_context(FolderLock(out_dir, "another run uses", "stop it first, or choose another --out_dir"))
+                tempfile.TemporaryFile(dir=out_dir).close()
             except UserError as error:
                 refusal = error
+            except OSError as error:
+                refusal = UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror})")
         (refused,) = group.sum(float(refusal is not None))
         if refused:
             raise refusal or UserError(f"--out_dir={out_dir}: rank 0 cannot use it")
-        yield
-
-
-@contextlib.contextmanager
-def _hold(out_dir: Path) -> Iterator[None]:
-    is_new = not out_dir.exists()
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
-        file = open(out_dir / LOCK, "ab")
-    except OSError as error:
-        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror})") from error
-    try:
-        with file:
-            try:
-                lock(file.fileno())
-            except (BlockingIOError, PermissionError) as error:
-                raise UserError(f"another run uses {out_dir}: stop it first, or choose another --out_dir") from error
-            except OSError as error:  # some network disks have no locks
-                warn(f"{out_dir} cannot be locked ({error.strerror}): do not start a second run in it")
-            yield
-    finally:
-        if is_new and os.listdir(out_dir) == [LOCK]:
-            (out_dir / LOCK).unlink()
-            out_dir.rmdir()
+        yield lock
 
 
 def set_aside(out_dir: Path) -> None:
-    """Move an earlier run's files into `out_dir`/previous, replacing the files there."""
+    """Move an earlier run's files into `out_dir`/previous, or previous-2, previous-3 ... if there are such folders already.
+
+    The folder gets its name once it is complete; see `undo_set_aside` for a move that is interrupted.
+    """
     if not any((out_dir / name).exists() for name in (BEST, LAST)):
         return
-    previous = out_dir / PREVIOUS
-    previous.mkdir(exist_ok=True)
+    part = out_dir / f"{PREVIOUS}.part"
+    part.mkdir(exist_ok=True)
     for name in RUN_FILES:
-        (previous / name).unlink(missing_ok=True)
-    for name in RUN_FILES:
-        if (out_dir / name).exists():
-            os.replace(out_dir / name, previous / name)
+        _move(name, out_dir, part)
+    names = {path.name for path in out_dir.iterdir()}
+    previous = out_dir / next(name for name in _previous_names() if name not in names)
+    part.rename(previous)
     warn(f"{out_dir} held an earlier run; moved its files to {previous}")
+
+
+def undo_set_aside(out_dir: Path) -> None:
+    """Move the files back that a `set_aside` had moved when its process was killed.
+
+    At any moment last.pt, or ckpt.pt if that is the newest, stays in `out_dir` until all other files are moved away, and comes
+    back before them. So a run that is resumed in between continues from its newest state.
+    """
+    part = out_dir / f"{PREVIOUS}.part"
+    if part.is_dir():
+        for name in reversed(RUN_FILES):
+            _move(name, part, out_dir)
+        part.rmdir()
+
+
+def _move(name: str, source: Path, target: Path) -> None:
+    if (source / name).exists():
+        os.replace(source / name, target / name)
+
+
+def _previous_names() -> Iterator[str]:
+    yield PREVIOUS
+    for number in itertools.count(2):
+        yield f"{PREVIOUS}-{number}"
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
@@ -403,7 +431,7 @@ class Signals:
                 signal.raise_signal(number)
             return
         self.received, self._received_at = number, time.monotonic()
-        if os.environ.get("RANK", "0") == "0":
+        if rank() in ("", "0"):
             line = f"\n{signal.Signals(number).name}: finishing this iteration and saving; a second one ends the run at once\n"
             with contextlib.suppress(OSError):
                 os.write(2, line.encode())  # print is not reentrant

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import configurator
+
 import launcher
 import pytest
 import torch
 
-import configurator
 import train
 from nanogpt import corpus, curves, device
 from nanogpt.tokenizer import CharTokenizer
@@ -120,7 +121,7 @@ def command(project: Path) -> Callable[..., subprocess.CompletedProcess]:
             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
             capture_output=True,
             encoding="utf-8",
-            timeout=120,
+            timeout=launcher.TIMEOUT_SECONDS,
         )
 
     return run

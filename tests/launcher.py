@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-TIMEOUT_SECONDS = 120  # for one command
+TIMEOUT_SECONDS = 900  # for one command: only ends one that hangs, and must be long enough beside other work on the machine
 PRELOADED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.run", "matplotlib.pyplot")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 

@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
+
 import train
 from nanogpt.curves import Curves
 from nanogpt.metrics import Metrics

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import configurator
+
 import pytest
 import torch
 from conftest import run_train
 
 import chat
-import configurator
 import export
 import plot
 import sample
@@ -132,6 +133,7 @@ TABLE = [
     ("export", "--out_dir=TMP/run --to=TMP/run", "not part of an export"),
     ("export", "--out_dir=TMP/none --to=TMP/new", "no such folder"),
     ("plot", "", "out: no such file"),
+    ("sample", "TMP/run TMP/none", "only one init_from is taken"),
     ("plot", "TMP/run TMP/none", "TMP/none: no such file"),
     ("plot", "--out_dir=TMP/data", "TMP/data/metrics.csv: no such file"),
     ("plot", "--runs=TMP/random.pt", "TMP/random.pt: no losses in it"),

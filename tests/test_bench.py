@@ -6,12 +6,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from configurator import parse
+
 import pytest
 import torch
 from conftest import run_train
 
 import bench
-from configurator import parse
 from model import GPTConfig
 from nanogpt import metrics
 from nanogpt.device import pick_dtype

@@ -1,5 +1,6 @@
 """chat.py: conversations against plain generation, and the program in a terminal."""
 
+import copy
 import dataclasses
 import io
 import os
@@ -12,11 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import configurator
+
 import pytest
 import torch
+from launcher import TIMEOUT_SECONDS
 
 import chat
-import configurator
 from model import GPT, Bigram, GPTConfig
 from nanogpt import checkpoint, conversation
 from nanogpt.conversation import ChatFormat
@@ -126,6 +129,28 @@ def test_undo_retry_and_reset():
     for nothing in (talk.undo, talk.retry):
         with pytest.raises(UserError, match="nothing"):
             nothing()
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_interrupted_retry_keeps_the_earlier_reply(started, monkeypatch):
+    """Catches a reply that is lost to /retry and a Ctrl-C before the first token of the new one."""
+    talk = start_chat(tiny(), max_new_tokens=5)
+    first = "".join(talk.send("Hi"))
+    turns = copy.deepcopy(talk.turns)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*arguments, **keywords):
+            raise KeyboardInterrupt
+
+        patch.setattr(talk.model, "stream", interrupted)
+        retried = talk.retry()
+        if started:
+            with pytest.raises(KeyboardInterrupt):
+                next(retried)
+        retried.close()
+    assert talk.turns == turns and turns[0].text == first
+    assert talk.notes == ["there was no reply; the earlier one stays; /retry asks again"] * started
+    assert "".join(talk.retry()) == first  # greedy decoding
 
 
 def test_retry_and_seed():
@@ -320,7 +345,7 @@ class Terminal:
 
     def read_until(self, pattern: str) -> str:
         """Return the output up to the regular expression `pattern`; fail if it does not come."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while not re.search(pattern, self.text):
             ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"no {pattern!r} in {self.text!r}"
@@ -374,7 +399,7 @@ def test_terminal(tmp_path, terminal):
     seen.interrupt("Ctrl-D leaves")
     seen.read_until("User: $")
     seen.type("\x04")
-    assert seen.process.wait(timeout=60) == 0
+    assert seen.process.wait(timeout=TIMEOUT_SECONDS) == 0
 
 
 def test_ctrl_c_stops_a_reply(tmp_path, terminal):

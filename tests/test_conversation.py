@@ -5,12 +5,13 @@ import itertools
 import json
 from pathlib import Path
 
+import configurator
+
 import numpy as np
 import pytest
 import torch
 
 import chat
-import configurator
 import export
 import train
 from nanogpt import checkpoint, conversation, corpus, huggingface

@@ -372,6 +372,24 @@ def kill_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
 
 
+def test_second_prepare_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches two prepare.py's in one folder that remove each other's files: one says success, and no dataset is left."""
+    write(tmp_path, OLD)
+    replace, refused = corpus._replace_files, []
+
+    def write_twice(*arguments: object) -> None:
+        with pytest.raises(UserError, match=r"another prepare.py is writing to .*; wait for it, or stop it first"):
+            write(tmp_path, OLD)
+        with pytest.raises(UserError, match=r"another prepare.py"):
+            corpus.download("http://localhost:1/input.txt", tmp_path / "input.txt", "0")
+        refused.append(1)
+        replace(*arguments)
+
+    monkeypatch.setattr(corpus, "_replace_files", write_twice)
+    write(tmp_path, NEW)
+    assert refused and read(tmp_path) == NEW
+
+
 @pytest.mark.parametrize("before", [OLD, None], ids=["replacing", "first"])
 def test_kill_at_any_moment_leaves_no_mixture(tmp_path: Path, before: tuple | None) -> None:
     """Catches new tokens with an old meta.json or old masks, which training would accept."""

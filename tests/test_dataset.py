@@ -459,6 +459,22 @@ def large(tmp_path: Path) -> Iterator[Path]:
     (folder / "train.bin").unlink()
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no /proc/self/io")
+def test_window_reads_nothing_ahead(tmp_path: Path) -> None:
+    """Catches the system's read-ahead, megabytes on some disks, for each small window of a file that is not in memory."""
+
+    def bytes_read() -> int:
+        return int(re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(encoding="utf-8"), re.MULTILINE)[1])
+
+    data = Dataset(str(write(tmp_path, [1] * (8 << 20), [1] * 20)))
+    with open(tmp_path / "train.bin", "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # as if it had not been read yet
+    before = bytes_read()
+    data.windows("train", np.array([4 << 20]), 64, 100)
+    assert bytes_read() - before < 1 << 20
+
+
 def test_first_batch_of_a_large_file_comes_at_once(large: Path) -> None:
     """Catches a first batch that reads the whole file."""
 

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from configurator import ROOT
+
 import pytest
 import torch
 from conftest import read_rows, run_train
+from launcher import TIMEOUT_SECONDS
 
-from configurator import ROOT
 from model import GPT, GPTConfig
 from nanogpt import device
 from nanogpt.device import (
@@ -391,7 +393,7 @@ def run_forked(code: str, **environment: str) -> subprocess.CompletedProcess:
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=TIMEOUT_SECONDS,
     )
 
 

@@ -8,11 +8,15 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from configurator import ROOT
 
 import launcher
 import numpy as np
@@ -21,10 +25,10 @@ import torch
 from conftest import counting, read_rows, write_dataset
 from torch.nn.utils import clip_grad_norm_
 
-from configurator import ROOT
 from model import GPT, Block, GPTConfig
 from nanogpt import checkpoint, distributed
-from nanogpt.distributed import Group
+from nanogpt.distributed import Group, process_group
+from nanogpt.errors import UserError, warn
 from nanogpt.optim import SHARDED_MUON_VERSION
 from nanogpt.run import lock_folder
 
@@ -293,7 +297,7 @@ def test_signal_to_torchrun_stops_all_ranks_after_one_update(dataset: Path, tmp_
     while not running.stdout.readline().startswith("iter 5: "):
         assert running.poll() is None
     running.send_signal(signal.SIGTERM)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=launcher.TIMEOUT_SECONDS)
     assert running.returncode != 0
     *_, stopped, command = out.splitlines()
     done = int(re.search(r"SIGTERM: stopped and saved after ([\d,]+) of ", stopped)[1].replace(",", ""))
@@ -311,6 +315,53 @@ def test_signal_to_torchrun_stops_all_ranks_after_one_update(dataset: Path, tmp_
     assert numbers(tmp_path / "out") == numbers(tmp_path / "whole")
 
 
+@needs_fork
+def test_two_machines(dataset: Path, tmp_path: Path) -> None:
+    """Catches a run on several machines that does not start, stop or resume, or whose last line resumes it on one machine.
+
+    Two agents of torchrun on the loopback stand for the machines, with a process each; the signal goes to the first.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = [*FLAGS.split(), f"--dataset={dataset}", "--eval_iters=1", "--eval_interval=1000000", "--lr_decay_iters=1000"]
+
+    def start(command: list[str]) -> list[subprocess.Popen]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--local_addr=127.0.0.1", *command[1:]]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return [subprocess.Popen(torchrun, cwd=ROOT, env=environment, **pipes) for _ in range(2)]
+
+    # a run, until a signal stops it
+    nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}"]
+    agents = start(["torchrun", *nodes, "train.py", *flags, f"--out_dir={tmp_path / 'out'}", "--max_iters=1000000"])
+    wait_for(lambda: len(read_rows(tmp_path / "out")) > 5, tmp_path / "out" / "metrics.csv", agents)
+    agents[0].send_signal(signal.SIGTERM)
+    printed = "".join(agent.communicate(timeout=launcher.TIMEOUT_SECONDS)[0] for agent in agents)
+    done = checkpoint.load(checkpoint.newest(tmp_path / "out")).iter_num
+    (command,) = re.findall(r"to continue, on each machine:\n +(torchrun .*)\n", printed)
+    assert "--rdzv_endpoint=127.0.0.1:29500" in command.split()
+
+    # its resume, with the command that it has printed
+    command = command.replace("127.0.0.1:29500", endpoint)
+    agents = start([*shlex.split(command), f"--max_iters={done + 3}"])
+    outputs = [agent.communicate(timeout=launcher.TIMEOUT_SECONDS)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert f"resuming after {done:,} of {done + 3:,} iterations" in "".join(outputs)
+
+    # both are the run on two processes of one machine
+    assert train(2, *flags, f"--out_dir={tmp_path / 'whole'}", f"--max_iters={done + 3}").returncode == 0
+    weights = [checkpoint.load(checkpoint.newest(tmp_path / name)).weights for name in ("out", "whole")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def wait_for(condition: Callable[[], bool], path: Path, processes: list[subprocess.Popen]) -> None:
+    """Wait until `path` exists and `condition` holds; fail if a process ends before."""
+    while not (path.is_file() and condition()):
+        assert all(process.poll() is None for process in processes), [process.communicate()[0] for process in processes]
+        time.sleep(0.05)
+
+
 # in one process
 
 
@@ -318,6 +369,93 @@ def test_sum_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches float64 on MPS, which does not have it."""
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: tensor.mul_(2))
     assert Group(size=2, device="mps").sum(0.1, 2.0**53 - 1) == [0.2, 2.0**54 - 2]
+
+
+@pytest.mark.parametrize(
+    ("environment", "command"),
+    [
+        ({}, ", with the launcher of these 4 processes:\n  python train.py"),
+        ({"GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "4"}, ":\n  torchrun --standalone --nproc_per_node=4 train.py"),
+        (
+            {"GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1"},
+            ", on each machine:\n  torchrun --nnodes=2 --nproc_per_node=2 --rdzv_id=1 --rdzv_backend=c10d "
+            "--rdzv_endpoint=node1:29500 train.py",
+        ),
+    ],
+)
+def test_command_to_resume(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], command: str) -> None:
+    """Catches a command that resumes a run on one machine if it was on several, or with torchrun if it was SLURM's."""
+    for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.how_to_launch("train.py", 4) == command
+    assert distributed.how_to_launch("train.py", 1) == ":\n  python train.py"
+
+
+COMPLETE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "sets RANK='0' but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: .* or unset RANK"),
+        ({"RANK": "first"}, "sets RANK='first' but not WORLD_SIZE"),
+        (COMPLETE | {"MASTER_ADDR": ""}, "sets RANK='0' but not MASTER_ADDR: "),
+        (COMPLETE | {"RANK": "first"}, "RANK must be a number from 0 to below WORLD_SIZE, got RANK='first' and WORLD_SIZE='1'"),
+        (COMPLETE | {"RANK": "1"}, "RANK must be a number from 0 to below WORLD_SIZE, got RANK='1' and WORLD_SIZE='1'"),
+        (COMPLETE | {"WORLD_SIZE": "two"}, "got RANK='0' and WORLD_SIZE='two'"),
+        (COMPLETE | {"LOCAL_RANK": "-1"}, "LOCAL_RANK must be a number from 0, got '-1'"),
+        (COMPLETE | {"MASTER_PORT": "99999"}, "MASTER_PORT must be a free port of rank 0's machine, got '99999'"),
+    ],
+)
+def test_incomplete_environment_is_one_line(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str) -> None:
+    """Catches a traceback for the variables of a cluster that sets only some of them."""
+    set_environment(monkeypatch, environment)
+    with pytest.raises(UserError, match=message), process_group("cpu", "auto"):
+        pass
+
+
+def test_empty_rank_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback, or warnings that nobody prints, if a cluster sets RANK to nothing."""
+    set_environment(monkeypatch, {"RANK": ""})
+    with process_group("cpu", "auto") as group:
+        assert (group.rank, group.size, group.launched) == (0, 1, False)
+    warn("something")
+    assert "warning: something" in capsys.readouterr().err
+
+
+def test_local_rank_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback on a cluster that starts one process on each machine and so sets no LOCAL_RANK."""
+    set_environment(monkeypatch, COMPLETE | {"RANK": "2", "WORLD_SIZE": "3"})
+    assert distributed.place_in_group() == (2, 0, 3)
+
+
+def test_address_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback if the processes cannot meet, here since another program has the port."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        set_environment(monkeypatch, COMPLETE | {"MASTER_PORT": port})
+        with pytest.raises(UserError, match=f"1 processes cannot meet at 127.0.0.1:{port}"), process_group("cpu", "auto"):
+            pass
+
+
+def test_nccl_without_cuda_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches NCCL's traceback on a machine without a GPU."""
+    set_environment(monkeypatch, COMPLETE)
+    with pytest.raises(UserError, match="--backend=nccl needs CUDA, got the device cpu; use --backend=gloo"):
+        with process_group("cpu", "nccl"):
+            pass
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    """Set these of the variables of a launcher, and no others."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
 
 
 def model_and_batch() -> tuple[GPT, torch.Tensor]:

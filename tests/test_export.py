@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import configurator
+
 import pytest
 import safetensors.torch
 import torch
 
-import configurator
 import export
 from model import GPT, Bigram, GPTConfig
 from nanogpt import checkpoint, conversation, huggingface
@@ -45,7 +46,7 @@ def run(*flags: str | Path) -> None:
 @pytest.mark.parametrize("init_from", ["resume", "OUT", "OUT/ckpt.pt"])
 def test_export(tmp_path: Path, init_from: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches an export with wrong weights, activation or characters, or in another folder than printed."""
-    model, to = write(tmp_path / "out"), tmp_path / "far" / "there"
+    model, to = write(tmp_path / "out"), tmp_path / "far off" / "there"
     source = init_from.replace("OUT", str(tmp_path / "out"))
     run(f"--out_dir={tmp_path / 'out'}", f"--init_from={source}", f"--to={to}")
     found = huggingface.load(str(to))
@@ -54,7 +55,7 @@ def test_export(tmp_path: Path, init_from: str, capsys: pytest.CaptureFixture[st
     assert found.tokenizer == TABLE.to_dict()
     printed = capsys.readouterr().out
     assert f"AutoModelForCausalLM.from_pretrained({str(to)!r})" in printed
-    assert f"python sample.py --init_from={shlex.quote(str(to))}" in printed
+    assert f"python sample.py --init_from={shlex.quote(str(to))}\n" in printed
     assert all(path.name in printed for path in to.iterdir())
 
 

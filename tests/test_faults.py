@@ -1,6 +1,7 @@
 """Runs that are killed, stopped by a signal or find the disk full: a resume gives the run that nothing happened to."""
 
 import errno
+import json
 import math
 import os
 import shlex
@@ -19,6 +20,8 @@ import train
 from nanogpt import checkpoint, distributed, metrics
 from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
+from nanogpt.files import LOCK
+from nanogpt.run import lock_folder
 
 try:
     import resource
@@ -444,6 +447,71 @@ def test_failed_save_at_a_signal(flags: list[str], tmp_path: Path, monkeypatch: 
     assert "init_from=resume" not in capsys.readouterr().out
 
 
+# folder deleted
+
+
+LOSSES = {"deleted": shutil.rmtree, "moved": lambda folder: folder.rename(folder.with_name("moved"))}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no open file")
+@pytest.mark.parametrize("lose", LOSSES)
+@pytest.mark.parametrize("at", [1, 2, 5, 9])
+def test_folder_that_vanishes(
+    lose: str, at: int, flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Catches a run that cannot be saved any more, or only without its settings, its log or its lock."""
+    out_dir, calls = tmp_path / "out", []
+
+    def vanish(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == at:
+            LOSSES[lose](out_dir)
+        if len(calls) == at + 3:  # something was saved in between
+            with pytest.raises(UserError, match="another run uses"), lock_folder(out_dir, distributed.Group()):
+                pass
+
+    with monkeypatch.context() as patch:
+        before_each(patch, [(train, "clip_gradient")], vanish)
+        run_train(*flags, f"--out_dir={out_dir}")
+    assert capsys.readouterr().err.count("was deleted or moved; made it again") == 1
+    assert json.loads((out_dir / "config.json").read_text(encoding="utf-8"))["out_dir"] == str(out_dir)
+    found = outcome(out_dir)
+    found.setdefault(checkpoint.BEST, undisturbed[checkpoint.BEST])  # lost if it was there before
+    assert same(found, undisturbed)
+    run_train("--init_from=resume", f"--out_dir={out_dir}", "--max_iters=12")
+    assert [int(row["iteration"]) for row in read_rows(out_dir) if row["loss"]] == list(range(12))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no open file")
+@pytest.mark.parametrize("until", [8, 100])
+def test_folder_that_another_run_takes(
+    until: int, flags: list[str], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that writes into the folder of another one, or over its files."""
+    out_dir, calls = tmp_path / "out", []
+    other = lock_folder(out_dir, distributed.Group())
+
+    def take(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            shutil.rmtree(out_dir)
+            other.__enter__()
+            (out_dir / checkpoint.BEST).write_bytes(b"of the other")
+        if len(calls) == until:
+            other.__exit__(None, None, None)
+
+    before_each(monkeypatch, [(train, "clip_gradient")], take)
+    if until == 8:
+        run_train(*flags, f"--out_dir={out_dir}")
+        assert (out_dir / "previous" / checkpoint.BEST).read_bytes() == b"of the other"
+        assert same(outcome(out_dir), {name: undisturbed[name] for name in (checkpoint.LAST, "rows")})
+    else:
+        with pytest.raises(UserError, match="another run uses it"):
+            run_train(*flags, f"--out_dir={out_dir}")
+        assert sorted(os.listdir(out_dir)) == [checkpoint.BEST, LOCK]
+        other.__exit__(None, None, None)
+
+
 # no data, no memory
 
 
@@ -539,14 +607,14 @@ def test_new_run_keeps_the_earlier_one(
         stop(patch, train, "clip_gradient", 1)
         run_train(*flags, f"--out_dir={out_dir}")
     assert str(out_dir / "previous") in capsys.readouterr().err
-    assert same(outcome(out_dir / "previous"), undisturbed)
     assert [path.name for path in out_dir.glob("*.pt")] == [checkpoint.LAST]
     run_train(*flags, f"--out_dir={out_dir}", "--max_iters=0")
-    assert [path.name for path in (out_dir / "previous").glob("*.pt")] == [checkpoint.LAST]  # and not the first run's best
-    assert torch.load(out_dir / "previous" / checkpoint.LAST, weights_only=True)["iter_num"] == 1
+    assert same(outcome(out_dir / "previous"), undisturbed)
+    assert [path.name for path in (out_dir / "previous-2").glob("*.pt")] == [checkpoint.LAST]  # and not the first run's best
+    assert torch.load(out_dir / "previous-2" / checkpoint.LAST, weights_only=True)["iter_num"] == 1
     assert not list(out_dir.glob("*.pt"))
     run_train(*flags, f"--out_dir={out_dir}", "--max_iters=0")  # there was nothing to keep
-    assert (out_dir / "previous" / checkpoint.LAST).exists()
+    assert not (out_dir / "previous-3").exists()
 
 
 @pytest.mark.parametrize(("flag", "saved"), [("--checkpoint_minutes=0", 6), ("--checkpoint_minutes=1e-9", 8)])

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 
+from configurator import ROOT
+
+import launcher
 import pytest
 from packaging.requirements import Requirement
-
-from configurator import ROOT
 
 ROOT_PYTHON_FILES, ROOT_ENTRIES = 9, 22  # at most, tracked by git
 FILE_LINES = 400  # of train.py and of model.py, all lines
@@ -196,3 +198,9 @@ def test_training_loop_fits_on_a_screen() -> None:
     assert lines_of_code("train", train) <= TRAIN_LINES
     assert lines_of_code("train", loop) <= LOOP_LINES
     assert len(assigned | {argument.arg for argument in train.args.args}) <= TRAIN_LOCALS
+
+
+def test_limits_hold_beside_other_work() -> None:
+    """Catches a test that fails on a busy machine: every limit on a command's time is the launcher's."""
+    limits = [line for path in ROOT.glob("tests/*.py") for line in re.findall(r"timeout=\d+", path.read_text(encoding="utf-8"))]
+    assert limits == [] and launcher.TIMEOUT_SECONDS >= 600

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from launcher import TIMEOUT_SECONDS
 
 from model import GPT, GPTConfig
 from nanogpt import huggingface
@@ -917,7 +918,12 @@ def load_in_a_process(*names: str, **environment: str) -> list[Any]:
     ours = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     ours |= {"NO_PROXY": "*", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, *names], cwd=ROOT, env=ours, capture_output=True, encoding="utf-8", timeout=120
+        [sys.executable, "-c", LOAD, *names],
+        cwd=ROOT,
+        env=ours,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=TIMEOUT_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

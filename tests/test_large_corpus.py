@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import configurator
+
 import numpy as np
 import pytest
 
-import configurator
 from nanogpt import corpus, documents, large_corpus
 from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
@@ -390,12 +391,9 @@ def test_file_that_cannot_be_opened_is_named(tmp_path: Path, source: documents.S
 
 def test_second_run_is_refused(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:
     """Catches two processes that write to the same file."""
-    fcntl = pytest.importorskip("fcntl", reason="this system has no flock")
     (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / large_corpus.TOKENS, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(b"of the first")
-        file.flush()
+    with corpus.writing_into(tmp_path / "out"):
+        (tmp_path / "out" / large_corpus.TOKENS).write_bytes(b"of the first")
         with pytest.raises(UserError, match="another prepare"):
             large_corpus.prepare(tmp_path / "out", source, tokenizer, split, workers=1)
         assert (tmp_path / "out" / large_corpus.TOKENS).read_bytes() == b"of the first"

@@ -13,10 +13,11 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+import configurator
+
 import pytest
 import torch
 
-import configurator
 import train
 from nanogpt.errors import UserError
 from nanogpt.metrics import Metrics, SilentMetrics, read_rows, start_wandb
@@ -313,6 +314,7 @@ def fake_wandb(monkeypatch):
     fake.finish = lambda **arguments: fake.calls.append(arguments)
     fake.define_metric = lambda *arguments, **keywords: None
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setitem(sys.modules, "wandb.errors", fake.errors)
     return fake
 
 

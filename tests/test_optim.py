@@ -3,12 +3,13 @@
 import contextlib
 from pathlib import Path
 
+from configurator import parse
+
 import pytest
 import torch
 from torch.torch_version import TorchVersion
 
 import train
-from configurator import parse
 from model import GPT, GPTConfig
 from nanogpt import checkpoint
 from nanogpt.errors import UserError

@@ -8,10 +8,11 @@ import struct
 import sys
 from pathlib import Path
 
+import configurator
+
 import numpy as np
 import pytest
 
-import configurator
 import plot
 import train
 from nanogpt import curves
@@ -151,6 +152,68 @@ def test_damaged_metrics_csv(run_folder: Path) -> None:
         curves.read(run_folder)
 
 
+HOSTILE = {
+    "numbers": "iter 1: loss 1.2.3, time\niter 2: loss ..., time\nstep 3: train loss 1.2.3, val loss 4.5.6\n",
+    "digits": f"iter {'9' * 5000}: loss 4.0, time\niter 1: loss {'9' * 5000}, time\ntokens per iteration: {'9' * 5000}\n",
+    "commas": "tokens per iteration: ,,,\niter 1: loss 4.0, time\n",
+    "iteration": f"iter {'9' * 15}: loss 4.0, time\nstep {'9' * 15}: train loss 4.0, val loss 3.5\n",
+    "negative": "iter 0: loss -4.0, time\niter 1: loss -3.0, time\nstep 1: train loss -1.0, val loss -2.0\n",
+    "binary": "\0\ufffd" * 1000 + LOG,
+    "point": "iter 0: loss 4.0, time\n",
+    "huge row": HEADER + f"0,0,0.5,{'9' * 5000},1e308,,,,,\n0,0,0.6,,,1e308,1e-3,1,100,-1\n1,9,0.7,,,4.0,1e-3,1,100,-1\n",
+    "no numbers": HEADER + "0,0,0.5,nan,inf,,,,,\n0,0,0.6,,,-inf,1e-3,1,100,-1\n1,9,0.7,,,4.0,1e-3,1,100,-1\n",
+    "all huge": HEADER + "0,0,0.5,1e308,1e308,,,,,\n0,0,0.6,,,1e308,1e-3,1,100,-1\n",
+    "huge x": HEADER
+    + f"{'9' * 400},1e308,1e300,4.0,4.0,,,,,\n1,inf,0.6,,,4.0,1e-3,1,100,-1\n{'9' * 5000},nan,1,4.0,4.0,,,,,\n",
+    "far x": HEADER + "999999999999999999,0,1e18,4.0,4.0,,,,,\n",
+    "small": HEADER + "0,0,0.5,1e-300,1e-300,,,,,\n1,9,0.6,,,4.0,1e-3,1,100,-1\n",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(("x", "log"), [("iterations", "none"), ("iterations", "xy"), ("tokens", "y"), ("seconds", "x")])
+@pytest.mark.filterwarnings("error")
+def test_hostile_file(name: str, x: str, log: str, tmp_path: Path) -> None:
+    """Catches a traceback or a NumPy warning for numbers that nothing can draw."""
+    path = tmp_path / ("metrics.csv" if HOSTILE[name].startswith(HEADER) else "log")
+    path.write_text(HOSTILE[name], encoding="utf-8")
+    try:
+        plot.main(configurator.parse(plot.Config, [str(path), f"--x={x}", f"--log={log}", f"--out={tmp_path / 'a.svg'}"]))
+    except UserError as error:
+        assert "no losses in it" in str(error) or "does not contain" in str(error) or "needs a positive" in str(error)
+    else:
+        assert (tmp_path / "a.svg").stat().st_size > 1000
+
+
+def test_damaged_numbers_are_gaps(tmp_path: Path) -> None:
+    """Catches a point in the wrong place, or a good one that is lost to a damaged one beside it."""
+    (tmp_path / "log").write_text(
+        "iter 1: loss 1.2.3, t\niter 2: loss 4.5, t\niter 3: loss nan, t\niter 4: loss -0.5, t\n", encoding="utf-8"
+    )
+    run = curves.read(tmp_path / "log")
+    np.testing.assert_array_equal((run.train_x, run.train), ([2, 3, 4], [4.5, math.nan, -0.5]))
+
+
+@pytest.mark.parametrize("log", ["x", "y", "xy"])
+def test_log_axis_without_positive_values(log: str, tmp_path: Path) -> None:
+    """Catches an empty picture."""
+    (tmp_path / "log").write_text("iter 0: loss -1.0, t\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"--log={log}: .* needs a positive [xy], got none"):
+        plot.main(configurator.parse(plot.Config, [str(tmp_path / "log"), f"--log={log}"]))
+
+
+@pytest.mark.parametrize("name", ["a, b", "it's", "\x1b[31mred", "tab\tname", "x" * 200])
+def test_odd_names(name: str, log: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Catches a name that is split at its comma, or that sends an escape sequence to the terminal."""
+    monkeypatch.chdir(log.parent)
+    log.rename(log.parent / name)
+    (log.parent / "b").write_text(LOG, encoding="utf-8")
+    for arguments, count in (([name], 1), ([name, "b"], 2), ([f"--runs={name}"], 1), (["--runs=b,b", name], 3)):
+        plot.main(configurator.parse(plot.Config, arguments))
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == count + 1 and all(line.isprintable() for line in lines)
+
+
 # what is drawn
 
 
@@ -189,6 +252,15 @@ def test_best_evaluation_is_marked() -> None:
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
     assert texts == ["training, smoothed", "validation", "best: 2.250"]
     assert axes.get_title(loc="left") == "a"
+
+
+@pytest.mark.parametrize(
+    ("train", "dots"), [([4], [0]), ([4, math.nan, 3], [0, 2]), ([4, 3, math.nan, 2, math.nan], [3]), ([4, 3, 2], [])]
+)
+def test_single_points_are_seen(train: list[float], dots: list[int]) -> None:
+    """Catches the training loss of a run that has logged one batch, or the one between two NaNs, in a line of no length."""
+    dotted = [line for line in drawn(a_run(train, [])).get_lines() if line.get_markersize() == 3]
+    assert [line.get_xdata().tolist() for line in dotted] == [dots]
 
 
 def test_outliers_do_not_set_the_scale() -> None:

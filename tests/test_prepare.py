@@ -13,10 +13,11 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+import configurator
+
 import numpy as np
 import pytest
 
-import configurator
 from nanogpt import corpus
 from nanogpt.conversation import FORMATS
 from nanogpt.dataset import Dataset
@@ -57,6 +58,13 @@ def put(path: Path, text: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     return path
+
+
+def test_names_reach_no_terminal_as_they_are(prepare: Prepare, tmp_path: Path) -> None:
+    """Catches a file name with an escape sequence, which moves the cursor or changes colors."""
+    put(tmp_path / "a\x1b[2J.txt", "Some text. " * 20)
+    shown = prepare("text", f"--input={tmp_path / 'a'}\x1b[2J.txt", "--name=mine")
+    assert "\x1b" not in shown and "a [2J.txt: " in shown
 
 
 # all of them

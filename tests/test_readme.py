@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launcher import run_commands
+from launcher import TIMEOUT_SECONDS, run_commands
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -144,7 +144,9 @@ def make(project: Path, python: str, **environment: str) -> subprocess.Completed
     (project / ".venv" / "installed").touch()
     inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "VENV", "PYTHON")}
     environment = inherited | {"OMP_NUM_THREADS": "1"} | environment  # not what `make test VENV=...` gives to its children
-    return subprocess.run(["make"], cwd=project, env=environment, capture_output=True, encoding="utf-8", timeout=120)
+    return subprocess.run(
+        ["make"], cwd=project, env=environment, capture_output=True, encoding="utf-8", timeout=TIMEOUT_SECONDS
+    )
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

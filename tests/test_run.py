@@ -1,53 +1,30 @@
 """run.py: the lock on a run's folder, and deferred signals; and out-of-memory errors as one line."""
 
+import contextlib
 import errno
+import itertools
 import os
+import shutil
 import signal
-import types
 from pathlib import Path
 
 import pytest
 
-from nanogpt import files, run
+from nanogpt import run
+from nanogpt.checkpoint import BEST, LAST
 from nanogpt.device import explain_out_of_memory
 from nanogpt.distributed import Group
 from nanogpt.errors import UserError
-from nanogpt.run import SIGNALS, Signals, lock_folder
+from nanogpt.run import RUN_FILES, SIGNALS, Signals, lock_folder, set_aside, undo_set_aside
 
 ALONE = Group()
 
 
-@pytest.mark.parametrize("made", [True, False])
-def test_folder_is_locked(tmp_path: Path, made: bool) -> None:
-    """Catches two runs that write the same files, and a folder that stays locked after its run, even one that failed."""
-    out_dir = tmp_path / "runs" / "out"
-    if made:
-        out_dir.mkdir(parents=True)
-    with pytest.raises(KeyError), lock_folder(out_dir, ALONE):
-        with pytest.raises(UserError, match=rf"another run uses {out_dir}"), lock_folder(out_dir, ALONE):
-            raise AssertionError("both runs hold the folder")
-        (out_dir / "config.json").touch()
-        raise KeyError
-    with lock_folder(out_dir, ALONE):
-        pass
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_killed_run_unlocks_its_folder(tmp_path: Path) -> None:
-    """Catches a folder that has to be unlocked by hand after a crash."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+def test_folder_is_locked(tmp_path: Path) -> None:
+    """Catches two runs that write the same files."""
+    with lock_folder(tmp_path, ALONE), pytest.raises(UserError, match=rf"another run uses {tmp_path}; stop it first"):
         with lock_folder(tmp_path, ALONE):
-            os.write(writing, b"!")
-            signal.pause()
-    os.read(reading, 1)
-    with pytest.raises(UserError, match="another run uses"), lock_folder(tmp_path, ALONE):
-        pass
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    with lock_folder(tmp_path, ALONE):
-        pass
+            pass
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -83,33 +60,53 @@ def test_unwritable_folder_is_refused_at_once(tmp_path: Path, monkeypatch, error
             pass
 
 
-def test_disk_without_locks_is_a_warning(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Catches a cluster's network disk on which nobody can train."""
-
-    def refuse(*arguments):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(run, "lock", refuse)
-    with lock_folder(tmp_path, ALONE):
-        pass
-    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+class Killed(Exception):
+    pass
 
 
-def test_windows_lock(tmp_path: Path, monkeypatch) -> None:
-    """Catches a missing module or an unexpected error on Windows, which has no flock."""
-    locked = []
+def set_aside_until(step: int, out_dir: Path) -> bool:
+    """Set a run aside, but die before the `step`-th renaming; return whether it was finished."""
+    steps = itertools.count()
 
-    def locking(descriptor: int, mode: int, count: int) -> None:
-        if locked:
-            raise PermissionError(errno.EACCES, "Permission denied")
-        locked.append((mode, count))
+    def dying(rename):
+        def call(*arguments):
+            if next(steps) == step:
+                raise Killed
+            return rename(*arguments)
 
-    monkeypatch.setattr(files, "fcntl", None)
-    monkeypatch.setattr(files, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2), raising=False)
-    with lock_folder(tmp_path, ALONE):
-        assert locked == [(2, 1)]
-        with pytest.raises(UserError, match="another run uses"), lock_folder(tmp_path, ALONE):
-            pass
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((os, "replace"), (Path, "rename")):
+            patch.setattr(owner, name, dying(getattr(owner, name)))
+        with contextlib.suppress(Killed):
+            set_aside(out_dir)
+            return True
+    return False
+
+
+@pytest.mark.parametrize("newest", [BEST, LAST])
+def test_kill_while_a_run_is_set_aside(newest: str, tmp_path: Path) -> None:
+    """Catches a run that is torn apart, mixed with another, or resumed from an older state than its newest."""
+    names = {*RUN_FILES} - ({LAST} if newest == BEST else set())
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(name, encoding="utf-8")
+        finished = set_aside_until(step, folder)
+        left = {path.name for path in folder.iterdir()} & names
+        assert newest in left or not left
+        if finished:
+            break
+        copy = shutil.copytree(folder, tmp_path / f"{step} resumed")
+        undo_set_aside(copy)
+        assert {path.name: path.read_text(encoding="utf-8") for path in copy.iterdir()} == {name: name for name in names}
+        undo_set_aside(folder)
+        set_aside(folder)
+        assert [path.name for path in folder.iterdir()] == ["previous"]
+        assert {path.name for path in (folder / "previous").iterdir()} == names
+    assert step == len(names) + 1
 
 
 # signals

@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import configurator
+
 import numpy as np
 import pytest
 import torch
 from conftest import run_train
 
 import chat
-import configurator
 import export
 import sample
 import train

@@ -11,12 +11,13 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import configurator
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-import configurator
 import train
 from nanogpt import checkpoint, corpus
 from nanogpt.dataset import Dataset

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
-
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 import configurator
-from configurator import Seed
+from configurator import PathStr, Seed
+
+import numpy as np
+
 from nanogpt import conversation, corpus
 from nanogpt import tokenizer as tokenizers
 from nanogpt.conversation import FORMATS, ChatFormat, Message
@@ -38,8 +39,8 @@ PREVIEW_CHARACTERS = 100  # of each piece of the conversation that is printed
 @dataclass(frozen=True)
 class Config(configurator.Config):
     positional: ClassVar[str] = "input"
-    input: str = ""  # a .jsonl file, one conversation per line; empty: 600 synthetic conversations
-    tokenizer: str = "char"  # char, gpt2, cl100k_base, o200k_base, or a dataset (name or folder) whose tokenizer to use
+    input: PathStr = ""  # a .jsonl file, one conversation per line; empty: 600 synthetic conversations
+    tokenizer: PathStr = "char"  # char, gpt2, cl100k_base, o200k_base, or a dataset (name or folder) whose tokenizer to use
     chat_format: Literal["plain", "nanochatgpt", "dialogpt"] = "nanochatgpt"  # the strings around the messages
     val_fraction: Annotated[float, configurator.Range(above=0, below=1)] = 0.1  # share of conversations for validation
     seed: Seed = 1337  # shuffles the conversations

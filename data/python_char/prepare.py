@@ -14,6 +14,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 import configurator
+
 from nanogpt import corpus
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import CharTokenizer

@@ -13,6 +13,8 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 import configurator
+from configurator import PathStr
+
 from nanogpt import corpus
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
@@ -23,7 +25,7 @@ OUTPUTS = ("train.bin", "val.bin", "meta.json", "meta.pkl")  # not text, if the 
 @dataclass(frozen=True)
 class Config(configurator.Config):
     positional: ClassVar[str] = "input"
-    input: str = ""  # a text file, or a folder: all its files, sorted by path, except hidden ones
+    input: PathStr = ""  # a text file, or a folder: all its files, sorted by path, except hidden ones
     tokenizer: Literal["char", "gpt2", "cl100k_base", "o200k_base"] = "char"  # char: by character; or a byte-pair encoding
     val_fraction: Annotated[float, configurator.Range(above=0, below=1)] = 0.1  # share of the text, at its end, for validation
     dtype: corpus.Dtype = "auto"  # of a token in the files. auto: the smallest that fits; uint16 is what nanoGPT reads
