@@ -140,6 +140,18 @@ def test_pick_compile(
     assert pick_compile(choice, device) is expected
 
 
+@pytest.mark.parametrize(
+    "capabilities, expected",
+    [({"avx2": True}, False), ({"avx512_bf16": True}, True), ({"avx512_bf16": False, "amx_bf16": True}, True), (None, False)],
+)
+def test_bfloat16_instructions(monkeypatch: pytest.MonkeyPatch, capabilities: dict | None, expected: bool) -> None:
+    """Catches one answer for all CPUs, or an error on a PyTorch that cannot tell (None)."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert device.has_bfloat16_instructions() is expected
+
+
 def test_compiler_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a traceback where PyTorch's compiler cannot read its own files, as in an ASCII locale; one warning in all."""
 
