@@ -450,7 +450,7 @@ def test_missing_login_is_one_line_before_training(dataset, tmp_path, real_wandb
         configurator.run(train.main, train.Config)
     out, err = capfd.readouterr()
     assert (caught.value.code, out) == (1, "")
-    assert re.fullmatch(r"train.py: error: --wandb_log=True: .*(?i:api.key).*wandb.login.*WANDB_MODE=offline\)\n", err)
+    assert re.fullmatch(r"(wandb: .*\n)*train.py: error: .*(?i:api.key).*wandb.login.*WANDB_MODE=offline\)\n", err)
     assert not (tmp_path / "out").exists()
 
 
