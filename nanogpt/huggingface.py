@@ -29,7 +29,15 @@ from nanogpt import conversation
 from nanogpt.conversation import ChatFormat
 from nanogpt.errors import UserError, first_line, shown, warn
 from nanogpt.files import sync_folder
-from nanogpt.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, CharTokenizer, TiktokenTokenizer, Tokenizer
+from nanogpt.tokenizer import (
+    END_OF_TEXT,
+    GPT2_VOCAB_SIZE,
+    CharTokenizer,
+    JsonTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    letters,
+)
 from nanogpt.tokenizer import from_dict as tokenizer_from_dict
 from nanogpt.weights import HEAD, WPE, WTE, bare_name, can_map, checked, read_pickled, require_tied
 
@@ -40,20 +48,19 @@ NAMES = {  # short names of models on the Hub
     "gpt2-xl": "openai-community/gpt2-xl",
     "huggingface": "openai-community/gpt2",
 }
-CONFIG_FILES = ["config.json", "vocab.json", "tokenizer.json"]
+CONFIG_FILES = ["config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"]
 SAFETENSORS = ["model.safetensors", "model.safetensors.index.json"]
 ADAPTER = "adapter_config.json"  # of PEFT
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json"]
 EXPORTED = {  # every file that `save` may write
     *CONFIG_FILES,
     "generation_config.json",
-    "merges.txt",
     "model.safetensors",
-    "tokenizer_config.json",
 }
 UNFINISHED = re.compile(r"\.tmp\w+")  # what safetensors leaves of a file if it is killed
 MAX_JSON_BYTES = 64 << 20
 MAX_SIZE = (1 << 24) - 1  # of any number in SIZES
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # kept of tokenizer_config.json
 SIZES = {  # our name: (their name, its synonym, its default)
     "n_layer": ("n_layer", "num_hidden_layers", 12),
     "n_head": ("n_head", "num_attention_heads", 12),
@@ -127,12 +134,34 @@ def load(name_or_folder: str) -> Pretrained:
         if name_or_folder not in NAMES and restored(Path(name_or_folder)).is_dir():
             folder = Path(name_or_folder)
         elif is_name(name_or_folder):
-            folder = _download(name_or_folder)
+            folder = _download(name_or_folder, [SAFETENSORS, PICKLED])
         else:
             raise UserError(f"{name_or_folder}: no such folder, and not a Hub id of the form owner/name")
         return _load_folder(folder)
     except OSError as error:
         raise UserError(f"{error.filename or name_or_folder}: {error.strerror or first_line(error)}") from error
+
+
+def load_tokenizer(name_or_folder: str) -> Tokenizer:
+    """Load a tokenizer as `load` does for its model, from a folder or the Hub; it needs no model.
+
+    Raises UserError if there is no tokenizer, or none whose tokens have a text each.
+    """
+    try:
+        folder = Path(name_or_folder)
+        if not folder.is_dir():
+            if not is_name(name_or_folder):
+                raise UserError(f"{name_or_folder}: no such folder, and not a Hub id of the form owner/name")
+            folder = _download(name_or_folder, [CONFIG_FILES])
+        settings = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        if isinstance(own := settings.get("nanogpt"), dict):
+            return tokenizer_from_dict(own.get("tokenizer"))
+        tokenizer, _ = _find_tokenizer(folder, settings)
+    except OSError as error:
+        raise UserError(f"{error.filename or name_or_folder}: {error.strerror or first_line(error)}") from error
+    if tokenizer is None:
+        raise UserError(f"{folder}: no tokenizer.json in it, nor vocab.json and merges.txt")
+    return tokenizer
 
 
 def save(
@@ -166,10 +195,10 @@ def save(
 
     # the JSON files, in memory
     files = _tokenizer_files(tokenizer, model_args["block_size"], chat_format)
-    end = tokenizer.end_of_text if isinstance(tokenizer, TiktokenTokenizer) else None
+    end = tokenizer.end_of_text
     files["config.json"] = _json(_config(model_args, gelu, tokenizer, end, dtype, chat_format))
     generation: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end}
-    if chat_format and (end is None or chat_format.stop != END_OF_TEXT):
+    if chat_format and (end is None or tokenizer.encode(chat_format.stop) != [end]):
         generation["stop_strings"] = [chat_format.stop]
     files["generation_config.json"] = _json(generation)
 
@@ -214,17 +243,20 @@ def vocabulary_digest(vocabulary: dict[str, int]) -> str:
 # download from the Hub
 
 
-def _download(name: str) -> Path:
-    """Download what the Hub's cache lacks of a model; return the model's folder in the cache."""
+def _download(name: str, wanted: list[list[str]]) -> Path:
+    """Download what the Hub's cache lacks of a repository: the first of the lists `wanted` that it has files of.
+
+    Returns the folder in the cache.
+    """
     import huggingface_hub
 
     repository = NAMES.get(name, name)
     try:
-        for weights in (SAFETENSORS, PICKLED):
-            shards = weights[0].replace(".", "-*.")  # model-00001-of-00002.safetensors
-            wanted = [*CONFIG_FILES, ADAPTER, *weights, shards]
-            folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
-            if any((folder / file).is_file() for file in weights):
+        for names in wanted:
+            shards = names[0].replace(".", "-*.")  # model-00001-of-00002.safetensors
+            patterns = [*CONFIG_FILES, ADAPTER, *names, shards]
+            folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+            if any((folder / file).is_file() for file in names):
                 break
     except Exception as error:  # network, Hub and disk errors have no common class
         raise UserError(f"{name}: {_download_failure(name, error)}") from error
@@ -264,23 +296,25 @@ def _load_folder(folder: Path) -> Pretrained:
         )
     settings = _read_json(path)
     args, gelu = _model_args(settings, path)
-    tokenizer, added = {"kind": "tiktoken", "name": "gpt2", "vocab_size": GPT2_VOCAB_SIZE}, set()
-    bias, chat_format = True, None
+    bias, chat_format, others = True, None, set()
     if "nanogpt" in settings:
         bias, tokenizer, chat_format = _own_settings(settings["nanogpt"], args["vocab_size"], path)
     else:
-        added = _check_vocabulary(folder, args["vocab_size"])
-    rows = tokenizer["vocab_size"] if tokenizer["kind"] == "tiktoken" else args["vocab_size"]
+        tokenizer, vocabulary = _find_tokenizer(folder, settings)
+        tokenizer = _check_vocabulary(folder, tokenizer, args["vocab_size"])
+        others = {token for token, index in vocabulary.items() if tokenizer.vocab_size <= index < args["vocab_size"]}
+    rows = tokenizer.vocab_size
     weights = _read_weights(folder, args, rows, settings.get("tie_word_embeddings", True))
     if rows < args["vocab_size"]:
-        others = f": {shown(', '.join(sorted(added)))}" if added else " (padding)"
-        warn(f"{folder}: kept GPT-2's {rows:,} tokens, left out {args['vocab_size'] - rows:,} more{others}")
+        names = f": {shown(', '.join(sorted(others)))}" if others else " (padding)"
+        whose = "GPT-2's" if isinstance(tokenizer, TiktokenTokenizer) else "its tokenizer's"
+        warn(f"{folder}: kept {whose} {rows:,} tokens, left out {args['vocab_size'] - rows:,} more{names}")
         args["vocab_size"] = rows
     biases = [name for name in weights if name.endswith(".bias")]
     if not bias and not any(weights[name].any() for name in biases):  # unless transformers has trained them since
         weights = {name: tensor for name, tensor in weights.items() if name not in biases}
         args["bias"] = False
-    return Pretrained(folder, weights, args, gelu, tokenizer, chat_format)
+    return Pretrained(folder, weights, args, gelu, tokenizer.to_dict(), chat_format)
 
 
 def _model_args(settings: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
@@ -310,8 +344,8 @@ def _model_args(settings: dict[str, Any], path: Path) -> tuple[dict[str, Any], s
     return args | {"bias": True, "dropout": 0.0}, GELUS[activation]
 
 
-def _own_settings(own: Any, vocab_size: int, path: Path) -> tuple[bool, dict[str, Any], dict[str, Any] | None]:
-    """Return what `save` adds to a config: whether the model has biases, its tokenizer's description, its chat format's."""
+def _own_settings(own: Any, vocab_size: int, path: Path) -> tuple[bool, Tokenizer, dict[str, Any] | None]:
+    """Return what `save` adds to a config: whether the model has biases, its tokenizer, its chat format's description."""
     if not isinstance(own, dict) or type(own.get("bias")) is not bool:
         raise UserError(f"{path}: damaged: nanogpt = {shown(own)}")
     try:
@@ -320,44 +354,113 @@ def _own_settings(own: Any, vocab_size: int, path: Path) -> tuple[bool, dict[str
             conversation.from_dict(own["chat_format"])
     except UserError as error:
         raise UserError(f"{path}: damaged: {error}") from error
-    added = isinstance(tokenizer, TiktokenTokenizer) and tokenizer.vocab_size < vocab_size  # by transformers, since the export
+    grows = isinstance(tokenizer, (TiktokenTokenizer, JsonTokenizer))  # transformers may have added tokens since the export
+    added = grows and tokenizer.vocab_size < vocab_size
     if tokenizer.vocab_size != vocab_size and not added:
         raise UserError(f"{path}: vocab_size must be that of its tokenizer ({tokenizer}), got {vocab_size}")
-    return own["bias"], tokenizer.to_dict(), own.get("chat_format")
+    return own["bias"], tokenizer, own.get("chat_format")
 
 
-def _check_vocabulary(folder: Path, vocab_size: int) -> set[str]:
-    """Return the tokens that somebody has added to GPT-2's; padding may follow, too.
+def _find_tokenizer(folder: Path, settings: dict[str, Any]) -> tuple[Tokenizer | None, dict[str, int]]:
+    """Return the tokenizer in a folder's files, and the vocabulary of these files; None if there are none.
 
-    Raises UserError if the first tokens are not GPT-2's; models for other languages may have as many. A folder without
-    tokenizer files is judged by the number of its tokens: GPT-2's, as they are or padded to a multiple.
+    It is GPT-2's encoding if the first tokens are GPT-2's, whatever was added behind them; otherwise that of tokenizer.json,
+    or of vocab.json with merges.txt. `settings` is the content of config.json. Raises UserError if the files disagree.
     """
-    added: set[str] = set()
-    files = [folder / name for name in ("vocab.json", "tokenizer.json") if (folder / name).is_file()]
-    if vocab_size < GPT2_VOCAB_SIZE or (not files and vocab_size not in GPT2_PADDED_SIZES):
-        raise UserError(
-            f"{folder / 'config.json'}: vocab_size must be GPT-2's {GPT2_VOCAB_SIZE} or padded, as 50304 is, got {vocab_size}; "
-            "if tokens were added to GPT-2's, put the tokenizer.json beside it"
-        )
-    for path in files:
-        name = path.name
-        vocabulary = _read_json(path)
-        if name == "tokenizer.json":
-            match vocabulary:
-                case {"model": {"vocab": dict(tokens)}, **rest}:
-                    special = rest.get("added_tokens") or []
-                case _:
-                    raise UserError(f"{path}: not a tokenizer file")
-            if not isinstance(special, list) or not all(isinstance(token, dict) for token in special):
+    vocabulary: dict[str, int] = {}
+    first: Path | None = None
+    is_gpt2 = []
+    for path in (folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()):
+        found = _vocabulary(path)
+        is_gpt2.append(vocabulary_digest({token: i for token, i in found.items() if i < GPT2_VOCAB_SIZE}) == GPT2_DIGEST)
+        if first and (is_gpt2[0] != is_gpt2[1] or any(vocabulary.get(token) != i for token, i in found.items())):
+            raise UserError(f"{path}: not the vocabulary of {first.name} beside it; remove the one that is not the model's")
+        first, vocabulary = first or path, vocabulary or found
+    if first is None:
+        return None, {}
+    if is_gpt2[0]:
+        return TiktokenTokenizer("gpt2", GPT2_VOCAB_SIZE), vocabulary
+    try:
+        content = first.read_text(encoding="utf-8") if first.name == "tokenizer.json" else _from_merges(folder)
+        return JsonTokenizer(content, _special_tokens(folder, settings, vocabulary)), vocabulary
+    except UserError as error:
+        raise UserError(f"{first}: {error}") from error
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    """Return the id of each token in tokenizer.json or vocab.json."""
+    content = _read_json(path)
+    if path.name == "vocab.json":
+        vocabulary = content
+    else:
+        match content:
+            case {"model": {"vocab": dict(vocabulary)}, **rest}:
+                pass
+            case {"model": {"vocab": list(pieces)}, **rest} if all(isinstance(piece, list) and piece for piece in pieces):
+                vocabulary = {str(piece[0]): index for index, piece in enumerate(pieces)}  # Unigram: [token, score]
+            case _:
                 raise UserError(f"{path}: not a tokenizer file")
-            vocabulary = tokens | {str(token.get("content")): token.get("id") for token in special}
-        if not all(type(index) is int for index in vocabulary.values()):
-            raise UserError(f"{path}: not a vocabulary")
-        known = {token: index for token, index in vocabulary.items() if index < GPT2_VOCAB_SIZE}
-        if vocabulary_digest(known) != GPT2_DIGEST:
-            raise UserError(f"{path}: not GPT-2's vocabulary, the only one supported for models that export.py did not write")
-        added |= {token for token, index in vocabulary.items() if GPT2_VOCAB_SIZE <= index < vocab_size}
-    return added
+        special = rest.get("added_tokens") or []
+        if not isinstance(special, list) or not all(isinstance(token, dict) for token in special):
+            raise UserError(f"{path}: not a tokenizer file")
+        vocabulary = vocabulary | {str(token.get("content")): token.get("id") for token in special}
+    if not vocabulary or not all(type(index) is int for index in vocabulary.values()):
+        raise UserError(f"{path}: not a vocabulary")
+    return vocabulary
+
+
+def _from_merges(folder: Path) -> str:
+    """Return the tokenizer.json for the older vocab.json and merges.txt of a byte-level encoding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    if not (folder / "merges.txt").is_file():
+        raise UserError("not GPT-2's vocabulary, and no tokenizer.json or merges.txt is beside it; add one of them")
+    if (folder / "added_tokens.json").is_file():
+        raise UserError("tokens were added to it; save the tokenizer with transformers, as a tokenizer.json")
+    try:
+        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as error:  # the library raises no other class
+        raise UserError(f"cannot be read with merges.txt ({first_line(error)})") from error
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    if model.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer.to_str()
+
+
+def _special_tokens(folder: Path, settings: dict[str, Any], vocabulary: dict[str, int]) -> dict[str, str]:
+    """Return the special tokens that tokenizer_config.json names, such as {"eos_token": "</s>"}.
+
+    Without an eos_token there, it is that of config.json, or <|endoftext|> if the vocabulary has it.
+    """
+    path = folder / "tokenizer_config.json"
+    about = _read_json(path) if path.is_file() else {}
+    found = {role: about.get(role) for role in SPECIAL}
+    found = {role: token.get("content") if isinstance(token, dict) else token for role, token in found.items()}
+    if found["eos_token"] not in vocabulary:
+        by_id = {index: token for token, index in vocabulary.items()}
+        end = settings.get("eos_token_id")
+        found["eos_token"] = by_id.get(end) if isinstance(end, int) else None
+        found["eos_token"] = found["eos_token"] or (END_OF_TEXT if END_OF_TEXT in vocabulary else None)
+    return {role: token for role, token in found.items() if isinstance(token, str) and token in vocabulary}
+
+
+def _check_vocabulary(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer of a model with `vocab_size` rows. Raises UserError if it has more tokens than the model.
+
+    A model without tokenizer files is judged by the number of its tokens: GPT-2's, as they are or padded to a multiple.
+    """
+    path = folder / "config.json"
+    if isinstance(tokenizer, JsonTokenizer):
+        if tokenizer.vocab_size > vocab_size:
+            raise UserError(f"{path}: vocab_size must be at least that of its tokenizer ({tokenizer}), got {vocab_size:,}")
+        return tokenizer
+    if vocab_size < GPT2_VOCAB_SIZE or (tokenizer is None and vocab_size not in GPT2_PADDED_SIZES):
+        raise UserError(
+            f"{path}: vocab_size must be GPT-2's {GPT2_VOCAB_SIZE} or padded, as 50304 is, got {vocab_size}; "
+            "if the model has another vocabulary, put its tokenizer.json beside it"
+        )
+    return tokenizer or TiktokenTokenizer("gpt2", GPT2_VOCAB_SIZE)
 
 
 def _read_weights(folder: Path, args: dict[str, Any], rows: int, tied: bool) -> dict[str, torch.Tensor]:
@@ -612,7 +715,7 @@ def _write_weights(
 
 
 def _tokenizer_files(tokenizer: Tokenizer, block_size: int, chat_format: ChatFormat | None = None) -> dict[str, str]:
-    """Return a tokenizer's files, content by name. Raises UserError for an encoding other than GPT-2's."""
+    """Return a tokenizer's files, content by name. Raises UserError for a table of strings or another tiktoken encoding."""
     if isinstance(tokenizer, CharTokenizer):
         description = _character_table(tokenizer)
         about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -624,8 +727,14 @@ def _tokenizer_files(tokenizer: Tokenizer, block_size: int, chat_format: ChatFor
         if marks:  # this class reads all of tokenizer.json; GPT2Tokenizer reads only the vocabulary and the merges
             about = {"tokenizer_class": "PreTrainedTokenizerFast"}
         about |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+    elif isinstance(tokenizer, JsonTokenizer):
+        description, files = json.loads(tokenizer.to_dict()["content"]), {}
+        if marks := conversation.marks(chat_format) if chat_format else []:
+            steps = [_split(marks), *([description["pre_tokenizer"]] if description["pre_tokenizer"] else [])]
+            description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+        about = {"tokenizer_class": "PreTrainedTokenizerFast"} | tokenizer.special
     else:
-        raise UserError(f"the tokenizer must be a character table or gpt2 to be exported, got {tokenizer}")
+        raise UserError(f"the tokenizer must be a character table, gpt2 or a tokenizer.json to be exported, got {tokenizer}")
     about |= {"model_max_length": block_size, "clean_up_tokenization_spaces": False}
     about["model_input_names"] = ["input_ids", "attention_mask"]  # GPT-2 would add embeddings of token_type_ids
     if chat_format:
@@ -660,19 +769,18 @@ def _byte_pairs(tokenizer: TiktokenTokenizer, marks: list[str]) -> tuple[dict[st
     import tiktoken
 
     ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks  # tiktoken has no public name for it
-    letters = _letters()
-    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    letter_of = letters()
+    spelled = {token: "".join(letter_of[byte] for byte in token) for token in ranks}
     vocabulary = {spelled[token]: index for token, index in sorted(ranks.items(), key=lambda item: item[1])}
     vocabulary |= {END_OF_TEXT: end}
     merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    split = {"type": "Split", "pattern": {"Regex": "|".join(map(re.escape, marks))}, "behavior": "Isolated", "invert": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False}
     model |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
     description = {
         "added_tokens": [{"id": end, "content": END_OF_TEXT} | flags],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]} if marks else byte_level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_split(marks), byte_level]} if marks else byte_level,
         "post_processor": byte_level | {"trim_offsets": False},
         "decoder": byte_level,
         "model": model | {"vocab": vocabulary, "merges": [list(pair) for pair in merges]},
@@ -684,11 +792,9 @@ def _byte_pairs(tokenizer: TiktokenTokenizer, marks: list[str]) -> tuple[dict[st
     return description, files
 
 
-def _letters() -> list[str]:
-    """Return the letter that GPT-2 writes for each byte: its own if that is printable, else the next from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    rest = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(0x100 + rest.index(byte)) for byte in range(256)]
+def _split(marks: list[str]) -> dict[str, Any]:
+    """Return the part of tokenizer.json that splits text at each of `marks`."""
+    return {"type": "Split", "pattern": {"Regex": "|".join(map(re.escape, marks))}, "behavior": "Isolated", "invert": False}
 
 
 def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:

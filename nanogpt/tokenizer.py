@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back, by character, with a table of strings or with any tiktoken encoding.
+"""Tokenizers: text to token ids and back, by character, with a table of strings, any tiktoken encoding or any tokenizer.json.
 
     tokenizer = CharTokenizer.from_text("hello there")
     tokenizer.encode("the")      # [5, 3, 2]
@@ -13,14 +13,16 @@ import codecs
 import functools
 import json
 import pickle
-from collections.abc import Iterable, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nanogpt import pickles
-from nanogpt.errors import UserError, shown, warn
+from nanogpt.errors import UserError, first_line, shown, warn
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
@@ -35,6 +37,16 @@ ENCODING_SIZES = {  # tokens of tiktoken's encodings, known here so that trainin
     "o200k_base": 200019,
     "o200k_harmony": 201088,
 }
+BYTES_VOCAB_SIZE = 257  # each byte, and the end of text
+PATTERNS = {  # what splits a text into words before byte pairs are merged, by name; None is the library's own, GPT-2's
+    "gpt2": None,
+    "cl100k": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+CHUNK_CHARACTERS = 1 << 16  # of a long text, at least, trained on or encoded at a time
+CHUNK_END = re.compile(r"[^\W_](?=[ \n])")  # no pattern above has a word that goes on after this
 ENCODING_KEYS = ("tokenizer", "encoding", "tokenizer_name", "encoding_name")  # where a meta.pkl may name an encoding
 
 
@@ -236,7 +248,229 @@ class TiktokenTokenizer:
         return f"{self.name} encoding, {self.vocab_size:,} tokens"
 
 
-Tokenizer = TableTokenizer | IdTokenizer | TiktokenTokenizer
+class JsonTokenizer:
+    """A tokenizer.json of Hugging Face's tokenizers library: an encoding trained on one's own text, or one of the Hub."""
+
+    def __init__(self, content: str, special: dict[str, str] | None = None):
+        """`content` of the file, and the `special` tokens of its tokenizer_config.json, such as {"eos_token": "</s>"}.
+
+        Raises UserError if the library cannot read it, or if the text of a token depends on the tokens around it.
+        """
+        self._tokenizer = _read(content)
+        self._content = self._tokenizer.to_str()  # the same for one tokenizer, however its file was written
+        self._description = json.loads(self._content)
+        self.special = dict(special or {})
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        added = json.loads(content).get("added_tokens") or []
+        for token in added:  # the library gives another id without a word
+            if vocabulary.get(token["content"]) != token["id"]:
+                raise UserError(f"not a tokenizer file: {shown(token['content'])} cannot have the id {shown(token['id'])}")
+        for role, token in self.special.items():
+            if token not in vocabulary:
+                raise UserError(f"not the special tokens of this tokenizer: {role} is {shown(token)}, which is not in it")
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if not 1 < self.vocab_size <= MAX_VOCAB_SIZE:
+            raise UserError(f"a tokenizer must have 2 to {MAX_VOCAB_SIZE:,} tokens, got {self.vocab_size:,}")
+        self.model_vocab_size = -(-self.vocab_size // 64) * 64
+        self.end_of_text = vocabulary.get(self.special.get("eos_token"))
+        to_bytes, self._drops_space = _decoder(self._description["decoder"], {token["content"] for token in added})
+        self._bytes = {i: to_bytes(self._tokenizer.id_to_token(i)) for i in vocabulary.values()}  # as the library decodes it
+
+    @functools.cached_property
+    def _ordinary(self) -> "tokenizers.Tokenizer":  # noqa: F821 (imported where it is used)
+        """The same tokenizer, but the strings of special tokens are ordinary text to it."""
+        tokenizer = _read(self._content)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Encode a prompt; the strings of special tokens in it become these tokens. A lone surrogate becomes U+FFFD."""
+        return self._tokenizer.encode(_paired(text), add_special_tokens=False).ids
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Encode a corpus as an int32 array; special tokens in it are encoded as ordinary text."""
+        text = _paired(text)
+        chunks = [text]
+        if len(text) > CHUNK_CHARACTERS and self._can_cut:
+            chunks = list(_chunks(text))
+        parts = [np.empty(0, dtype=np.int32)]
+        for first in range(0, len(chunks), 64):
+            encodings = (
+                [self._ordinary.encode(text, add_special_tokens=False)]  # without threads, so that the process may fork
+                if len(chunks) == 1
+                else self._ordinary.encode_batch_fast(chunks[first : first + 64], add_special_tokens=False)
+            )
+            parts += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return np.concatenate(parts)
+
+    @property
+    def _can_cut(self) -> bool:
+        """Whether a long text may be encoded in chunks: its words are split by one of PATTERNS, and nothing else."""
+        found = self._description
+        if found["normalizer"] or not all(token["special"] for token in found["added_tokens"]):
+            return False
+        return found["pre_tokenizer"] in [json.loads(_pre_tokenizer(name).__getstate__()) for name in PATTERNS]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decode `ids`; invalid UTF-8 and ids outside the vocabulary become U+FFFD."""
+        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self._drops_space else text
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which may be only part of a UTF-8 character."""
+        return self._bytes.get(token, "\ufffd".encode())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the dictionary that `from_dict` reads."""
+        return {"kind": "json", "content": self._content, "special": self.special}
+
+    def __str__(self) -> str:
+        kind = self._description["model"]["type"]
+        return f"{'byte-pair encoding' if kind == 'BPE' else kind + ' tokenizer'}, {self.vocab_size:,} tokens"
+
+
+def _read(content: str) -> "tokenizers.Tokenizer":  # noqa: F821
+    """Read a tokenizer.json. Raises UserError if the tokenizers library cannot."""
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(content)
+    except Exception as error:  # the library raises no other class
+        raise UserError(f"not a tokenizer file ({first_line(error)})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:  # merges left out at random, for training
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def _decoder(description: dict[str, Any] | None, added: set[str]) -> tuple[Callable[[str], bytes], bool]:
+    """Return the function from a token to its bytes, and whether the first space of a text is dropped.
+
+    `description` is the decoder of a tokenizer.json, which also says which tokens were `added` as they are. Raises UserError
+    if a token has no bytes of its own.
+    """
+    if (description or {}).get("type") == "ByteLevel":
+        byte_of = {letter: byte for byte, letter in enumerate(letters())}
+        return (
+            lambda token: (
+                token.encode()
+                if token in added or not byte_of.keys() >= set(token)
+                else bytes(byte_of[letter] for letter in token)
+            ),
+            False,
+        )
+    steps: list[Callable[[str], str]] = []
+    drops_space = False
+    kinds = [description] if (description or {}).get("type") != "Sequence" else description["decoders"]
+    for step in kinds:
+        match step:
+            case None:
+                steps.append(" {}".format)  # the library puts a space between tokens
+                drops_space = True
+            case {"type": "Fuse" | "ByteFallback"}:
+                pass
+            case {"type": "Metaspace", "replacement": str(mark)}:
+                steps.append(functools.partial(_replaced, old=mark, new=" "))
+                drops_space = drops_space or step.get("prepend_scheme", "always") != "never"
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+                steps.append(functools.partial(_replaced, old=old, new=new))
+            case {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
+                drops_space = True
+            case {"type": "WordPiece", "prefix": str(prefix), "cleanup": bool(cleanup)}:
+                steps.append(functools.partial(_word_piece, prefix=prefix, cleanup=cleanup))
+                drops_space = True
+            case _:
+                name = step.get("type") if isinstance(step, dict) else step
+                raise UserError(f"a tokenizer whose decoder is {shown(name)} is not supported: its tokens have no text each")
+    has_bytes = any((step or {}).get("type") == "ByteFallback" for step in kinds)
+
+    def to_bytes(token: str) -> bytes:
+        if has_bytes and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        for step in steps:
+            token = step(token)
+        return token.encode()
+
+    return to_bytes, drops_space
+
+
+def _replaced(token: str, old: str, new: str) -> str:
+    return token.replace(old, new)
+
+
+def _word_piece(token: str, prefix: str, cleanup: bool) -> str:
+    """Return a WordPiece token as text: a space before it, unless it continues a word; with `cleanup`, before a word only."""
+    token = token.removeprefix(prefix) if token.startswith(prefix) else f" {token}"
+    if cleanup:  # the library's table
+        for end in (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re"):
+            token = token.replace(f" {end}", end)
+    return token
+
+
+def letters() -> list[str]:
+    """Return the letter that GPT-2 writes for each byte: its own if that is printable, else the next from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    rest = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(0x100 + rest.index(byte)) for byte in range(256)]
+
+
+def _paired(text: str) -> str:
+    """Return `text` with each lone surrogate, which JSON allows, as U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _chunks(text: str) -> Iterator[str]:
+    """Cut a long text where a word ends before a space or a line break."""
+    start = 0
+    while end := CHUNK_END.search(text, start + CHUNK_CHARACTERS):
+        yield text[start : end.end()]
+        start = end.end()
+    yield text[start:]
+
+
+def _pre_tokenizer(pattern: str) -> "tokenizers.pre_tokenizers.PreTokenizer":  # noqa: F821
+    """Return what splits a text into words, as letters for bytes."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if PATTERNS[pattern] is None:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2") -> JsonTokenizer:
+    """Train a byte-level byte-pair encoding of `vocab_size` tokens: 256 bytes, the merges, and <|endoftext|>, the last one.
+
+    It has fewer tokens if no pair is left that occurs twice. `pattern`, a name in PATTERNS, splits texts into words, which
+    pairs do not cross. Memory holds the distinct words of `texts` and their counts. Draws a progress bar on a terminal.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = _pre_tokenizer(pattern)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator((_paired(chunk) for text in texts for chunk in _chunks(text)), trainer)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return JsonTokenizer(tokenizer.to_str(), {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
+
+
+def longest_tokens(tokenizer: JsonTokenizer, count: int) -> list[str]:
+    """Return the longest tokens that are text, apart from special ones, for a person to see what was learned."""
+    special = {token.encode() for token in tokenizer.special.values()}
+    pieces = (tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size))
+    texts = [piece.decode("utf-8", errors="replace") for piece in pieces if piece not in special]
+    return sorted((text for text in texts if "\ufffd" not in text), key=len, reverse=True)[:count]
+
+
+Tokenizer = TableTokenizer | IdTokenizer | TiktokenTokenizer | JsonTokenizer
 
 
 class StreamDecoder:
@@ -291,6 +525,10 @@ def from_dict(description: Any) -> Tokenizer:
             return IdTokenizer(vocab_size)
         case {"kind": "tiktoken", "name": str(name), "vocab_size": int(vocab_size)} if 1 < vocab_size <= MAX_VOCAB_SIZE:
             return TiktokenTokenizer(name, vocab_size)
+        case {"kind": "json", "content": str(content), "special": dict(special)} if all(
+            isinstance(text, str) for item in special.items() for text in item
+        ):
+            return JsonTokenizer(content, special)
     raise UserError("malformed tokenizer description")
 
 

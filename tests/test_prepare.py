@@ -22,7 +22,7 @@ from nanogpt import corpus
 from nanogpt.conversation import FORMATS
 from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.tokenizer import CharTokenizer, train_bpe
 
 Command = Callable[..., subprocess.CompletedProcess]
 Prepare = Callable[..., str]
@@ -227,6 +227,25 @@ def test_text_in_gpt2_tokens(prepare: Prepare, project: Path, tmp_path: Path, gp
     assert val == [15496, 995, 15496, 995, 50256]
 
 
+@pytest.mark.parametrize(("value", "vocab_size"), [("bpe:300", 300), ("bpe:300:cl100k", 300), ("bytes", 257), ("FOLDER", 280)])
+def test_text_in_its_own_tokens(prepare: Prepare, project: Path, tmp_path: Path, value: str, vocab_size: int) -> None:
+    """Catches tokens learned from the validation split, documents without an end, and a tokenizer that meta.json lacks."""
+    put(tmp_path / "notes" / "a.txt", "to be or not to be\n" * 40)
+    put(tmp_path / "notes" / "b.txt", "zyx" * 20)
+    put(tmp_path / "mine" / "tokenizer.json", train_bpe(["not to be zyx"] * 9, 280).to_dict()["content"])
+    flag = "--tokenizer=" + value.replace("FOLDER", str(tmp_path / "mine"))
+    printed = prepare("text", f"--input={tmp_path / 'notes'}", flag, "--val_fraction=0.1")
+    folder = project / "data" / "text"
+    data = Dataset(str(folder))
+    assert data.tokenizer.vocab_size == min(vocab_size, data.tokenizer.vocab_size) and data.dtype.name == "uint16"
+    assert decoded(folder).replace("<|endoftext|>", "") == "to be or not to be\n" * 40 + "zyx" * 20
+    ids = np.fromfile(folder / "train.bin", "<u2").tolist()
+    assert ids.count(data.tokenizer.end_of_text) == 1 and ids[-1] == data.tokenizer.end_of_text
+    assert ("longest tokens: ' not', " in printed) is value.startswith("bpe")
+    pieces = {data.tokenizer.token_bytes(i) for i in range(data.tokenizer.vocab_size)}
+    assert (b"zyx" in pieces) is (value == "FOLDER") and b"<|endoftext|>" in pieces
+
+
 def test_text_in_its_own_dataset_folder(prepare: Prepare, project: Path) -> None:
     """Catches a second run that takes the token files of the first for text."""
     folder = project / "data" / "poems"
@@ -252,6 +271,13 @@ def test_text_in_its_own_dataset_folder(prepare: Prepare, project: Path) -> None
         (["--input=good.txt", "--val_fraction=1"], ["--val_fraction=1", "below 1"]),
         (["--input=good.txt", "--val_fraction=0.001"], ["too short", "val.bin"]),
         (["--input=good.txt", "--tokenizer=words"], ["--tokenizer=words", "char", "gpt2"]),
+        (["--input=good.txt", "--tokenizer=bpe:256"], ["--tokenizer=bpe:256", "from 257", "bpe:1024"]),
+        (["--input=good.txt", "--tokenizer=bpe:x"], ["--tokenizer=bpe:x", "whole number"]),
+        (["--input=good.txt", "--tokenizer=bpe:-1"], ["--tokenizer=bpe:-1", "whole number"]),
+        (["--input=good.txt", "--tokenizer=bpe:300:gpt9"], ["--tokenizer=bpe:300:gpt9", "gpt2 or cl100k"]),
+        (["--input=good.txt", "--tokenizer=bpe:300", "--dtype=uint8"], ["--dtype=uint8 is too small", "--dtype=uint16"]),
+        (["--input=good.txt", "--tokenizer=bare"], ["bare", "no tokenizer.json"]),
+        (["--input=good.txt", "--tokenizer=owner/none"], ["owner/none", "HF_HUB_OFFLINE"]),
         (["--input=wide.txt", "--dtype=uint8"], ["--dtype=uint8 is too small", "301 tokens", "--dtype=uint16"]),
         (["--input=good.txt", "--dtype=int64"], ["--dtype=int64", "uint16"]),
         (["--input=good.txt", "--name="], ["--name=", "letters"]),

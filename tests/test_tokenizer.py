@@ -1,5 +1,6 @@
 """Tokenizers: ids and text, streams, and descriptions from untrusted files."""
 
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,17 @@ from hypothesis import strategies as st
 
 from nanogpt import tokenizer
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import CharTokenizer, IdTokenizer, StreamDecoder, TableTokenizer, TiktokenTokenizer
+from nanogpt.tokenizer import (
+    PATTERNS,
+    CharTokenizer,
+    IdTokenizer,
+    JsonTokenizer,
+    StreamDecoder,
+    TableTokenizer,
+    TiktokenTokenizer,
+    longest_tokens,
+    train_bpe,
+)
 
 MULTI_BYTE = "naïve café — 日本語 한국어 👩‍👩‍👧‍👦 🙂🙃 ﷽ \U0010ffff\x00 e\u0301\r\n\tend"
 CL100K_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
@@ -136,6 +147,104 @@ def test_end_of_text_is_special_only_in_prompts(gpt2_vocabulary: None) -> None:
     assert tokens.encode(text) == [64, 50256, 65]
     corpus = tokens.encode_array(text).tolist()
     assert 50256 not in corpus and tokens.decode(corpus) == tokens.decode([64, 50256, 65]) == text
+
+
+# byte-pair encodings of one's own
+
+CTC = '"decoder":{"type":"CTC","pad_token":"p","word_delimiter_token":"|","cleanup":true},"x":{"type":"ByteLevel"'
+RHYME = "the cat sat on the mat, and the hat's 123 cats aren't naïve: 日本語。\n"
+
+
+@functools.cache
+def trained(pattern: str = "gpt2") -> JsonTokenizer:
+    return train_bpe([RHYME] * 20, 300, pattern)
+
+
+def library_of(tokens: JsonTokenizer) -> "tokenizers.Tokenizer":  # noqa: F821 (imported where it is used)
+    """The tokenizer in the tokenizers library itself."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(tokens.to_dict()["content"])
+
+
+def test_bpe_merges_the_most_frequent_pairs() -> None:
+    """Catches merges in another order than that of a naive count, or an end of text that is not the last token."""
+    tokens = train_bpe(["ab ab ab abc abc", "abcd abcd"], 260)
+    assert [tokens.token_bytes(i) for i in range(256, 260)] == [b"ab", b" ab", b" abc", b"<|endoftext|>"]
+    assert (tokens.vocab_size, tokens.model_vocab_size, tokens.end_of_text) == (260, 320, 259)
+    assert tokens.encode("ab abcab<|endoftext|>") == [256, 258, 256, 259]
+    assert sorted(tokens.token_bytes(i) for i in range(256)) == [bytes([byte]) for byte in range(256)]
+
+
+def test_bpe_of_a_short_text() -> None:
+    """Catches tokens learned from a pair that occurs once, and an end of text that is not next to the last token."""
+    tokens = train_bpe(["abc"], 1000)
+    assert (tokens.vocab_size, tokens.end_of_text) == (257, 256)
+    assert train_bpe([], 257).to_dict() == tokens.to_dict()
+    assert tokens.decode(tokens.encode("é")) == "é" and len(tokens.encode("é")) == 2
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@quick
+@given(st.text(max_size=200))
+def test_bpe_round_trip(pattern: str, text: str) -> None:
+    """Catches ids that are not the library's, text that is changed or refused, and characters streamed by halves."""
+    tokens, text = trained(pattern), text + RHYME[:3]
+    legal = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    ids = tokens.encode(text)
+    assert ids == library_of(tokens).encode(legal).ids
+    assert tokens.decode(ids) == legal
+    copy = tokenizer.from_dict(json.loads(json.dumps(tokens.to_dict())))
+    assert copy.encode_array(text).tolist() == ids and copy.to_dict() == tokens.to_dict()
+    decoder, shown = StreamDecoder(tokens), ""
+    for token in ids:
+        shown += decoder.feed(token)
+        assert legal.startswith(shown)
+    assert shown + decoder.finish() == legal
+    assert b"".join(map(tokens.token_bytes, ids)) == legal.encode()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_long_texts_are_cut_between_words(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a long text whose tokens change where it is cut."""
+    tokens, text = trained(pattern), (RHYME + "it's  9.\n\n  end;\r\n\t—x\n") * 40
+    expected = library_of(tokens).encode(text).ids
+    monkeypatch.setattr(tokenizer, "CHUNK_CHARACTERS", 7)
+    cut = list(tokenizer._chunks(text))
+    assert len(cut) > 100 and "".join(cut) == text
+    assert tokens._can_cut and tokens.encode_array(text).tolist() == expected
+    assert train_bpe([RHYME] * 20, 300, pattern).to_dict() == tokens.to_dict()  # as without cuts
+
+
+def test_bpe_end_of_text_is_special_only_in_prompts() -> None:
+    """Catches a corpus whose text can end documents, or a prompt that cannot."""
+    tokens, text = trained(), "a<|endoftext|>b"
+    assert tokens.encode(text)[1] == tokens.end_of_text
+    ids = tokens.encode_array(text).tolist()
+    assert tokens.end_of_text not in ids and tokens.decode(ids) == text
+
+
+def test_longest_tokens() -> None:
+    """Catches parts of characters, or the end of text, among the tokens that are shown."""
+    assert longest_tokens(trained(), 3)[0] == " naïve"
+    assert all("\ufffd" not in text and text != "<|endoftext|>" for text in longest_tokens(trained(), 300))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found | {"content": "{"}, "not a tokenizer file"),
+        (lambda found: found | {"content": found["content"].replace('"model"', '"modell"')}, "not a tokenizer file"),
+        (lambda found: found | {"content": found["content"].replace('"id":299', '"id":298')}, "cannot have the id 298"),
+        (lambda found: found | {"special": {"eos_token": "</s>"}}, "eos_token is '</s>', which is not in it"),
+        (lambda found: found | {"special": {"eos_token": 7}}, "malformed"),
+        (lambda found: found | {"content": found["content"].replace('"decoder":{"type":"ByteLevel"', CTC)}, "decoder is 'CTC'"),
+    ],
+)
+def test_bad_tokenizer_files(change: Any, message: str) -> None:
+    """Catches a damaged tokenizer.json, or one whose tokens cannot be shown one by one, that is taken."""
+    with pytest.raises(UserError, match=message):
+        tokenizer.from_dict(change(trained().to_dict()))
 
 
 def test_several_special_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

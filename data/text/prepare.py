@@ -7,7 +7,7 @@ python train.py config/train_shakespeare_char_cpu.py --dataset=my_book --out_dir
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
@@ -16,8 +16,20 @@ import configurator
 from configurator import PathStr
 
 from nanogpt import corpus
-from nanogpt.errors import UserError
-from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
+from nanogpt.errors import UserError, one_line
+from nanogpt.tokenizer import (
+    BYTES_VOCAB_SIZE,
+    MAX_VOCAB_SIZE,
+    PATTERNS,
+    CharTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    longest_tokens,
+    train_bpe,
+)
+
+ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")  # of tiktoken
+SHOWN_TOKENS = 12  # the longest that were learned
 
 OUTPUTS = ("train.bin", "val.bin", "meta.json", "meta.pkl")  # not text, if the input is the dataset's own folder
 
@@ -26,7 +38,7 @@ OUTPUTS = ("train.bin", "val.bin", "meta.json", "meta.pkl")  # not text, if the 
 class Config(configurator.Config):
     positional: ClassVar[str] = "input"
     input: PathStr = ""  # a text file, or a folder: all its files, sorted by path, except hidden ones
-    tokenizer: Literal["char", "gpt2", "cl100k_base", "o200k_base"] = "char"  # char: by character; or a byte-pair encoding
+    tokenizer: PathStr = "char"  # char, bytes, bpe:1024 (trained on it), gpt2, cl100k_base, o200k_base, a folder, owner/name
     val_fraction: Annotated[float, configurator.Range(above=0, below=1)] = 0.1  # share of the text, at its end, for validation
     dtype: corpus.Dtype = "auto"  # of a token in the files. auto: the smallest that fits; uint16 is what nanoGPT reads
     name: str = "text"  # write the dataset to data/<name>, for train.py --dataset=<name>
@@ -37,6 +49,48 @@ class Config(configurator.Config):
         if not Path(self.input).exists():
             raise UserError(f"--input={self.input}: no such file or folder")
         corpus.check_name(self.name, FOLDER)
+        read_bpe(self.tokenizer)
+        known = self.tokenizer in ("char", "bytes", *ENCODINGS) or self.tokenizer.startswith("bpe:")
+        if not known and not Path(self.tokenizer).is_dir() and "/" not in self.tokenizer:
+            raise UserError(
+                f"--tokenizer={self.tokenizer} must be char, bytes, bpe:1024 (or another number), {', '.join(ENCODINGS)}, "
+                "a folder with a tokenizer.json, or owner/name on the Hugging Face Hub"
+            )
+
+
+def read_bpe(value: str) -> tuple[int, str] | None:
+    """Read bpe:SIZE or bpe:SIZE:PATTERN; None for anything else. Raises UserError if the size or the pattern is not one."""
+    name, _, rest = value.partition(":")
+    if name != "bpe":
+        return None
+    size, _, pattern = rest.partition(":")
+    count = int(size) if size.isascii() and size.isdigit() and len(size) < 10 else 0
+    if not BYTES_VOCAB_SIZE <= count <= MAX_VOCAB_SIZE:
+        raise UserError(
+            f"--tokenizer={value}: the size must be a whole number from {BYTES_VOCAB_SIZE} (bytes and the end of text) "
+            f"to {MAX_VOCAB_SIZE:,}; try bpe:1024"
+        )
+    if (pattern or "gpt2") not in PATTERNS:
+        raise UserError(f"--tokenizer={value}: the splitting pattern must be {' or '.join(PATTERNS)}; try bpe:{count}:cl100k")
+    return count, pattern or "gpt2"
+
+
+def make_tokenizer(value: str, documents: list[str], train: list[str]) -> Tokenizer:
+    """Return the tokenizer that --tokenizer names: characters are those of all documents, byte pairs those of `train`."""
+    if value == "char":
+        return CharTokenizer.from_text("".join(documents))
+    if value == "bytes":
+        return train_bpe([], BYTES_VOCAB_SIZE)
+    if bpe := read_bpe(value):
+        tokenizer = train_bpe(train, *bpe)
+        longest = ", ".join(map(repr, longest_tokens(tokenizer, SHOWN_TOKENS)))
+        print(one_line(f"longest tokens: {longest}"))
+        return tokenizer
+    if value in ENCODINGS:
+        return TiktokenTokenizer(value)
+    from nanogpt import huggingface  # imported here, since it imports PyTorch
+
+    return huggingface.load_tokenizer(value)
 
 
 def read_documents(path: Path) -> list[str]:
@@ -52,11 +106,8 @@ def main(config: Config) -> None:
     documents = read_documents(Path(config.input))
     if not documents:
         raise UserError(f"--input={config.input}: no text in it")
-    if config.tokenizer == "char":
-        tokenizer = CharTokenizer.from_text("".join(documents))
-    else:
-        tokenizer = TiktokenTokenizer(config.tokenizer)
     train, val = corpus.split_documents(documents, config.val_fraction)
+    tokenizer = make_tokenizer(config.tokenizer, documents, train)
     source = Path(config.input).resolve().name
     folder, separate = FOLDER.parent / config.name, len(documents) > 1
     corpus.write_dataset(folder, train, val, tokenizer, source, separate, config.dtype)
