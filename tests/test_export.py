@@ -22,7 +22,7 @@ from model import GPT, Bigram, GPTConfig
 from nanogpt import checkpoint, conversation, huggingface
 from nanogpt.conversation import FORMATS, ChatFormat
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
+from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer, train_bpe
 
 TABLE = CharTokenizer(list("abcdefghij\n"))
 
@@ -88,7 +88,7 @@ def width(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.parametrize("kind", ["char", "gpt2", "bpe"])
 def test_chat_format_is_kept(tmp_path: Path, name: str, kind: str, request: pytest.FixtureRequest) -> None:
     """Catches a chat format that is lost in the export or in transformers' copy of it, and a reply without an end."""
     from transformers import AutoModelForCausalLM
@@ -96,11 +96,12 @@ def test_chat_format_is_kept(tmp_path: Path, name: str, kind: str, request: pyte
     if kind == "gpt2":
         request.getfixturevalue("gpt2_vocabulary")
     table = CharTokenizer.from_text("".join(map(str, conversation.to_dict(FORMATS[name]).values())) + "\n")
-    save(tmp_path / "to", tokenizer=table if kind == "char" else TiktokenTokenizer("gpt2"), chat_format=FORMATS[name])
+    tokenizer = {"char": table, "gpt2": TiktokenTokenizer("gpt2", 50257), "bpe": train_bpe(["a cow\n"], 257)}[kind]
+    save(tmp_path / "to", tokenizer=tokenizer, chat_format=FORMATS[name])
     generation = json.loads((tmp_path / "to" / "generation_config.json").read_text(encoding="utf-8"))
-    is_token = name == "dialogpt" and kind == "gpt2"
+    is_token = name == "dialogpt" and kind != "char"
     assert generation.get("stop_strings") == (None if is_token else [FORMATS[name].stop])
-    assert generation["eos_token_id"] == (50256 if kind == "gpt2" else None)
+    assert generation["eos_token_id"] == {"char": None, "gpt2": 50256, "bpe": 256}[kind]
     AutoModelForCausalLM.from_pretrained(tmp_path / "to").save_pretrained(tmp_path / "theirs")
     for folder in ("to", "theirs"):
         assert checkpoint.open_checkpoint(str(tmp_path / folder), "none").chat_format == FORMATS[name]
@@ -268,3 +269,16 @@ def test_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     runpy.run_path(export.__file__, run_name="__main__")
     assert huggingface.is_folder(tmp_path / "to")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_chat_template_in_its_own_tokens(tmp_path: Path, name: str) -> None:
+    """Catches a chat template whose ids are not those of training, for a byte-pair encoding of one's own."""
+    from transformers import AutoTokenizer
+
+    chat_format = FORMATS[name]
+    messages = [{"role": "user", "content": "What is 12 and it's, naïve?"}, {"role": "assistant", "content": "It is 日本."}]
+    tokenizer = train_bpe([conversation.render(chat_format, messages)] * 9, 400)
+    save(tmp_path / "to", tokenizer=tokenizer, chat_format=chat_format)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "to")
+    assert theirs.apply_chat_template(messages)["input_ids"] == conversation.encode(chat_format, messages, tokenizer)[0]

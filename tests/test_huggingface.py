@@ -14,15 +14,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import configurator
+
 import pytest
 import safetensors.torch
 import torch
+from conftest import run_train
 from launcher import TIMEOUT_SECONDS
 
+import export
 from model import GPT, GPTConfig
-from nanogpt import huggingface
+from nanogpt import checkpoint, corpus, huggingface
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
+from nanogpt.tokenizer import CharTokenizer, JsonTokenizer, TiktokenTokenizer, Tokenizer, from_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = " two  spaces\n\n\ttab\r\n it's 'don't' .,!? [] <unk> <|endoftext|> naïve e\u0301 日本語 🙂 \x00 \u00a0\u2003 12345 end "
@@ -414,6 +418,159 @@ def test_vocabulary_check_accepts_transformers_files(
     huggingface.load(str(folder))
 
 
+# vocabularies of other models
+
+GERMAN = "Der Hund schläft. Die Katze schläft nicht! 12 Äpfel, 日本語 über alles.\n" * 20
+
+
+def train_theirs(kind: str) -> "tokenizers.Tokenizer":  # noqa: F821 (imported where it is used)
+    """A small tokenizer of the tokenizers library, with </s> as its end of text and a token added later."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["<unk>", "</s>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if kind.startswith("byte level"):
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind.endswith("prefix"))
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    elif kind == "byte fallback":
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(steps)
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    elif kind == "Unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=special, unk_token="<unk>", show_progress=False)
+    elif kind == "WordPiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=100, special_tokens=special, show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        trainer = trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([GERMAN], trainer)
+    tokenizer.add_tokens(["[NOTE]"])
+    return tokenizer
+
+
+KINDS = ["byte level", "byte level, prefix", "byte fallback", "Unigram", "WordPiece", "WordLevel"]
+
+
+def write_german(folder: Path, kind: str = "byte level", padding: int = 0) -> torch.nn.Module:
+    """Write a model with its own vocabulary, as transformers saves both; return the model."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_theirs(kind), eos_token="</s>", pad_token="<pad>")
+    theirs = make_theirs(own=False, vocab_size=len(tokenizer) + padding, bos_token_id=None, eos_token_id=None)
+    theirs.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_vocabularies(tmp_path: Path, kind: str) -> None:
+    """Catches other ids, text or logits than the model's own tokenizer and transformers give, before and after an export."""
+    from transformers import AutoTokenizer
+
+    theirs = write_german(tmp_path / "model", kind)
+    for folder in (tmp_path / "model", tmp_path / "exported"):
+        found, library = huggingface.load(str(folder)), AutoTokenizer.from_pretrained(folder)
+        tokenizer = from_dict(found.tokenizer)
+        assert isinstance(tokenizer, JsonTokenizer)
+        assert huggingface.load_tokenizer(str(folder)).to_dict() == found.tokenizer
+        assert tokenizer.end_of_text == library.eos_token_id == 1 and library.pad_token_id == 2
+        for text in (GERMAN, "  zwei  Leer\n\tso 日本 🙂", "x</s>y", "über [NOTE]", " ", ""):
+            ids = tokenizer.encode(text)
+            assert ids == library(text, add_special_tokens=False)["input_ids"], repr(text)
+            assert tokenizer.decode(ids) == library.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        assert (1 in tokenizer.encode_array("x</s>y").tolist()) is (kind == "Unigram")  # whose model has it as a piece
+        model = build(found)
+        assert_same_logits(model, theirs)
+        if folder.name == "model":
+            save(tmp_path / "exported", model, tokenizer)
+
+
+def test_same_greedy_text(tmp_path: Path) -> None:
+    """Catches a model with its own vocabulary that goes on in other words than in transformers."""
+    from transformers import AutoTokenizer
+
+    theirs, library = write_german(tmp_path, padding=3), AutoTokenizer.from_pretrained(tmp_path)
+    theirs.lm_head.weight.data[-3:] = 0  # transformers would sample padding
+    found = huggingface.load(str(tmp_path))
+    tokenizer = from_dict(found.tokenizer)
+    ids = torch.tensor([tokenizer.encode("Der")])
+    expected = theirs.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=2)
+    ours = build(found).generate(ids, 12, temperature=0)
+    assert ours.tolist() == expected.tolist()
+    assert tokenizer.decode(ours[0].tolist()) == library.decode(expected[0], clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("padding, said", [(0, ""), (3, "kept its tokenizer's 301 tokens, left out 3 more (padding)")])
+def test_resized_embeddings(tmp_path: Path, padding: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a resized embedding that is refused, or whose padding is kept without a word."""
+    write_german(tmp_path, padding=padding)
+    found = huggingface.load(str(tmp_path))
+    assert found.model_args["vocab_size"] == len(found.weights[huggingface.WTE]) == 301
+    assert said in capsys.readouterr().err
+
+
+def test_fewer_rows_than_tokens(tmp_path: Path) -> None:
+    """Catches a tokenizer that is not the model's."""
+    write_german(tmp_path, padding=-1)
+    with pytest.raises(UserError, match=r"config.json: vocab_size must be at least .*301 tokens\), got 300"):
+        huggingface.load(str(tmp_path))
+
+
+def test_vocabulary_with_merges(tmp_path: Path) -> None:
+    """Catches other ids from the older vocab.json and merges.txt than from tokenizer.json."""
+    write_german(tmp_path)
+    before = from_dict(huggingface.load(str(tmp_path)).tokenizer)
+    model = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    assert huggingface.load_tokenizer(str(tmp_path)).to_dict() == before.to_dict()
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"vocab.json: .*no tokenizer.json or merges.txt"):
+        huggingface.load(str(tmp_path))
+    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    after = huggingface.load_tokenizer(str(tmp_path))
+    assert after.encode(GERMAN) == before.encode(GERMAN) and after.decode(after.encode(GERMAN)) == GERMAN
+    assert after.end_of_text == 1
+
+
+def test_finetuning_with_its_own_vocabulary(tmp_path: Path) -> None:
+    """Catches a dataset in the model's tokens that train.py refuses, and tokens or weights lost on the way back."""
+    from transformers import AutoTokenizer
+
+    folder, data, run, exported = (tmp_path / name for name in ("model", "data", "run", "exported"))
+    write_german(folder, padding=3)
+    tokenizer = huggingface.load_tokenizer(str(folder))
+    corpus.write_dataset(data, *corpus.split_documents([GERMAN], 0.1), tokenizer, "German")
+    flags = ["--block_size=16", "--batch_size=2", "--max_iters=2", "--eval_iters=1", "--device=cpu", "--compile=False"]
+    run_train(f"--init_from={folder}", f"--dataset={data}", f"--out_dir={run}", "--gradient_accumulation_steps=1", *flags)
+    export.main(configurator.parse(export.Config, [f"--out_dir={run}", f"--to={exported}"]))
+    found, trained = huggingface.load(str(exported)), checkpoint.open_checkpoint(str(run), "")
+    assert found.tokenizer == tokenizer.to_dict()
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in trained.weights.items())
+    assert_same_logits(build(found), theirs_of(exported))
+    assert AutoTokenizer.from_pretrained(exported)(GERMAN, add_special_tokens=False)["input_ids"] == tokenizer.encode(GERMAN)
+
+
+def test_two_vocabularies(tmp_path: Path) -> None:
+    """Catches a vocab.json and a tokenizer.json that contradict each other."""
+    write_german(tmp_path)
+    (tmp_path / "vocab.json").write_text('{"Der": 0, "Hund": 1}')
+    with pytest.raises(UserError, match=r"vocab.json: not the vocabulary of tokenizer.json"):
+        huggingface.load(str(tmp_path))
+
+
 # refusals
 
 
@@ -530,11 +687,11 @@ REFUSALS = {
     "n_positions": (settings(n_positions=8), "'transformer.wpe.weight' must have shape \\(8, 32\\) .* got \\(16, 32\\)"),
     "fewer tokens": (
         both(settings(vocab_size=50256), lambda folder: forget(folder)),
-        "vocab_size must be GPT-2's 50257 or padded, as 50304 is, got 50256; if tokens were added to GPT-2's, put the",
+        "vocab_size must be GPT-2's 50257 or padded, as 50304 is, got 50256; if the model has another vocabulary, put its",
     ),
     "more tokens without their names": (
         both(settings(vocab_size=50258), lambda folder: forget(folder)),
-        "vocab_size must be GPT-2's 50257 or padded, as 50304 is, got 50258; if tokens were added to GPT-2's, put the",
+        "vocab_size must be GPT-2's 50257 or padded, as 50304 is, got 50258; if the model has another vocabulary, put its",
     ),
     "own of text": (settings(nanogpt="yes"), "nanogpt = 'yes'"),
     "own without bias": (settings(nanogpt={"tokenizer": TABLE.to_dict()}), "damaged: nanogpt = "),
@@ -762,7 +919,7 @@ def assert_same_tokens(ours: TiktokenTokenizer, theirs: Any) -> None:
 def test_other_encodings_are_refused(tmp_path: Path) -> None:
     """Catches an export whose tokens transformers would read differently."""
     tokenizer = TiktokenTokenizer("cl100k_base", 100277)
-    with pytest.raises(UserError, match=r"must be a character table or gpt2 .*, got cl100k_base"):
+    with pytest.raises(UserError, match=r"must be a character table, gpt2 or a tokenizer.json .*, got cl100k_base"):
         save(tmp_path / "out", make_ours(tokenizer, n_embd=4), tokenizer)
     assert list(tmp_path.iterdir()) == []
 
