@@ -457,7 +457,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2") -> J
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator((_paired(chunk) for text in texts for chunk in _chunks(text)), trainer)
+    count = sum(len(text) // CHUNK_CHARACTERS + 1 for text in texts) if isinstance(texts, Sequence) else None
+    tokenizer.train_from_iterator((_paired(chunk) for text in texts for chunk in _chunks(text)), trainer, length=count)
     tokenizer.add_special_tokens([END_OF_TEXT])
     return JsonTokenizer(tokenizer.to_str(), {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
 
