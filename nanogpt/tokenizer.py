@@ -256,12 +256,21 @@ class JsonTokenizer:
 
         Raises UserError if the library cannot read it, or if the text of a token depends on the tokens around it.
         """
+        try:
+            found = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"not a tokenizer file ({first_line(error)})") from error
+        match found:
+            case {"model": {"type": "WordPiece"}}:
+                pass
+            case {"model": {"continuing_subword_prefix": str(prefix)}} if prefix:  # a wrong one makes the library abort
+                raise UserError(f"a byte-pair encoding with a continuing_subword_prefix is not supported, got {shown(prefix)}")
         self._tokenizer = _read(content)
         self._content = self._tokenizer.to_str()  # the same for one tokenizer, however its file was written
         self._description = json.loads(self._content)
         self.special = dict(special or {})
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        added = json.loads(content).get("added_tokens") or []
+        added = found.get("added_tokens") or []
         for token in added:  # the library gives another id without a word
             if vocabulary.get(token["content"]) != token["id"]:
                 raise UserError(f"not a tokenizer file: {shown(token['content'])} cannot have the id {shown(token['id'])}")
@@ -285,7 +294,7 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Encode a prompt; the strings of special tokens in it become these tokens. A lone surrogate becomes U+FFFD."""
-        return self._tokenizer.encode(_paired(text), add_special_tokens=False).ids
+        return _encode(self._tokenizer, [_paired(text)])[0].ids
 
     def encode_array(self, text: str) -> np.ndarray:
         """Encode a corpus as an int32 array; special tokens in it are encoded as ordinary text."""
@@ -295,11 +304,7 @@ class JsonTokenizer:
             chunks = list(_chunks(text))
         parts = [np.empty(0, dtype=np.int32)]
         for first in range(0, len(chunks), 64):
-            encodings = (
-                [self._ordinary.encode(text, add_special_tokens=False)]  # without threads, so that the process may fork
-                if len(chunks) == 1
-                else self._ordinary.encode_batch_fast(chunks[first : first + 64], add_special_tokens=False)
-            )
+            encodings = _encode(self._ordinary, chunks[first : first + 64])
             parts += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         return np.concatenate(parts)
 
@@ -342,6 +347,16 @@ def _read(content: str) -> "tokenizers.Tokenizer":  # noqa: F821
     if getattr(tokenizer.model, "dropout", None) is not None:  # merges left out at random, for training
         tokenizer.model.dropout = None
     return tokenizer
+
+
+def _encode(tokenizer: "tokenizers.Tokenizer", texts: list[str]) -> "list[tokenizers.Encoding]":  # noqa: F821
+    """Encode `texts`, several of them in threads. Raises UserError if a token is missing and there is none for that."""
+    try:
+        if len(texts) == 1:  # without threads, so that the process may fork
+            return [tokenizer.encode(texts[0], add_special_tokens=False)]
+        return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises no other class
+        raise UserError(f"the tokenizer cannot encode this text ({first_line(error)})") from error
 
 
 def _decoder(description: dict[str, Any] | None, added: set[str]) -> tuple[Callable[[str], bytes], bool]:

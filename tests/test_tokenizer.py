@@ -230,10 +230,33 @@ def test_longest_tokens() -> None:
     assert all("\ufffd" not in text and text != "<|endoftext|>" for text in longest_tokens(trained(), 300))
 
 
+def test_added_token_is_its_text() -> None:
+    """Catches an added token whose letters are taken for bytes, as the tokenizers library does."""
+    library = library_of(trained())
+    library.add_tokens(["ñandú"])
+    tokens = JsonTokenizer(library.to_str())
+    assert tokens.encode("ñandú") == [300] and tokens.decode([300]) == "ñandú"
+    assert (tokens.vocab_size, tokens.end_of_text) == (301, None)
+
+
+def test_no_token_for_unknown_words() -> None:
+    """Catches a traceback for a text that a tokenizer of the Hub cannot encode."""
+    from tokenizers import Tokenizer, models
+
+    tokens = JsonTokenizer(Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="<unk>")).to_str())
+    for encode in (tokens.encode, tokens.encode_array):
+        with pytest.raises(UserError, match=r"cannot encode this text"):
+            encode("c")
+
+
+PREFIXED = {"type": "BPE", "vocab": {"x": 0, "é": 1, "xé": 2}, "merges": [["x", "é"]], "continuing_subword_prefix": "x"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda found: found | {"content": "{"}, "not a tokenizer file"),
+        (lambda found: found | {"content": json.dumps(json.loads(found["content"]) | {"model": PREFIXED})}, "subword_prefix"),
         (lambda found: found | {"content": found["content"].replace('"model"', '"modell"')}, "not a tokenizer file"),
         (lambda found: found | {"content": found["content"].replace('"id":299', '"id":298')}, "cannot have the id 298"),
         (lambda found: found | {"special": {"eos_token": "</s>"}}, "eos_token is '</s>', which is not in it"),
