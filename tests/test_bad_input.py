@@ -178,7 +178,7 @@ TABLE = [
     ("data/text/prepare", "--input=TMP/empty.pt", "no text in it"),
     ("data/text/prepare", "--input=TMP/syntax.py --name=../up", "--name=../up"),
     ("data/text/prepare", "--input=TMP/syntax.py --name=shakespeare", "another name"),
-    ("data/text/prepare", "--input=TMP/syntax.py --tokenizer=word", "char, gpt2"),
+    ("data/text/prepare", "--input=TMP/syntax.py --tokenizer=word", "char, bytes, bpe:1024"),
     ("data/text/prepare", "--input=TMP/syntax.py --val_fraction=1", "below 1"),
     ("data/text/prepare", "--input=TMP/hostile.pt", "not UTF-8"),
     ("data/text/prepare", "--input=TMP/one.txt", "too short"),
