@@ -533,7 +533,7 @@ def test_vocabulary_with_merges(tmp_path: Path) -> None:
     write_german(tmp_path)
     before = from_dict(huggingface.load(str(tmp_path)).tokenizer)
     model = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
     assert huggingface.load_tokenizer(str(tmp_path)).to_dict() == before.to_dict()
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"vocab.json: .*no tokenizer.json or merges.txt"):
@@ -566,7 +566,7 @@ def test_finetuning_with_its_own_vocabulary(tmp_path: Path) -> None:
 def test_two_vocabularies(tmp_path: Path) -> None:
     """Catches a vocab.json and a tokenizer.json that contradict each other."""
     write_german(tmp_path)
-    (tmp_path / "vocab.json").write_text('{"Der": 0, "Hund": 1}')
+    (tmp_path / "vocab.json").write_text('{"Der": 0, "Hund": 1}', encoding="utf-8")
     with pytest.raises(UserError, match=r"vocab.json: not the vocabulary of tokenizer.json"):
         huggingface.load(str(tmp_path))
 
