@@ -51,7 +51,7 @@ from nanogpt.device import (
 )
 from nanogpt.distributed import Group, clip_gradient, parallelize, process_group, share_batch
 from nanogpt.errors import UserError, warn
-from nanogpt.evaluation import estimate_loss, sample_text
+from nanogpt.evaluation import count_token_bytes, estimate_loss, sample_text
 from nanogpt.optim import OptimizerName, build_optimizer
 from nanogpt.run import Run, Signals, TrainState, every
 
@@ -63,7 +63,7 @@ class Config(configurator.Config):
     init_from: PathStr = "scratch"  # scratch, resume (out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, a Hub id ...
     eval_interval: PositiveInt = 2000  # iterations between evaluations
     eval_iters: NonNegativeInt = 200  # batches per split in an evaluation; 0: the whole split
-    eval_only: bool = False  # evaluate once and exit
+    eval_only: bool = False  # print loss, perplexity and bits per byte of both splits, and exit
     log_interval: PositiveInt = 1  # iterations between printed losses
     always_save_checkpoint: bool = True  # write ckpt.pt at every evaluation but the first; False: only if the loss improved
     checkpoint_interval: NonNegativeInt = 0  # also save last.pt every this many iterations; 0: never
@@ -189,7 +189,7 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
         if state.iter_num >= config.max_iters:
             run.say("no iterations left; a larger --max_iters continues the run")
         mixed_precision = autocast(group.device, machine.dtype)
-        eval_options = evaluation_options(config, machine)
+        eval_options = evaluation_options(config, machine, data, group)
         batches = training_batches(data, config, machine, group, state.iter_num, model.config.vocab_size)
 
         # training loop
@@ -205,13 +205,13 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
             # evaluate the loss and write checkpoints
             if state.eval_due(config.eval_interval, config.max_iters):
                 with run.paused("evaluating"):
-                    losses = estimate_loss(eval_model, data, group, mixed_precision, run.signals, **eval_options)
-                    if losses is None:  # interrupted by a signal, on all ranks
+                    evaluation = estimate_loss(eval_model, data, group, mixed_precision, run.signals, **eval_options)
+                    if evaluation is None:  # interrupted by a signal, on all ranks
                         run.stop()
                         break
-                    run.require_finite({f"{split} loss": loss for split, loss in losses.items()})
-                    improved = state.record_eval(losses["val"])
-                    run.log_eval(losses, lr)
+                    run.require_finite({f"{split} loss": loss for split, loss in evaluation.losses.items()})
+                    improved = state.record_eval(evaluation.losses["val"])
+                    run.log_eval(evaluation, lr)
                     run.save(best=improved or config.always_save_checkpoint)
                     run.update_curves()
             if every(config.sample_interval, state.iter_num) and state.iter_num > 0 and not run.signals.received:
@@ -258,16 +258,16 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
 
 
 def evaluate_only(config: Config, group: Group, ckpt: Checkpoint | None) -> None:
-    """Print the loss of both splits, and write nothing."""
+    """Print loss, perplexity and bits per byte of both splits, and write nothing."""
     data = Dataset(config.dataset)
     machine = resolve_machine(config, group, ckpt, data)
     model, ckpt = load_or_init(config, data, ckpt, empty=machine.sharded and not group.is_main)
     eval_model, _ = parallelize(model, group, machine.dtype, machine.sharded, machine.compile)
-    mixed_precision = autocast(group.device, machine.dtype)
-    losses = estimate_loss(eval_model, data, group, mixed_precision, Signals(), **evaluation_options(config, machine))
+    options = evaluation_options(config, machine, data, group)
+    evaluation = estimate_loss(eval_model, data, group, autocast(group.device, machine.dtype), Signals(), **options)
     if group.is_main:
         iter_num = ckpt.iter_num if config.init_from == "resume" else 0
-        print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        print(evaluation.step_line(iter_num), evaluation.report(), sep="\n")
 
 
 def get_lr(iteration: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int) -> float:
@@ -374,10 +374,10 @@ def load_or_init(
     return model, ckpt
 
 
-def evaluation_options(config: Config, machine: Machine) -> dict[str, int]:
-    """Return the keys of `config` that an evaluation depends on, as arguments of `estimate_loss`."""
-    keys = ("seed", "eval_iters", "batch_size", "block_size")
-    return {key: getattr(config, key) for key in keys} | {"loss_rows": machine.loss_rows}
+def evaluation_options(config: Config, machine: Machine, data: Dataset, group: Group) -> dict[str, Any]:
+    """Return the arguments of `estimate_loss` that stay the same during a run."""
+    options = {key: getattr(config, key) for key in ("seed", "eval_iters", "batch_size", "block_size")}
+    return options | {"loss_rows": machine.loss_rows, "byte_counts": count_token_bytes(data.tokenizer, group)}
 
 
 def choices(config: Config, machine: Machine, device_type: str) -> str:

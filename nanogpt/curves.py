@@ -20,6 +20,11 @@ ITER_LINE = re.compile(rf"iter (\d{{1,15}}): loss ({LOSS}),")
 STEP_LINE = re.compile(rf"step (\d{{1,15}}): train loss (?:{LOSS}), val loss ({LOSS})")
 TOKENS_LINE = re.compile(r"tokens per iteration(?: will be)?: (\d[\d,]{0,20})")
 LARGEST_X, LARGEST_LOSS, SMALLEST_LOG_LOSS = 1e18, 1e30, 1e-30  # what is beyond them is damage, and breaks axes
+Y_LABELS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}  # by what `read` takes as y
+NOTHING = {  # what is said of a file without them
+    "loss": "no losses in it yet; give a metrics.csv, or the printed log of train.py or nanoGPT",
+    "bits_per_byte": "no bits per byte in it: logs, runs of older versions and tokens without text have none; use --y=loss",
+}
 NAME_CHARACTERS = 60  # of a run, in legends
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # colorblind-safe (Okabe & Ito 2008)
 STYLE = {
@@ -42,11 +47,11 @@ RING = {"linestyle": "", "marker": "o", "markersize": 8, "markerfacecolor": "whi
 
 @dataclass
 class Run:
-    """The losses of one run, in nats per token, and their positions on the x axis."""
+    """The losses of one run, in nats per token or bits per byte, and their positions on the x axis."""
 
     name: str
     train_x: np.ndarray  # (n,)
-    train: np.ndarray  # (n,) training loss of each logged batch; NaN if it was not finite
+    train: np.ndarray  # (n,) training loss of each logged batch, or in bits of each evaluation; NaN if it was not finite
     val_x: np.ndarray  # (m,)
     val: np.ndarray  # (m,) validation loss of each evaluation
 
@@ -94,8 +99,8 @@ class Curves:
         self.draw()
 
 
-def read(path: Path, x: str = "iterations") -> Run:
-    """Read a run from its folder, its metrics.csv or its printed log, with `x` on the x axis.
+def read(path: Path, x: str = "iterations", y: str = "loss") -> Run:
+    """Read a run from its folder, its metrics.csv or its printed log, with `x` on the x axis and `y` (Y_LABELS) on the other.
 
     Raises NothingToDraw, a UserError, if there are no losses.
     """
@@ -107,15 +112,18 @@ def read(path: Path, x: str = "iterations") -> Run:
     if rows:
         column = {"iterations": "iteration"}.get(x, x)
         try:
-            train = [(float(row[column]), float(row["loss"] or "nan")) for row in rows if row["learning_rate"]]
-            val = [(float(row[column]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+            train, val = (
+                [(float(row[column]), float(row[name])) for row in rows if row[name]] for name in (f"train_{y}", f"val_{y}")
+            )
+            if y == "loss":  # also known of each logged batch
+                train = [(float(row[column]), float(row["loss"] or "nan")) for row in rows if row["learning_rate"]]
         except ValueError as error:
             raise UserError(f"{file} is damaged: {error}") from error
     else:
-        train, val = read_log(file, x)
+        train, val = read_log(file, x) if y == "loss" else ([], [])
     run = Run(name, *_within_limits(train), *_within_limits(val))
     if not (np.isfinite(run.train).any() or np.isfinite(run.val).any()):
-        raise NothingToDraw(f"{file}: no losses in it yet; give a metrics.csv, or the printed log of train.py or nanoGPT")
+        raise NothingToDraw(f"{file}: {NOTHING[y]}")
     return run
 
 
@@ -196,9 +204,9 @@ def check_out(out: str) -> None:
         raise UserError(f"--out={out}: no such folder {Path(out).parent}; create it first")
 
 
-def draw(runs: list[Run], path: Path, x: str = "iterations", log: str = "none") -> None:
-    """Draw runs, which `read` has read with the same `x`, to a PNG or SVG file."""
-    write_figure(path, lambda figure: fill(figure.add_subplot(), runs, x, log))
+def draw(runs: list[Run], path: Path, x: str = "iterations", log: str = "none", y: str = "loss") -> None:
+    """Draw runs, which `read` has read with the same `x` and `y`, to a PNG or SVG file."""
+    write_figure(path, lambda figure: fill(figure.add_subplot(), runs, x, log, y))
 
 
 def write_figure(path: Path, fill: Callable[[Any], None], inches: tuple[float, float] = (8, 4.5)) -> None:
@@ -226,7 +234,7 @@ def write_figure(path: Path, fill: Callable[[Any], None], inches: tuple[float, f
                 figure.savefig(file, format=path.suffix[1:].lower())
 
 
-def fill(axes: Any, runs: list[Run], x: str, log: str) -> None:
+def fill(axes: Any, runs: list[Run], x: str, log: str, y: str) -> None:
     """Draw runs into a matplotlib Axes."""
     from matplotlib import ticker
     from matplotlib.lines import Line2D
@@ -268,7 +276,7 @@ def fill(axes: Any, runs: list[Run], x: str, log: str) -> None:
     # axes, title and legend
     _scale(axes, np.concatenate(losses), log)
     axes.set_xlabel(label)
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(Y_LABELS[y])
     if "x" not in log:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(9, integer=unit == 1, min_n_ticks=1))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.10g}"))

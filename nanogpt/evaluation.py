@@ -1,6 +1,7 @@
 """Evaluation during training: the loss of both splits, and a short sample of the model's text."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,9 +14,10 @@ from nanogpt import conversation
 from nanogpt.dataset import Dataset, Split
 from nanogpt.device import text_generators, to_device
 from nanogpt.distributed import Group, is_sharded
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, warn
+from nanogpt.metrics import Evaluation
 from nanogpt.run import Signals
-from nanogpt.tokenizer import END_OF_TEXT, StreamDecoder
+from nanogpt.tokenizer import StreamDecoder, Tokenizer
 
 SAMPLE_TOKENS = 200  # length of a sample
 
@@ -32,31 +34,36 @@ def estimate_loss(
     batch_size: int,
     block_size: int,
     loss_rows: int,
-) -> dict[Split, float] | None:
-    """Return the mean loss of each split, in nats per token.
+    byte_counts: np.ndarray,
+) -> Evaluation | None:
+    """Return the mean loss of each split, in nats per token, and its bits per byte.
 
-    It is taken over `eval_iters` random batches, the same ones every time, or over the whole split if that is 0. The ranks
-    share the work, and all get the result; None if a signal reached one of them meanwhile. Raises UserError if the loss mask
-    leaves out every target.
+    They are taken over `eval_iters` random batches, the same ones every time, or over the whole split if that is 0. The ranks
+    share the work, and all get the result; None if a signal reached one of them meanwhile. `byte_counts` comes from
+    `count_token_bytes`. Raises UserError if the loss mask leaves out every target.
     """
     model.eval()
-    losses = {}
+    losses: dict[Split, float] = {}
+    bits_per_byte: dict[Split, float | None] = {}
     sharded = is_sharded(model)  # then all ranks must run the same number of passes
     for split in data.tokens:
-        total = count = interrupted = 0.0
+        total = count = text_bytes = interrupted = 0.0
         for batches in _rounds(_batches(data, split, seed, eval_iters, batch_size, block_size), group.size):
             (interrupted,) = group.sum(signals.received) if sharded else (signals.received,)
             is_mine = group.rank < len(batches)
             if interrupted or not (is_mine or sharded):
                 break
             positions, length = batches[group.rank if is_mine else -1]  # one too many is run, but not counted
-            x, y = to_device(data.windows(split, positions, length, model.config.vocab_size), group.device)
+            x, y = data.windows(split, positions, length, model.config.vocab_size)
+            learned = y[y != -1].numpy() if is_mine else np.empty(0, np.int64)  # (n,) token ids
+            x, y = to_device((x, y), group.device)
             with autocast:
                 _, loss = model(x, y, loss_rows=loss_rows)
-            learned = (y != -1).sum().item() if is_mine else 0
-            total += loss.item() * learned if learned else 0.0
-            count += learned
-        total, count, interrupted = group.sum(total, count, signals.received)
+            total += loss.item() * len(learned) if len(learned) else 0.0
+            count += len(learned)
+            text = learned[learned < len(byte_counts)]  # without ids that only the model has, for a size that is rounded up
+            text_bytes += byte_counts[text].sum().item()
+        total, count, text_bytes, interrupted = group.sum(total, count, text_bytes, signals.received)
         if interrupted:
             break
         if not count:
@@ -64,8 +71,24 @@ def estimate_loss(
                 f"the loss mask leaves no {split} target to learn in {eval_iters or 'all'} batches; raise --eval_iters"
             )
         losses[split] = total / count
+        bits_per_byte[split] = total / math.log(2) / text_bytes if text_bytes else None
     model.train()
-    return None if interrupted else losses
+    return None if interrupted else Evaluation(losses, bits_per_byte)
+
+
+def count_token_bytes(tokenizer: Tokenizer, group: Group) -> np.ndarray:
+    """Return the number of UTF-8 bytes that each token stands for: (vocab_size,); none for special tokens.
+
+    Rank 0 counts them, and all get the result. If its vocabulary cannot be loaded, all are 0, with a warning.
+    """
+    counts = [0] * tokenizer.vocab_size
+    if group.is_main:
+        try:
+            special = tokenizer.special_tokens
+            counts = [0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
+        except UserError as error:
+            warn(f"evaluations have no bits per byte: {error}")
+    return np.array(group.sum(*counts))
 
 
 def _batches(
@@ -91,13 +114,14 @@ def sample_text(model: GPT | Bigram, data: Dataset, seed: int, iteration: int, d
     Leaves the random numbers of training alone.
     """
     # prompt
-    tokenizer, stop, text = data.tokenizer, [END_OF_TEXT], ""
+    tokenizer, text = data.tokenizer, ""
+    stop = [] if tokenizer.end_of_text is None else [tokenizer.decode([tokenizer.end_of_text])]
     prompt = conversation.separator(tokenizer) or [0]
     if data.chat_format is not None:
         inputs, targets = data.windows("val", np.zeros(1, np.int64), model.config.block_size, model.config.vocab_size)
         not_learned = int((targets[0] == -1).long().cumprod(0).sum())  # the targets before the reply
         prompt = inputs[0, : not_learned + 1].tolist()
-        stop, text = [data.chat_format.stop, END_OF_TEXT], tokenizer.decode(prompt)
+        stop, text = [*stop, data.chat_format.stop], tokenizer.decode(prompt)
 
     # generate
     decoder = StreamDecoder(tokenizer, stop)

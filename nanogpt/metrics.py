@@ -1,6 +1,6 @@
 """What a run logs: printed lines, a progress bar, metrics.csv and Weights & Biases.
 
-metrics.csv has a row for each evaluation (train_loss and val_loss) and one for each logged iteration (the columns after them):
+metrics.csv has a row for each evaluation (the columns train_... and val_...) and one for each logged iteration (the others):
 
     iteration            updates done before this row
     tokens               tokens trained on before this row
@@ -13,6 +13,8 @@ metrics.csv has a row for each evaluation (train_loss and val_loss) and one for 
     tokens_per_second    since the last logged iteration
     mfu                  model FLOPs utilization, running average; -1 if not known yet
     peak_memory_mb       10^6 bytes; of tensors on a CUDA device, elsewhere of the process
+    train_bits_per_byte, val_bits_per_byte
+                         bits of the evaluation's losses for each UTF-8 byte that the learned tokens stand for
 
 Numbers that are not finite or not known are left empty. Weights & Biases gets each row as it is written, under nanoGPT's names
 where those exist (iter, train/loss, val/loss, lr; mfu in percent), plus the best validation loss with each evaluation.
@@ -25,6 +27,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +49,46 @@ COLUMNS = [
     "tokens_per_second",
     "mfu",
     "peak_memory_mb",
+    "train_bits_per_byte",
+    "val_bits_per_byte",
 ]
 HEADER = (",".join(COLUMNS) + "\r\n").encode()
-WANDB_NAMES = {"iteration": "iter", "train_loss": "train/loss", "val_loss": "val/loss", "learning_rate": "lr"}
+WANDB_NAMES = {
+    "iteration": "iter",
+    "train_loss": "train/loss",
+    "val_loss": "val/loss",
+    "learning_rate": "lr",
+    "train_bits_per_byte": "train/bits_per_byte",
+    "val_bits_per_byte": "val/bits_per_byte",
+}
+LARGEST_EXPONENT = math.log(sys.float_info.max)  # of e, in a float
 FLUSH_SECONDS = 0.2  # quick iterations are printed and written together, at a tenth of the cost
 BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation, of the splits "train" and "val"."""
+
+    losses: dict[str, float]  # in nats per token
+    bits_per_byte: dict[str, float | None]  # None: the tokens have no text
+
+    def step_line(self, iteration: int) -> str:
+        """Return the line that nanoGPT prints."""
+        return f"step {iteration}: train loss {self.losses['train']:.4f}, val loss {self.losses['val']:.4f}"
+
+    def report(self) -> str:
+        """Return a line for each split: loss, perplexity and bits per byte."""
+        lines = []
+        for split, loss in self.losses.items():
+            perplexity = math.inf if loss > LARGEST_EXPONENT else math.exp(loss)
+            lines.append(f"{split}: loss {loss:.4f}, perplexity {perplexity:.2f}{in_bits(self.bits_per_byte[split])}")
+        return "\n".join(lines)
+
+
+def in_bits(bits_per_byte: float | None) -> str:
+    """Return what a printed loss says after it."""
+    return "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits per byte"
 
 
 class Metrics:
@@ -97,10 +135,12 @@ class Metrics:
         self._flush_steps()
         self._print(text)
 
-    def evaluation(self, iteration: int, losses: dict[str, float], learning_rate: float, mfu: float, best: float) -> None:
-        """Log an evaluation: `losses` has "train" and "val", `best` is the best validation loss so far."""
-        self.say(f"step {iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        row = self._add_row(self._seconds(), iteration, {"train_loss": losses["train"], "val_loss": losses["val"]})
+    def evaluation(self, iteration: int, evaluation: Evaluation, learning_rate: float, mfu: float, best: float) -> None:
+        """Log an evaluation; `best` is the best validation loss so far."""
+        self.say(evaluation.step_line(iteration))
+        values = {f"{split}_loss": loss for split, loss in evaluation.losses.items()}
+        values |= {f"{split}_bits_per_byte": bits for split, bits in evaluation.bits_per_byte.items() if bits is not None}
+        row = self._add_row(self._seconds(), iteration, values)
         self._flush()
         self._send(row | {"lr": learning_rate, "mfu": mfu, "best_val_loss": best})
 

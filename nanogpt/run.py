@@ -27,10 +27,10 @@ from nanogpt.device import describe, find_peak, peak_memory, synchronize
 from nanogpt.distributed import Group, how_to_launch, is_sharded
 from nanogpt.errors import UserError, rank, warn
 from nanogpt.files import FolderLock, atomic_write
-from nanogpt.metrics import Metrics, SilentMetrics, start_wandb
+from nanogpt.metrics import Evaluation, Metrics, SilentMetrics, in_bits, start_wandb
 
 CONFIG, METRICS, CURVES = "config.json", "metrics.csv", "loss.png"
-RUN_FILES = (CURVES, CONFIG, METRICS, BEST, LAST)  # in the order in which they are set aside
+RUN_FILES = (CURVES, "bits_per_byte.png", CONFIG, METRICS, BEST, LAST)  # in the order in which they are set aside
 PREVIOUS = "previous"  # folder for the files of an earlier run; previous-2 and so on for those of later ones
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, preemption, a closed terminal (not on Windows)
 MAX_SKIPPED_STEPS = 40  # in a row; a GradScaler halves its scale each time, from 2^16
@@ -93,8 +93,9 @@ class Run:
         self.save_due = False
         self._stop_agreed = False
         self._skipped_steps = 0  # in a row, by the GradScaler
-        self._val_loss: float | None = None  # of the last evaluation of this process
+        self._evaluation: Evaluation | None = None  # the last one of this process
         self._ckpt_val_loss: float | None = None  # of the weights in ckpt.pt; None: not known
+        self._ckpt_bits_per_byte: float | None = None  # the same
         self._saver: Saver | None = None
         self._open_parts = contextlib.ExitStack()  # closed in reverse: curves, signals, log, lock
 
@@ -202,10 +203,10 @@ class Run:
         """Print text on rank 0, above the progress bar."""
         self._log.say(text)
 
-    def log_eval(self, losses: dict[str, float], learning_rate: float) -> None:
+    def log_eval(self, evaluation: Evaluation, learning_rate: float) -> None:
         """Log an evaluation, which the state has recorded already."""
-        self._val_loss = losses["val"]
-        self._log.evaluation(self.state.iter_num, losses, learning_rate, self._mfu, self.state.best_val_loss)
+        self._evaluation = evaluation
+        self._log.evaluation(self.state.iter_num, evaluation, learning_rate, self._mfu, self.state.best_val_loss)
 
     def summary(self, data: Dataset, choices: str, ignored: tuple[str, ...] = ()) -> str:
         """Return what a run prints at its start: model, data, length, machine, ignored settings; `choices`: how it computes."""
@@ -267,7 +268,8 @@ class Run:
         if state.wandb_id is not None:
             extra["wandb"] = state.wandb_id
         if best:
-            self._ckpt_val_loss = self._val_loss
+            self._ckpt_val_loss = self._evaluation.losses["val"]
+            self._ckpt_bits_per_byte = self._evaluation.bits_per_byte["val"]
         self._log.sync()
         self._saver.save(state.iter_num, state.best_val_loss, extra, best)
 
@@ -310,10 +312,11 @@ class Run:
             if (self.out_dir / CURVES).exists():
                 print(f"curves in {self.out_dir / CURVES}")
             if (self.out_dir / BEST).exists():
-                loss = f"val loss {self._ckpt_val_loss:.4f}; " if self._ckpt_val_loss is not None else ""
-                is_best = self._ckpt_val_loss == state.best_val_loss
+                loss, bits = self._ckpt_val_loss, in_bits(self._ckpt_bits_per_byte)
+                result = f"val loss {loss:.4f}{bits}; " if loss is not None else ""
+                is_best = loss == state.best_val_loss
                 best = "" if is_best else f" (best val loss so far: {state.best_val_loss:.4f})"
-                print(f"{'best ' * is_best}{loss}checkpoint in {self.out_dir / BEST}{best}")
+                print(f"{'best ' * is_best}{result}checkpoint in {self.out_dir / BEST}{best}")
                 print(f"next: python {next_script} --out_dir={out_dir}")
             if state.out_of_patience(config["patience"]):
                 print(f"stopped early: {state.evals_since_best} evaluations without a better validation loss;", end=" ")

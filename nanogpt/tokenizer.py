@@ -5,8 +5,8 @@
     tokenizer.decode([5, 3, 2])  # "the"
 
 `tokenizer.to_dict()` is a plain dictionary, which `meta.json` and checkpoints store; `from_dict` rebuilds the tokenizer.
-`vocab_size` counts the tokens, `model_vocab_size` the rows of the model's embedding, and `end_of_text` is the id that ends a
-document, or None.
+`vocab_size` counts the tokens, `model_vocab_size` the rows of the model's embedding, `end_of_text` is the id that ends a
+document, or None, and `special_tokens` holds the ids that stand for no text, this one among them.
 """
 
 import codecs
@@ -54,6 +54,7 @@ class TableTokenizer:
     """A table of strings of any length: an id is an index. Encodes by the longest match, from left to right."""
 
     end_of_text = None
+    special_tokens = frozenset()
 
     def __init__(self, strings: list[str]):
         """`strings` in the order of their ids; an empty one is an id without text. Raises UserError unless they are strings."""
@@ -158,6 +159,7 @@ class IdTokenizer:
 
     def __init__(self, vocab_size: int):
         self.vocab_size = self.model_vocab_size = vocab_size
+        self.special_tokens = range(vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids in `text`, separated by whitespace. Raises UserError for anything else."""
@@ -217,6 +219,11 @@ class TiktokenTokenizer:
     def end_of_text(self) -> int:
         """The id of <|endoftext|>, which ends each document."""
         return self._encoding.eot_token
+
+    @property
+    def special_tokens(self) -> frozenset[int]:
+        """The ids of the encoding's special tokens."""
+        return frozenset(map(self._encoding.encode_single_token, self._encoding.special_tokens_set))
 
     def encode(self, text: str) -> list[int]:
         """Encode a prompt; <|endoftext|> in it becomes the special token."""
@@ -282,6 +289,8 @@ class JsonTokenizer:
             raise UserError(f"a tokenizer must have 2 to {MAX_VOCAB_SIZE:,} tokens, got {self.vocab_size:,}")
         self.model_vocab_size = -(-self.vocab_size // 64) * 64
         self.end_of_text = vocabulary.get(self.special.get("eos_token"))
+        named = (vocabulary[token] for token in self.special.values())
+        self.special_tokens = frozenset([*named, *(token["id"] for token in added if token.get("special"))])
         to_bytes, self._drops_space = _decoder(self._description["decoder"], {token["content"] for token in added})
         self._bytes = {i: to_bytes(self._tokenizer.id_to_token(i)) for i in vocabulary.values()}  # as the library decodes it
 

@@ -38,6 +38,7 @@ FLAGS = (
     "--device=cpu --dtype=float32"
 )
 COLUMNS = ("iteration", "tokens", "train_loss", "val_loss", "loss", "learning_rate", "grad_norm")
+COLUMNS += ("train_bits_per_byte", "val_bits_per_byte")
 
 # what the processes of a run do first, as Python code
 NO_PICTURES = """

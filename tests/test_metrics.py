@@ -20,7 +20,7 @@ import torch
 
 import train
 from nanogpt.errors import UserError
-from nanogpt.metrics import Metrics, SilentMetrics, read_rows, start_wandb
+from nanogpt.metrics import Evaluation, Metrics, SilentMetrics, read_rows, start_wandb
 
 try:
     import resource
@@ -28,7 +28,9 @@ except ImportError:  # Windows
     resource = None
 
 OLD_COLUMNS = "iteration,tokens,seconds,train_loss,val_loss,loss,learning_rate,grad_norm,tokens_per_second,mfu"
-COLUMNS = OLD_COLUMNS.replace("norm,", "norm,clipped,") + ",peak_memory_mb"
+COLUMNS = OLD_COLUMNS.replace("norm,", "norm,clipped,") + ",peak_memory_mb,train_bits_per_byte,val_bits_per_byte"
+EVALUATION = Evaluation({"train": 2.5, "val": 2.75}, {"train": 3.25, "val": 3.5})
+WITHOUT_TEXT = Evaluation({"train": 2.42926, "val": 2.44471}, {"train": None, "val": None})
 INCOMPLETE = [
     "",
     "2",
@@ -59,7 +61,7 @@ def log_run(out_dir: Path, first_iter: int, end: int, last_eval: int = -1) -> No
     log = Metrics(out_dir, 100, 64, first_iter, last_eval)
     for iteration in range(first_iter, end):
         if iteration % 10 == 0 and iteration != last_eval:
-            log.evaluation(iteration, {"train": 2.5, "val": 2.5}, 1e-3, -1.0, 2.5)
+            log.evaluation(iteration, EVALUATION, 1e-3, -1.0, 2.5)
         log.advance()
         log.step(iteration, 2.5, 1e-3, 1.0, 0.03, 1000.0, -1.0)
     log.close()
@@ -74,7 +76,7 @@ def order(out_dir: Path) -> list[tuple[int, bool]]:
 def test_printed_lines_are_nanogpts(tmp_path, capsys, mfu, shown):
     """Catches an extra word, digit or color, which breaks scripts that parse nanoGPT's output, and lines on stderr."""
     log = Metrics(tmp_path, 100, 64)
-    log.evaluation(250, {"train": 2.42926, "val": 2.44471}, 1e-3, mfu, 2.4)
+    log.evaluation(250, Evaluation(WITHOUT_TEXT.losses, EVALUATION.bits_per_byte), 1e-3, mfu, 2.4)
     log.step(10, 2.12344, 1e-3, 1.0, 0.03012, 1000.0, mfu)
     log.close()
     assert (
@@ -119,16 +121,33 @@ def test_rows_of_metrics_csv(tmp_path, clock):
     """Catches a value in the wrong column or unit, tokens of another iteration, a row that stays in a buffer."""
     log = Metrics(tmp_path, 100, 64)
     clock[0] += 2.5
-    log.evaluation(10, {"train": 2.42926, "val": 2.44471}, 1e-3, -1.0, 2.4)
+    log.evaluation(10, EVALUATION, 1e-3, -1.0, 2.4)
+    log.evaluation(10, WITHOUT_TEXT, 1e-3, -1.0, 2.4)
     clock[0] += 1
     log.step(10, 2.12344, 6e-4, 1.5, 0.03012, 123456.7, 0.25, 2_048_512_345)
     text = (tmp_path / "metrics.csv").read_bytes().decode("utf-8")
     log.close()
     assert text.splitlines() == [
         COLUMNS,
-        "10,640,2.5,2.42926,2.44471,,,,,,,",
-        "10,640,3.5,,,2.12344,0.0006,1.5,0,123456.7,0.25,2048.5",
+        "10,640,2.5,2.5,2.75,,,,,,,,3.25,3.5",
+        "10,640,2.5,2.42926,2.44471,,,,,,,,,",
+        "10,640,3.5,,,2.12344,0.0006,1.5,0,123456.7,0.25,2048.5,,",
     ]
+
+
+@pytest.mark.parametrize(
+    ("loss", "bits_per_byte", "line"),
+    [
+        (math.log(12), 2.5, "loss 2.4849, perplexity 12.00, 2.5000 bits per byte"),
+        (math.log(29.41), None, "loss 3.3813, perplexity 29.41"),
+        (1000.0, None, "loss 1000.0000, perplexity inf"),
+        (math.nan, None, "loss nan, perplexity nan"),
+    ],
+)
+def test_report(loss, bits_per_byte, line):
+    """Catches a perplexity that is not e to the loss, an OverflowError, and bits that are not known."""
+    evaluation = Evaluation({"train": 0.0, "val": loss}, {"train": 1.0, "val": bits_per_byte})
+    assert evaluation.report().splitlines() == ["train: loss 0.0000, perplexity 1.00, 1.0000 bits per byte", f"val: {line}"]
 
 
 def test_clipped_is_the_share_since_the_last_row(tmp_path):
@@ -181,14 +200,14 @@ def test_rows_of_an_older_version_are_kept(tmp_path):
     assert list(found[0]) == COLUMNS.split(",")
     for row, line in zip(found, old[:2], strict=False):
         assert [row[name] for name in OLD_COLUMNS.split(",")] == line.split(",")
-        assert (row["clipped"], row["peak_memory_mb"]) == ("", "")
+        assert (row["clipped"], row["peak_memory_mb"], row["val_bits_per_byte"]) == ("", "", "")
     assert order(tmp_path) == [(0, True), (0, False), (1, False)]
 
 
 @pytest.mark.parametrize("header", ["", "a,b,c", '"', COLUMNS.replace("tokens,", ""), COLUMNS + ",more"])
 def test_other_files_have_no_rows(tmp_path, header):
     """Catches a traceback, or made-up numbers, for a file that is not a metrics.csv."""
-    (tmp_path / "metrics.csv").write_text(f"{header}\n0,0,1.5,4.25,4.5,,,,,,,\n", encoding="utf-8")
+    (tmp_path / "metrics.csv").write_text(f"{header}\n0,0,1.5,4.25,4.5,,,,,,,,,\n", encoding="utf-8")
     assert read_rows(tmp_path / "metrics.csv") == []
 
 
@@ -234,7 +253,7 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, capsys, clock, free_bytes, m
             if iteration == 3:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             if iteration == 0:
-                log.evaluation(iteration, {"train": 2.5, "val": 2.5}, 1e-3, -1.0, 2.5)
+                log.evaluation(iteration, EVALUATION, 1e-3, -1.0, 2.5)
             log.step(iteration, 2.5, 1e-3, 1.0, 0.03, 1000.0, -1.0)
         log.close()
     finally:
@@ -287,7 +306,7 @@ def test_silent_metrics_do_nothing(tmp_path, capsys):
     """Catches eight ranks that print each line eight times and write one file."""
     log = SilentMetrics()
     log.say("hello")
-    log.evaluation(0, {"train": 2.5, "val": 2.5}, 1e-3, -1.0, 2.5)
+    log.evaluation(0, EVALUATION, 1e-3, -1.0, 2.5)
     log.step(0, 2.5, 1e-3, 1.0, 0.03, 1000.0, -1.0)
     log.advance()
     with log:
@@ -321,7 +340,7 @@ def fake_wandb(monkeypatch):
 def test_wandb_gets_nanogpts_keys(tmp_path, fake_wandb, clock):
     """Catches charts that do not match those of nanoGPT's runs: another key, or a fraction instead of a percentage."""
     log = Metrics(tmp_path, 100, 64, wandb_run=start_wandb("owt", "gpt2", {"batch_size": 4}))
-    log.evaluation(10, {"train": 2.5, "val": 2.75}, 1e-3, 0.25, 2.6)
+    log.evaluation(10, EVALUATION, 1e-3, 0.25, 2.6)
     log.step(10, 2.5, 1e-3, 1.5, 0.03, 1000.0, 0.5, 5e6)
     log.close()
     init, evaluation, step, finish = fake_wandb.calls
@@ -332,7 +351,8 @@ def test_wandb_gets_nanogpts_keys(tmp_path, fake_wandb, clock):
         "id": None,
     }
     position = {"iter": 10, "tokens": 640, "seconds": 0.0}
-    assert evaluation == position | {"train/loss": 2.5, "val/loss": 2.75, "lr": 1e-3, "mfu": 25.0, "best_val_loss": 2.6}
+    losses = {"train/loss": 2.5, "val/loss": 2.75, "train/bits_per_byte": 3.25, "val/bits_per_byte": 3.5}
+    assert evaluation == position | losses | {"lr": 1e-3, "mfu": 25.0, "best_val_loss": 2.6}
     speed = {"tokens_per_second": 1000.0, "mfu": 50.0, "peak_memory_mb": 5.0}
     assert step == position | {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.5, "clipped": 0.0} | speed
     assert finish == {"exit_code": 0}
@@ -343,7 +363,7 @@ def test_wandb_gets_each_row_once(tmp_path, fake_wandb):
     log = Metrics(tmp_path, 100, 64, wandb_run=start_wandb("owt", "gpt2", {}))
     for iteration in range(5):
         log.step(iteration, 2.5, 1e-3, 1.0, 0.03, 1000.0, -1.0)
-    log.evaluation(5, {"train": 2.5, "val": 2.5}, 1e-3, -1.0, 2.5)
+    log.evaluation(5, EVALUATION, 1e-3, -1.0, 2.5)
     log.close()
     assert [(row["iter"], "val/loss" in row) for row in fake_wandb.calls[1:-1]] == order(tmp_path)
 
@@ -431,7 +451,7 @@ def test_wandb_summary_is_the_last_row(dataset, tmp_path, real_wandb):
         assert last["val_loss"] and int(last["iteration"]) == config["max_iters"]
         for column, value in last.items():
             if value:
-                key = {"iteration": "iter", "train_loss": "train/loss", "val_loss": "val/loss"}.get(column, column)
+                key = {"iteration": "iter"}.get(column, re.sub("^(train|val)_", r"\1/", column))
                 assert summary[key] == float(value), column
         assert (summary["best_val_loss"], name, config["n_embd"]) == (pytest.approx(best), "name", 8)
         assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["extra"]["wandb"] == run_id

@@ -17,10 +17,11 @@ import plot
 import train
 from nanogpt import curves
 from nanogpt.errors import UserError
+from nanogpt.run import RUN_FILES
 
 TINY = "--n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=2 --gradient_accumulation_steps=1 --device=cpu".split()
 TINY += ["--eval_iters=1", "--max_iters=3"]
-HEADER = "iteration,tokens,seconds,train_loss,val_loss,loss,learning_rate,grad_norm,tokens_per_second,mfu\n"
+HEADER = "iteration,tokens,seconds,train_loss,val_loss,loss,learning_rate,grad_norm,tokens_per_second,mfu\n"  # no bits per byte
 ROWS = """\
 0,0,0.5,4.2,4.1,,,,,
 0,0,0.6,,,4.0,1e-3,1,100,-1
@@ -66,12 +67,12 @@ def log(tmp_path: Path) -> Path:
     return path
 
 
-def drawn(*runs: curves.Run, x: str = "iterations", log: str = "none"):
+def drawn(*runs: curves.Run, x: str = "iterations", log: str = "none", y: str = "loss"):
     """Draw these runs into an Axes, without a file."""
     from matplotlib.figure import Figure
 
     axes = Figure(layout="constrained").add_subplot()
-    curves.fill(axes, list(runs), x, log)
+    curves.fill(axes, list(runs), x, log, y)
     axes.figure.canvas.draw()
     return axes
 
@@ -103,6 +104,34 @@ def test_read_metrics_csv(x: str, at: list[float], name: str, run_folder: Path) 
     assert (run.train_x.tolist(), run.val.tolist()) == (at, [4.1, 3.2, 3.3])
     assert run.val_x.tolist() == {"iterations": [0, 3, 4], "tokens": [0, 192, 256], "seconds": [0.5, 1.5, 2.5]}[x]
     assert run.val[curves.best_of(run)] == 3.2
+
+
+def add_bits_per_byte(folder: Path) -> None:
+    """Give the last evaluation bits per byte, as if a newer version had resumed the run."""
+    *first, last = ROWS.splitlines()
+    rows = [f"{row},," for row in first] + [f"{last},2.25,2.5"]
+    header = HEADER.rstrip() + ",train_bits_per_byte,val_bits_per_byte"
+    (folder / "metrics.csv").write_text("\n".join([header, *rows, ""]), encoding="utf-8")
+
+
+def test_bits_per_byte_on_the_y_axis(run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Catches losses in nats under the label of bits, points of rows without them, and a loss.png that is overwritten."""
+    add_bits_per_byte(run_folder)
+    run = curves.read(run_folder, "tokens", "bits_per_byte")
+    assert [list(found) for found in (run.train_x, run.train, run.val_x, run.val)] == [[256], [2.25], [256], [2.5]]
+    assert drawn(run, y="bits_per_byte").get_ylabel() == "bits per byte"
+    assert drawn(curves.read(run_folder)).get_ylabel() == "loss (nats per token)"
+    plot.main(configurator.parse(plot.Config, [str(run_folder), "--y=bits_per_byte"]))
+    assert capsys.readouterr().out.splitlines()[0] == "out-a: best val bits per byte 2.5000 at 4 iterations"
+    assert sorted(path.name for path in run_folder.iterdir()) == ["bits_per_byte.png", "metrics.csv"]
+    assert "bits_per_byte.png" in RUN_FILES  # set aside with the run
+
+
+def test_run_without_bits_per_byte(run_folder: Path, log: Path) -> None:
+    """Catches an empty picture, a traceback, or nats, for a run of an older version or a log."""
+    for path in (run_folder, log):
+        with pytest.raises(UserError, match=r"(metrics.csv|nanogpt.log): no bits per byte in it: .*; use --y=loss$"):
+            plot.main(configurator.parse(plot.Config, [str(path), "--y=bits_per_byte"]))
 
 
 @pytest.mark.parametrize(("x", "each"), [("iterations", 1), ("tokens", 1024)])

@@ -227,6 +227,22 @@ def test_bpe_end_of_text_is_special_only_in_prompts() -> None:
     assert tokens.end_of_text not in ids and tokens.decode(ids) == text
 
 
+def test_special_tokens() -> None:
+    """Catches a token of a name in tokenizer_config.json or a flag in tokenizer.json that counts as text, or an added word."""
+    content = json.loads(trained().to_dict()["content"])
+    extra = [("[MASK]", True), ("<|word|>", False)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content["added_tokens"] += [flags | {"id": 300 + i, "content": t, "special": s} for i, (t, s) in enumerate(extra)]
+    assert JsonTokenizer(json.dumps(content)).special_tokens == {299, 300}
+    assert JsonTokenizer(json.dumps(content), {"pad_token": "<|word|>"}).special_tokens == {299, 300, 301}
+
+
+def test_special_tokens_of_tiktoken(encoding_name: str) -> None:
+    """Catches the end of text, or another special token, that counts as text."""
+    expected = {"gpt2": {50256}, "cl100k_base": {100257, 100258, 100259, 100260, 100276}}
+    assert TiktokenTokenizer(encoding_name).special_tokens == expected[encoding_name]
+
+
 def test_longest_tokens() -> None:
     """Catches parts of characters, or the end of text, among the tokens that are shown."""
     assert longest_tokens(trained(), 3)[0] == " naïve"

@@ -286,13 +286,15 @@ def test_ending_names_the_loss_of_the_saved_weights(
 ) -> None:
     """Catches the best loss beside a file whose weights are worse."""
     run(*flags, "--learning_rate=1e-2")
-    assert re.search(rf"^best val loss (\d\.\d{{4}}); checkpoint in {out_dir / 'ckpt.pt'}$", capsys.readouterr().out, re.M)
+    bits = math.log2(math.e) * float(rows(out_dir)[-1]["val_loss"])  # of the loss: a character is a byte
+    ending = rf"^best val loss \d\.\d{{4}}, {bits:.4f} bits per byte; checkpoint in {out_dir / 'ckpt.pt'}$"
+    assert re.search(ending, capsys.readouterr().out, re.M)
     resume = ["--init_from=resume", f"--out_dir={out_dir}"]
     run(*resume, "--max_iters=20", "--learning_rate=3", "--decay_lr=False")
     *_, best, last = [float(row["val_loss"]) for row in rows(out_dir) if row["val_loss"]]
     best = min(float(row["val_loss"]) for row in rows(out_dir) if row["val_loss"])
     ending = f"checkpoint in {out_dir / 'ckpt.pt'} (best val loss so far: {best:.4f})\n"
-    assert f"\nval loss {last:.4f}; {ending}" in capsys.readouterr().out
+    assert f"\nval loss {last:.4f}, {last / math.log(2):.4f} bits per byte; {ending}" in capsys.readouterr().out
     run(*resume)  # no iterations left: the loss of the weights is not known to this process
     assert f"\n{ending}" in capsys.readouterr().out
 
@@ -307,6 +309,34 @@ def test_finetuning_starts_from_the_weights(flags: list[str], out_dir: Path, tmp
         assert first < 2.75  # the trained weights give 2.6, new ones ln(18) = 2.89
         state = torch.load(tuned / "ckpt.pt", weights_only=True)
         assert (state["iter_num"], state["model_args"]["block_size"]) == (1, 8)
+
+
+def test_ending_of_a_resumed_run_that_kept_its_best(
+    flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches the bits per byte of another evaluation beside the loss of the saved weights."""
+    run(*flags, "--learning_rate=1e-2", "--always_save_checkpoint=False")
+    best = float(rows(out_dir)[-1]["val_loss"])
+    run("--init_from=resume", f"--out_dir={out_dir}", "--max_iters=15", "--learning_rate=3", "--decay_lr=False")
+    assert f"\nbest val loss {best:.4f}; checkpoint in {out_dir / 'ckpt.pt'}\n" in capsys.readouterr().out
+
+
+def test_eval_only_reports_perplexity_and_bits_per_byte(
+    flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches figures of another split, of a few batches, or of an evaluation without text that has bits per byte."""
+    run(*flags, "--eval_iters=0", "--max_iters=1")
+    evaluation = rows(out_dir)[-1]
+    capsys.readouterr()
+    run("--init_from=resume", f"--out_dir={out_dir}", "--eval_only=True", "--batch_size=3")
+    first, *report = capsys.readouterr().out.splitlines()
+    train_loss, val_loss = float(evaluation["train_loss"]), float(evaluation["val_loss"])
+    assert first == f"step 1: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+    for line, split, loss in zip(report, ("train", "val"), (train_loss, val_loss), strict=True):
+        found = re.fullmatch(rf"{split}: loss ([\d.]+), perplexity ([\d.]+), ([\d.]+) bits per byte", line)
+        assert [float(number) for number in found.groups()] == pytest.approx(
+            [loss, math.exp(loss), loss / math.log(2)], abs=0.006
+        )
 
 
 def test_eval_only_writes_nothing(flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
