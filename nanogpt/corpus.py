@@ -1,5 +1,6 @@
 """Datasets from text: download, read, split, tokenize and write. The building blocks of every prepare.py."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -24,6 +25,12 @@ DOWNLOAD_CHUNK_BYTES = 1 << 16
 
 Dtype = Literal["auto", "uint8", "uint16", "uint32"]  # of a token file; auto: the smallest that holds the vocabulary
 STAGED = ".part"  # suffix of a complete token file that is not yet renamed into its place
+MARKS = {  # byte-order marks of other encodings than UTF-8; the longer ones first, since they begin like the shorter ones
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def download(url: str, path: Path, sha256: str) -> None:
@@ -78,17 +85,32 @@ def tiny_shakespeare(url: str, path: Path) -> str:
     """
     if not path.exists():
         download(url, path, TINY_SHAKESPEARE_SHA256)
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != TINY_SHAKESPEARE_SHA256:
+    text = read_text(path)
+    if hashlib.sha256(text.encode("utf-8")).hexdigest() != TINY_SHAKESPEARE_SHA256:
         print(f"{shown_path(path)} is not Tiny Shakespeare; using it as it is")
-    return read_text(path)
+    return text
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file without translating line ends; drops a byte-order mark. Raises UserError if it is not UTF-8."""
+    """Read a text file as nanoGPT does: line ends become \\n. Raises UserError if it is not UTF-8, or what its mark says."""
     try:
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        return fold_line_ends(decode_text(path.read_bytes()))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def decode_text(content: bytes) -> str:
+    """Decode UTF-8, or UTF-16 and UTF-32 with a byte-order mark, which is dropped. Raises UserError if it is neither."""
+    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "UTF-8")
+    try:
+        return content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8 first") from error
+        raise UserError(f"not {encoding} text (byte {error.start}); convert it to UTF-8 first") from error
+
+
+def fold_line_ends(text: str) -> str:
+    """Return `text` with the line ends of Windows (\\r\\n) and of old Macs (\\r) as \\n: Python's universal newlines."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(line: bytes, place: str) -> Any:

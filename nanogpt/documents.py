@@ -4,15 +4,19 @@ import gzip
 import hashlib
 import json
 import logging
+import os
+import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from nanogpt import corpus
-from nanogpt.errors import UserError, first_line, shown
+from nanogpt.errors import UserError, first_line, one_line, shown
 
 FILE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+LEFT_OUT_ROWS = 20  # of the table of files that are left out, at most
+LEFT_OUT_NAME_CHARACTERS = 60  # width of its first column, at most
 PARQUET_BATCH_ROWS = 1024
 
 Position = list  # [index of the file, place in it], which JSON can hold; each file format has its own kind of place
@@ -27,6 +31,62 @@ class Source:
     files: list[str]  # paths, or URLs on the Hub
     sizes: list[int]  # bytes
     identity: str  # a digest that changes when the files do
+    left_out: dict[str, str] = field(default_factory=dict)  # other files in the folder -> why they are not read
+
+
+def find_files(top: Path) -> tuple[list[Path], dict[str, str]]:
+    """Return the visible files below the folder `top`, sorted by path; `top` may be a file.
+
+    Also returns what cannot be read: the path relative to `top` and the reason. Links are followed, but a folder is read only
+    once: at its own place, if that is below `top`.
+    """
+    if not top.is_dir():
+        return [top], {}
+    found: list[Path] = []
+    left_out: dict[Path, str] = {}
+    seen: dict[Path, Path] = {}  # real path of each folder -> the path by which it was read
+    folders, links = [top], []  # to be read, links last
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        real = folder.resolve()
+        if real in seen:
+            left_out[folder] = f"the same folder as {seen[real].relative_to(top)}"
+            continue
+        seen[real] = folder
+        try:
+            entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        except OSError as error:
+            left_out[folder] = f"cannot be read ({error.strerror})"
+            continue
+        for path in entries:
+            is_link = os.path.islink(path)
+            try:
+                mode = path.stat().st_mode
+            except OSError as error:
+                left_out[path] = "a broken link" if is_link else f"cannot be read ({error.strerror})"
+                continue
+            if is_link and stat.S_ISDIR(mode) and real.is_relative_to(path.resolve()):
+                left_out[path] = "a link to a folder that it is in"
+            elif stat.S_ISDIR(mode):
+                (links if is_link else folders).append(path)
+            elif stat.S_ISREG(mode):
+                found.append(path)
+            else:
+                left_out[path] = "not a regular file"
+    return sorted(found), {str(path.relative_to(top)): reason for path, reason in left_out.items()}
+
+
+def report(left_out: dict[str, str]) -> None:
+    """Print a table of the files that are not read, with the reasons, if there are any."""
+    if not left_out:
+        return
+    print(f"left out: {len(left_out):,}")
+    rows = sorted(left_out.items())[:LEFT_OUT_ROWS]
+    width = min(max(len(name) for name, _ in rows), LEFT_OUT_NAME_CHARACTERS)
+    for name, reason in rows:
+        print(one_line(f"  {name:{width}}  {reason}"))
+    if len(left_out) > len(rows):
+        print(f"  ... and {len(left_out) - len(rows):,} more")
 
 
 def local(path: str) -> Source:
@@ -38,14 +98,16 @@ def local(path: str) -> Source:
     top = Path(path)
     if not top.exists():
         raise UserError(f"--input={path}: no such file or folder")
-    found = sorted(top.rglob("*")) if top.is_dir() else [top]
-    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(top).parts)]
-    files = [file for file in found if file.name.lower().endswith(FILE_SUFFIXES) and file.is_file()]
+    found, left_out = find_files(top)
+    files = [file for file in found if file.name.lower().endswith(FILE_SUFFIXES)]
+    for file in set(found).difference(files):
+        left_out[str(file.relative_to(top))] = f"does not end with {', '.join(FILE_SUFFIXES)}"
     if not files:
         raise UserError(f"--input={path}: no file{' in it' if top.is_dir() else ''} that ends with {', '.join(FILE_SUFFIXES)}")
     states = [file.stat() for file in files]
     identity = [[str(file.resolve()), state.st_size, state.st_mtime_ns] for file, state in zip(files, states, strict=True)]
-    return Source(top.resolve().name, list(map(str, files)), [state.st_size for state in states], _digest(identity))
+    sizes = [state.st_size for state in states]
+    return Source(top.resolve().name, list(map(str, files)), sizes, _digest(identity), left_out)
 
 
 def hub(path: str, name: str, revision: str) -> Source:

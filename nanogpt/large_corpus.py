@@ -59,6 +59,7 @@ def prepare_from_hub(config: HubConfig, folder: Path, path: str, subset: str, sp
     tokenizer = TiktokenTokenizer(config.tokenizer)
     source = documents.local(config.input) if config.input else documents.hub(path, subset, config.revision)
     prepare(folder.parent / config.name, source, tokenizer, split, config.workers, config.max_tokens)
+    documents.report(source.left_out)
     print(f"next: python train.py config/train_gpt2.py --dataset={config.name}")
 
 

@@ -157,8 +157,15 @@ def test_unreachable_server(tmp_path: Path, naps: list[float]) -> None:
 def test_own_input_txt_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Catches a person's own input.txt that is replaced, or used without a notice."""
     (tmp_path / "input.txt").write_bytes(b"mine\r\n")
-    assert corpus.tiny_shakespeare("http://127.0.0.1:9/none", tmp_path / "input.txt") == "mine\r\n"
+    assert corpus.tiny_shakespeare("http://127.0.0.1:9/none", tmp_path / "input.txt") == "mine\n"
     assert "not Tiny Shakespeare" in capsys.readouterr().out
+
+
+def test_shakespeare_with_windows_line_ends(tmp_path: Path, capsys: pytest.CaptureFixture, shakespeare: str) -> None:
+    """Catches a 66th character, \\r, on a machine whose git or browser changes line ends."""
+    (tmp_path / "input.txt").write_bytes(shakespeare.replace("\n", "\r\n").encode())
+    assert corpus.tiny_shakespeare("http://127.0.0.1:9/none", tmp_path / "input.txt") == shakespeare
+    assert capsys.readouterr().out == ""
 
 
 # text
@@ -169,15 +176,22 @@ def test_own_input_txt_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     [
         (b"", ""),
         ("é🙂\n".encode(), "é🙂\n"),
-        (b"one\r\ntwo\rthree\n", "one\r\ntwo\rthree\n"),
         (b"\xef\xbb\xbfbegin", "begin"),
         (b"a\x00b", "a\x00b"),
+        (b"\x0b\x0c\x1c\xc2\x85\xe2\x80\xa8", "\x0b\x0c\x1c\x85\u2028"),
+        (b"one\r\ntwo\rthree\n\r\r\n\n", "one\ntwo\nthree\n\n\n\n"),
+        ("\ufeffДж\r\n\U0001f642\r\n".encode("utf-16-le"), "Дж\n\U0001f642\n"),
+        ("\ufeff\u0d0a\u0a0d\r\n".encode("utf-16-be"), "\u0d0a\u0a0d\n"),
+        ("\ufeffДж\r\n".encode("utf-32-le"), "Дж\n"),
+        ("\ufeffДж\r\n".encode("utf-32-be"), "Дж\n"),
     ],
 )
-def test_text_is_not_translated(tmp_path: Path, content: bytes, text: str) -> None:
-    """Catches translated line ends, or a byte-order mark that becomes a character to learn."""
+def test_reading_text(tmp_path: Path, content: bytes, text: str) -> None:
+    """Catches other line ends than nanoGPT reads, or a byte-order mark that becomes a character to learn."""
     (tmp_path / "text.txt").write_bytes(content)
     assert corpus.read_text(tmp_path / "text.txt") == text
+    if content.isascii():  # nanoGPT's way
+        assert (tmp_path / "text.txt").read_text(encoding="utf-8") == text
 
 
 @pytest.mark.parametrize("before", [b"", b"abc", "é🙂".encode(), b"\xef\xbb\xbfabc"], ids=["start", "ascii", "wide", "mark"])
@@ -186,6 +200,14 @@ def test_text_that_is_not_utf8(tmp_path: Path, before: bytes) -> None:
     (tmp_path / "latin.txt").write_bytes(before + b"\xe9t\xe9")
     with pytest.raises(UserError, match=rf"latin\.txt: not UTF-8 text \(byte {len(before)}\)"):
         corpus.read_text(tmp_path / "latin.txt")
+
+
+@pytest.mark.parametrize("rest", [b"a", b"a\x00\x00\xd8", b"\x00\x00a\x00"], ids=["odd", "half a pair", "NUL first"])
+def test_text_that_is_not_utf16(tmp_path: Path, rest: bytes) -> None:
+    """Catches a traceback, or half a text, if a file only begins like UTF-16."""
+    (tmp_path / "wide.txt").write_bytes(b"\xff\xfe" + rest)
+    with pytest.raises(UserError, match=r"wide\.txt: not UTF-(16|32) text \(byte \d\); convert it"):
+        corpus.read_text(tmp_path / "wide.txt")
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,98 @@ def test_reading_resumes_at_every_position(kind: str, tmp_path: Path, monkeypatc
     assert kind in ("gzip", "odd jsonl", "mixed") or done[-1] == sum(source.sizes)
     for count, (position, _, _) in enumerate(found, start=1):
         assert texts_of(source, json.loads(json.dumps(position))) == TEXTS[count:]
+
+
+def put(path: Path, content: str = "x") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def test_files_of_a_folder(tmp_path: Path) -> None:
+    """Catches another order than the documents of existing datasets have, or a hidden file that becomes text."""
+    names = ["a/b.txt", "a/b/c.txt", "a-b.txt", "a.txt", "B.TXT", "b.md", "a/.x.txt", ".git/x.txt", "é.txt", "z/y/x/w.txt"]
+    for name in names:
+        put(tmp_path / name)
+    visible = [tmp_path / name for name in names if "." not in (name[0], name[2])]
+    assert documents.find_files(tmp_path) == (sorted(visible), {})
+    assert documents.find_files(tmp_path / "b.md") == ([tmp_path / "b.md"], {})
+    source = documents.local(str(tmp_path))
+    assert source.files == [str(path) for path in sorted(visible) if path.name != "b.md"]
+    assert source.left_out == {"b.md": "does not end with .parquet, .jsonl, .jsonl.gz, .txt"}
+
+
+def test_links_in_a_folder(tmp_path: Path) -> None:
+    """Catches a linked folder that is dropped or read twice, a changed order, and an endless loop."""
+    top = tmp_path / "top"
+    for path in (
+        top / "z" / "1.txt",
+        top / "z" / "deep" / "2.txt",
+        tmp_path / "out" / "3.txt",
+        tmp_path / "out" / "in" / "4.txt",
+    ):
+        put(path)
+    links = {
+        "a": "z",
+        "b": "../out/in",
+        "c": "../out",
+        "f.txt": "z/1.txt",
+        "gone": "nowhere",
+        "self": "self",
+        "z/deep/here": ".",
+        "z/deep/up": "../..",
+        "z/over": "../..",
+    }
+    for name, target in links.items():
+        (top / name).symlink_to(target)
+    found, left_out = documents.find_files(top)
+    assert [str(path.relative_to(top)) for path in found] == ["b/4.txt", "c/3.txt", "f.txt", "z/1.txt", "z/deep/2.txt"]
+    above = "a link to a folder that it is in"
+    assert left_out == {
+        "a": "the same folder as z",
+        "c/in": "the same folder as b",
+        "gone": "a broken link",
+        "self": "a broken link",
+        "z/deep/here": above,
+        "z/deep/up": above,
+        "z/over": above,
+    }
+    (tmp_path / "link").symlink_to("top")
+    assert [path.name for path in documents.find_files(tmp_path / "link")[0]] == [path.name for path in found]
+    assert documents.local(str(top)).left_out == left_out
+
+
+def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a folder without permission, or a pipe, that ends the command, blocks it, or is passed over in silence."""
+    for name in ("a.txt", "shut/b.txt", "bare.txt"):
+        put(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.txt")
+    whole = {"iterdir": Path.iterdir, "stat": Path.stat}
+
+    def refusing(call: str, name: str) -> Callable:
+        def refuse(path: Path, **keywords: object) -> object:
+            if path.name == name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return whole[call](path, **keywords)
+
+        return refuse
+
+    monkeypatch.setattr(Path, "iterdir", refusing("iterdir", "shut"))  # a test may run as root, whom no mode stops
+    monkeypatch.setattr(Path, "stat", refusing("stat", "bare.txt"))
+    found, left_out = documents.find_files(tmp_path)
+    assert [path.name for path in found] == ["a.txt"]
+    denied = "cannot be read (Permission denied)"
+    assert left_out == {"shut": denied, "bare.txt": denied, "pipe.txt": "not a regular file"}
+
+
+def test_report_is_short(capsys: pytest.CaptureFixture) -> None:
+    """Catches a table that fills the terminal, is out of order, or moves its cursor."""
+    documents.report({})
+    assert capsys.readouterr().out == ""
+    documents.report({f"{i:04}\x1b[2J": "a broken link" for i in range(1234)[::-1]})
+    first, *rows, last = capsys.readouterr().out.splitlines()
+    assert (first, last) == ("left out: 1,234", "  ... and 1,214 more")
+    assert rows == [f"  {i:04} [2J  a broken link" for i in range(20)]
 
 
 def test_lone_surrogate_is_read(tmp_path: Path) -> None:

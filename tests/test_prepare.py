@@ -190,12 +190,13 @@ def test_shakespeare_without_a_network(
 
 def test_text_of_a_file(prepare: Prepare, project: Path, tmp_path: Path) -> None:
     """Catches a path resolved from the wrong folder, or text that changes on the way."""
-    text = "Grüße 🙂 aus dem Norden.\r\n" * 200
+    text = "Grüße 🙂 aus dem Norden.\n" * 200
     put(tmp_path / "mine" / "letter.txt", text)
     shown = prepare("text", "--input=letter.txt", "--name=my-letters", cwd=tmp_path / "mine")
-    assert "--dataset=my-letters" in shown
+    assert "--dataset=my-letters" in shown and "Windows" not in shown and "left out" not in shown
+    assert "characters: '\\n .GNademnorsußü🙂'\n" in shown
     folder = project / "data" / "my-letters"
-    assert Dataset(str(folder)).tokens == {"train": 4500, "val": 500}
+    assert Dataset(str(folder)).tokens == {"train": 4320, "val": 480}
     assert decoded(folder) == text
     assert json.loads((folder / "meta.json").read_text(encoding="utf-8"))["source"] == "letter.txt"
 
@@ -213,6 +214,48 @@ def test_text_of_a_folder(prepare: Prepare, project: Path, tmp_path: Path) -> No
     text = "first\n" * 50 + "second\n" * 50 + "third\n" * 50
     assert decoded(project / "data" / "text") == text
     assert Dataset(str(project / "data" / "text")).tokens == {"train": 712, "val": 238}
+
+
+def test_text_of_a_folder_as_it_is_on_a_disk(prepare: Prepare, project: Path, tmp_path: Path) -> None:
+    """Catches a picture that stops all, a linked folder that is dropped in silence, and UTF-16 or \\r that becomes text."""
+    folder = tmp_path / "notes"
+    put(folder / "a.txt", "one\r\ntwo\r\n" * 50)
+    put(folder / "b.txt", "три\r\n".encode("utf-16"))
+    put(folder / "c.txt", "four\n" * 50)
+    put(folder / "photo.jpg", b"\xff\xd8\xff\xe0\x00\x10JFIF")
+    put(folder / "latin.txt", b"caf\xe9")
+    put(folder / "empty", "")
+    put(tmp_path / "elsewhere" / "d.txt", "five\n" * 50)
+    (folder / "linked").symlink_to("../elsewhere")
+    (folder / "z").symlink_to("nowhere")
+    shown = prepare("text", f"--input={folder}", "--val_fraction=0.25")
+    assert decoded(project / "data" / "text") == "one\ntwo\n" * 50 + "три\n" + "four\n" * 50 + "five\n" * 50
+    table = """line ends of Windows (\\r\\n) became \\n in 2 of 4 files
+left out: 4
+  empty      no text in it
+  latin.txt  not UTF-8 text (byte 3); convert it to UTF-8 first
+  photo.jpg  not text, or UTF-16 without a byte-order mark (it has NUL bytes)
+  z          a broken link
+next: """
+    assert table in shown
+
+
+def test_include(prepare: Prepare, project: Path, tmp_path: Path) -> None:
+    """Catches a file that --include does not name, or one that it names and that is not read."""
+    for name in ("a.txt", "b.TXT", "c.md", "d.py", "e/f.md"):
+        put(tmp_path / "notes" / name, f"{name}\n" * 50)
+    put(tmp_path / "notes" / "photo.jpg", b"\x00")
+    shown = prepare("text", f"--input={tmp_path / 'notes'}", "--include=*.txt, *.md")
+    assert decoded(project / "data" / "text") == "".join(f"{name}\n" * 50 for name in ("a.txt", "b.TXT", "c.md", "e/f.md"))
+    assert "left out" not in shown
+
+
+def test_long_character_table(prepare: Prepare, tmp_path: Path) -> None:
+    """Catches thousands of characters on the terminal."""
+    put(tmp_path / "a.txt", "".join(map(chr, range(0x4E00, 0x4E00 + 1234))))
+    assert f"characters: '{''.join(map(chr, range(0x4E00, 0x4E00 + 200)))}' and 1,034 more\n" in prepare(
+        "text", f"--input={tmp_path / 'a.txt'}"
+    )
 
 
 def test_text_in_gpt2_tokens(prepare: Prepare, project: Path, tmp_path: Path, gpt2_vocabulary: None) -> None:
@@ -265,7 +308,12 @@ def test_text_in_its_own_dataset_folder(prepare: Prepare, project: Path) -> None
         (["--input=mark.txt"], ["mark.txt", "no text"]),
         (["--input=bare"], ["bare", "no text"]),
         (["--input=latin.txt"], ["latin.txt", "not UTF-8", "byte 3"]),
-        (["--input=mixed"], ["latin.txt", "not UTF-8"]),
+        (["--input=wide16.txt"], ["wide16.txt", "not UTF-16", "byte 4"]),
+        (["--input=photo.png"], ["photo.png", "not text", "NUL"]),
+        (["--input=mixed"], ["mixed: no text in it\n"]),
+        (["--input=mixed", "--include=*.md,*.py"], ["mixed: no text in it among the files that match *.md,*.py\n"]),
+        (["--input=good.txt", "--include=*.md"], ["good.txt: no text in it among the files that match *.md\n"]),
+        (["--input=good.txt", "--include= ,"], ["--include must name files", "--include=*.txt"]),
         (["--input=short.txt"], ["too short"]),
         (["--input=good.txt", "--val_fraction=0"], ["--val_fraction=0", "above 0"]),
         (["--input=good.txt", "--val_fraction=1"], ["--val_fraction=1", "below 1"]),
@@ -307,7 +355,9 @@ def test_bad_text_is_refused_in_one_line(
     put(texts / "good.txt", "to be or not to be\n" * 9)
     put(texts / "wide.txt", "\n" + "".join(map(chr, range(1000, 1300))))
     put(texts / "mixed" / "latin.txt", b"caf\xe9\n" * 9)
-    put(texts / "mixed" / "good.txt", "to be\n" * 9)
+    put(texts / "mixed" / "empty.txt", "")
+    put(texts / "wide16.txt", b"\xff\xfea\x00b")
+    put(texts / "photo.png", b"PNG\x00")
     (texts / "bare").mkdir()
     put(project / "data" / "taken.txt", "a file where a folder should go")
     before = sorted(project.rglob("*"))

@@ -1,4 +1,4 @@
-"""Prepare your own text: a UTF-8 file, or a folder of them.
+"""Prepare your own text: a file in UTF-8 (or UTF-16 with a byte-order mark), or a folder of them.
 
 python data/text/prepare.py --input=my_book.txt --name=my_book
 python train.py config/train_shakespeare_char_cpu.py --dataset=my_book --out_dir=out-my-book
@@ -6,6 +6,7 @@ python train.py config/train_shakespeare_char_cpu.py --dataset=my_book --out_dir
 
 import sys
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -16,6 +17,7 @@ import configurator
 from configurator import PathStr
 
 from nanogpt import corpus
+from nanogpt.documents import find_files, report
 from nanogpt.errors import UserError, one_line
 from nanogpt.tokenizer import (
     BYTES_VOCAB_SIZE,
@@ -30,14 +32,15 @@ from nanogpt.tokenizer import (
 
 ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")  # of tiktoken
 SHOWN_TOKENS = 12  # the longest that were learned
-
+SHOWN_CHARACTERS = 200  # of a character table, at most
 OUTPUTS = ("train.bin", "val.bin", "meta.json", "meta.pkl")  # not text, if the input is the dataset's own folder
 
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
     positional: ClassVar[str] = "input"
-    input: PathStr = ""  # a text file, or a folder: all its files, sorted by path, except hidden ones
+    input: PathStr = ""  # a text file, or a folder: all its files, sorted by path, except hidden ones; links are followed
+    include: str = "*"  # which files of a folder: patterns of names, separated by commas, such as *.txt,*.md
     tokenizer: PathStr = "char"  # char, bytes, bpe:1024 (trained on it), gpt2, cl100k_base, o200k_base, a folder, owner/name
     val_fraction: Annotated[float, configurator.Range(above=0, below=1)] = 0.1  # share of the text, at its end, for validation
     dtype: corpus.Dtype = "auto"  # of a token in the files. auto: the smallest that fits; uint16 is what nanoGPT reads
@@ -48,6 +51,8 @@ class Config(configurator.Config):
             raise UserError("--input must name a text file or a folder, got nothing; for example --input=my_book.txt")
         if not Path(self.input).exists():
             raise UserError(f"--input={self.input}: no such file or folder")
+        if not self.include.strip(", "):
+            raise UserError("--include must name files, got nothing; for example --include=*.txt")
         corpus.check_name(self.name, FOLDER)
         read_bpe(self.tokenizer)
         known = self.tokenizer in ("char", "bytes", *ENCODINGS) or self.tokenizer.startswith("bpe:")
@@ -78,7 +83,11 @@ def read_bpe(value: str) -> tuple[int, str] | None:
 def make_tokenizer(value: str, documents: list[str], train: list[str]) -> Tokenizer:
     """Return the tokenizer that --tokenizer names: characters are those of all documents, byte pairs those of `train`."""
     if value == "char":
-        return CharTokenizer.from_text("".join(documents))
+        tokenizer = CharTokenizer.from_text("".join(documents))
+        more = tokenizer.vocab_size - SHOWN_CHARACTERS
+        characters = repr("".join(tokenizer.characters[:SHOWN_CHARACTERS])) + (f" and {more:,} more" if more > 0 else "")
+        print(one_line(f"characters: {characters}"))
+        return tokenizer
     if value == "bytes":
         return train_bpe([], BYTES_VOCAB_SIZE)
     if bpe := read_bpe(value):
@@ -93,24 +102,58 @@ def make_tokenizer(value: str, documents: list[str], train: list[str]) -> Tokeni
     return huggingface.load_tokenizer(value)
 
 
-def read_documents(path: Path) -> list[str]:
-    """Return the text of the file `path`, or of all visible files below the folder `path`, without the empty ones."""
-    paths = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name not in OUTPUTS)
-        paths = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    return [text for text in map(corpus.read_text, paths) if text]
+def read_document(path: Path) -> str:
+    """Return the text of a file, with its line ends. Raises UserError with the reason if it has none."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})") from error
+    if b"\0" in content and not content.startswith(tuple(corpus.MARKS)):
+        raise UserError("not text, or UTF-16 without a byte-order mark (it has NUL bytes)")
+    if not (text := corpus.decode_text(content)):
+        raise UserError("no text in it")
+    return text
+
+
+def read_documents(top: Path, include: str) -> tuple[list[str], int, dict[str, str]]:
+    """Return the texts in the file or folder `top`, how many had line ends of Windows, and why other files are left out.
+
+    Raises UserError if there is no text.
+    """
+    files, left_out = find_files(top)
+    patterns = [pattern.strip().lower() for pattern in include.split(",")]
+    documents, folded = [], 0
+    for path in files:
+        if not any(fnmatchcase(path.name.lower(), pattern) for pattern in patterns):
+            continue
+        try:
+            if path.name in OUTPUTS and path != top:
+                raise UserError("written by prepare.py")
+            text = read_document(path)
+        except UserError as error:
+            if path == top:
+                raise UserError(f"--input={top}: {error}") from error
+            left_out[str(path.relative_to(top))] = str(error)
+            continue
+        folded += "\r" in text
+        documents.append(corpus.fold_line_ends(text))
+    if not documents:
+        report(left_out)
+        matching = f" among the files that match {include}" if include != "*" else ""
+        raise UserError(f"--input={top}: no text in it{matching}")
+    return documents, folded, left_out
 
 
 def main(config: Config) -> None:
-    documents = read_documents(Path(config.input))
-    if not documents:
-        raise UserError(f"--input={config.input}: no text in it")
+    documents, folded, left_out = read_documents(Path(config.input), config.include)
     train, val = corpus.split_documents(documents, config.val_fraction)
     tokenizer = make_tokenizer(config.tokenizer, documents, train)
     source = Path(config.input).resolve().name
     folder, separate = FOLDER.parent / config.name, len(documents) > 1
     corpus.write_dataset(folder, train, val, tokenizer, source, separate, config.dtype)
+    if folded:
+        print(f"line ends of Windows (\\r\\n) became \\n in {folded:,} of {len(documents):,} files")
+    report(left_out)
     print(f"next: python train.py config/train_shakespeare_char_cpu.py --dataset={config.name} --out_dir=out-{config.name}")
 
 
