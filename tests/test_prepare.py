@@ -166,6 +166,18 @@ def test_shakespeare_in_gpt2_tokens(prepare: Prepare, project: Path, shakespeare
     assert decoded(folder) == shakespeare
 
 
+def test_shakespeare_bpe(prepare: Prepare, project: Path) -> None:
+    """Catches a recipe whose tokens are learned from the validation text, or whose text differs from that of the characters."""
+    text = "to be or not to be " * 500 + "a question " * 100
+    put(project / "data" / "shakespeare_char" / "input.txt", text)
+    folder = project / "data" / "shakespeare_bpe"
+    shown = prepare("shakespeare_bpe", "--vocab_size=300")
+    assert "is not Tiny Shakespeare" in shown and "longest tokens: " in shown
+    assert decoded(folder) == text
+    tokenizer = Dataset(str(folder)).tokenizer
+    assert tokenizer.to_dict() == train_bpe([text[: int(len(text) * 0.9)]], 300).to_dict()
+
+
 @pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
 def test_shakespeare_without_a_network(
     name: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
