@@ -241,7 +241,7 @@ def finish(
         "dtype": stored,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": tokenizer.to_dict(),
-        "source": source,
+        "source": one_line(source),  # not every file name can be written as UTF-8
         "sha256": sha256,
         "tokens": counts,
     }

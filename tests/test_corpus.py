@@ -285,6 +285,12 @@ def test_meta_json_describes_the_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert "train has 12 tokens" in shown and "val has 2 tokens" in shown
 
 
+def test_source_with_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    """Catches a traceback for a folder whose name Linux allows and UTF-8 does not."""
+    corpus.write_dataset(tmp_path, ["abc"], ["cab"], CharTokenizer(["a", "b", "c"]), "caf\udce9")
+    assert json.loads((tmp_path / "meta.json").read_bytes())["source"] == "caf "
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32"])
 def test_dtype_that_was_asked_for(tmp_path: Path, dtype: corpus.Dtype) -> None:
     """Catches a type that is ignored, or files that are read in another type than they were written in."""
