@@ -8,6 +8,8 @@ echo "What is your name?" | python chat.py ...     one reply per input line
 import contextlib
 import importlib
 import io
+import itertools
+import operator
 import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
@@ -36,7 +38,7 @@ from nanogpt.device import (
     text_generators,
 )
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer
+from nanogpt.tokenizer import StreamDecoder, Tokenizer
 
 SETTABLE = ("temperature", "top_k", "top_p", "max_new_tokens")  # keys that /set may change
 HELP = f"""\
@@ -45,7 +47,9 @@ HELP = f"""\
 /undo                    take back your last message and its reply
 /retry                   get another reply to your last message
 /set temperature=0.7     change {", ".join(SETTABLE)}; /set alone shows them
-Ctrl-C stops a reply, Ctrl-D leaves. To send a message that starts with a slash, type two slashes."""
+/exit or /quit           leave, as Ctrl-D does
+Ctrl-C stops a reply. A backslash at the end of a line continues the message on the next line; pasted lines are one message.
+To send a message that starts with a slash, type two slashes."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Config(configurator.Config):
     positional: ClassVar[str] = "init_from"
     init_from: PathStr = "resume"  # resume (the run in out_dir), a run folder, a checkpoint file, gpt2, gpt2-xl, owner/name ...
     out_dir: PathStr = "out"  # run folder to load with init_from=resume
-    chat_format: Literal["auto", "plain", "nanochatgpt", "dialogpt"] = "auto"  # auto: the model's own, else plain
+    chat_format: Literal["auto", "plain", "lines", "nanochatgpt", "dialogpt"] = "auto"  # auto: the model's own, plain, or lines
     user_name: str = "User"  # your name in the plain format
     assistant_name: str = "Assistant"  # the model's name in the plain format
     context: PromptStr = ""  # system message: text that opens the conversation, or FILE:context.txt to read it from a file
@@ -80,7 +84,7 @@ def main(config: Config) -> None:
     dtype = pick_dtype(config.dtype, device)
     set_up(device, config.seed)
     model, tokenizer, ckpt = checkpoint.load_model(config.init_from, config.out_dir)
-    chat_format = choose_format(config, ckpt.chat_format)
+    chat_format = choose_format(config, ckpt.chat_format, tokenizer)
     n_params = model.get_num_params()
     prepare_for_generation(model, device, dtype, pick_compile(config.compile, device))
 
@@ -93,7 +97,7 @@ def main(config: Config) -> None:
         print("/help lists the commands, Ctrl-D leaves")
     for message in messages(config.user_name):
         try:
-            if is_command(message):
+            if message.startswith("/") and not message.startswith("//"):
                 obey(message, chat)
             else:
                 show(chat.send(message.removeprefix("/")), config.assistant_name)
@@ -104,15 +108,25 @@ def main(config: Config) -> None:
         chat.notes.clear()
 
 
-def choose_format(config: Config, trained: ChatFormat | None) -> ChatFormat:
-    """Return the chat format to use; `trained` is the format of the model's training data, if it was chats."""
+def choose_format(config: Config, trained: ChatFormat | None, tokenizer: Tokenizer) -> ChatFormat:
+    """Return the chat format to use; `trained` is the format of the model's training data, if it was chats.
+
+    A model whose characters cannot write "User:" gets the format "lines", with a warning.
+    """
     if config.chat_format == "auto" and trained is not None:
         return trained
-    chat_format = conversation.FORMATS["plain" if config.chat_format == "auto" else config.chat_format]
-    if chat_format.name != "plain":
-        return chat_format
+    if config.chat_format not in ("auto", "plain"):
+        return (conversation.FORMATS | {"lines": conversation.LINES})[config.chat_format]
     user, assistant = f"{config.user_name}:", f"{config.assistant_name}:"
-    return replace(chat_format, user=user, assistant=assistant, stop=f"\n{user}")
+    plain = replace(conversation.FORMATS["plain"], user=user, assistant=assistant, stop=f"\n{user}")
+    if config.chat_format == "auto" and not {"user_name", "assistant_name"} & config.given:
+        try:
+            conversation.encode_prompt_turn(plain, "", tokenizer)
+        except UserError:
+            if conversation.separator(tokenizer):  # it can write a line break
+                errors.warn(f"the model's {tokenizer} cannot write {user!r}; each message is a line (--chat_format=lines)")
+                return conversation.LINES
+    return plain
 
 
 @dataclass
@@ -140,7 +154,8 @@ class Chat:
             self.opening = conversation.encode_opening(chat_format, tokenizer, context)
             smallest = len(self.opening) + len(conversation.encode_prompt_turn(chat_format, "", tokenizer)) + 1
         except UserError as error:
-            raise UserError(f"--chat_format={chat_format.name} does not go with this model: {error}") from error
+            other = "--chat_format=lines" if conversation.separator(tokenizer) and chat_format.name != "lines" else "sample.py"
+            raise UserError(f"--chat_format={chat_format.name} does not go with this model: {error}; try {other}") from error
         if smallest >= model.config.block_size:
             raise UserError(
                 f"the opening must be shorter than the model's context of {model.config.block_size} tokens, "
@@ -148,6 +163,7 @@ class Chat:
             )
         self.turns: list[Turn] = []
         self.notes: list[str] = []  # messages for the user, to show after the reply
+        self.outgrown = False  # whether turns have left the context
         self.generators = text_generators(config.seed, [0], device)
         self.cache = model.new_cache(1, model.config.block_size)
         self.cached: list[int] = []  # the ids whose keys and values are in the cache
@@ -177,18 +193,22 @@ class Chat:
     def reset(self) -> None:
         """Remove all turns."""
         self.turns.clear()
+        self.outgrown = False
 
     def _reply(self, earlier: Turn | None = None) -> Generator[str, None, None]:
         """Generate the reply of the last turn, or a new one in place of the `earlier` turn."""
         if earlier is not None:
             self.turns[-1] = Turn(earlier.prompt)
         turn = self.turns[-1]
-        decoder = StreamDecoder(self.tokenizer, [self.chat_format.stop, END_OF_TEXT])
+        decoder = StreamDecoder(self.tokenizer, conversation.stops(self.chat_format, self.tokenizer))
         try:
-            while len(turn.reply) < self.config.max_new_tokens and not decoder.stopped and self._make_room():
+            while len(turn.reply) < self.config.max_new_tokens and not decoder.stopped:
+                self._make_room()
                 for token in self._tokens():
                     turn.reply.append(token)
-                    turn.text += (piece := decoder.feed(token))
+                    text = self.tokenizer.decode([token])
+                    is_blank = self.chat_format.stop.isspace() and not (turn.text + text).strip()
+                    turn.text += (piece := text if is_blank else decoder.feed(token))  # a blank line is no reply yet
                     yield piece
                     if decoder.stopped:
                         break
@@ -204,11 +224,13 @@ class Chat:
                 self.notes.append(f"there was no reply{kept}; /retry asks again")
 
     def _tokens(self) -> Iterator[int]:
-        """Yield the next tokens of the reply, until the context or the reply is full."""
+        """Yield the next tokens of the reply, until it is full, or the context is and there is an older turn to drop."""
         config, ids = self.config, self._ids()
-        room = min(config.max_new_tokens - len(self.turns[-1].reply), self.model.config.block_size - len(ids))
+        room = config.max_new_tokens - len(self.turns[-1].reply)
+        if len(self.turns) > 1:
+            room = min(room, self.model.config.block_size - len(ids))
         if self.cache is not None:
-            self.cache.length = _common_prefix(self.cached, ids)
+            self.cache.length = sum(itertools.takewhile(bool, map(operator.eq, self.cached, ids)))  # their common prefix
         stream = self.model.stream(
             torch.tensor([ids], device=self.device),
             room,
@@ -227,23 +249,19 @@ class Chat:
             if self.cache is not None:
                 self.cached = ids[: self.cache.length]
 
-    def _make_room(self) -> bool:
-        """Drop the oldest turns until the reply has room; return False if the context is full without them, too.
+    def _make_room(self) -> None:
+        """Drop the oldest turns until the reply has room. Without older turns, it slides the window, as in sample.py.
 
         A new reply gets room for `max_new_tokens` or a quarter of the context, whichever is smaller; a reply that has
         filled the context gets room for at least one more token.
         """
-        context, dropped = self.model.config.block_size, 0
+        context, turns = self.model.config.block_size, len(self.turns)
         wanted = 1 if self.turns[-1].reply else min(self.config.max_new_tokens, context // 4)
         while len(self._ids()) + wanted > context and len(self.turns) > 1:
             self.turns.pop(0)
-            dropped += 1
-        if dropped:
-            self.notes.append(f"the conversation has outgrown the context: its oldest {_count(dropped, 'turn')} left it")
-        if len(self._ids()) < context:
-            return True
-        self.notes.append("the reply ends here: it has filled the model's context")
-        return False
+        if len(self.turns) < turns and not self.outgrown:
+            self.outgrown = True
+            self.notes.append("the conversation has outgrown the context: its oldest turns are dropped from here on")
 
     def _close(self, turn: Turn) -> None:
         """Make a reply's ids those of its text and the format's end mark, as in training.
@@ -263,17 +281,33 @@ class Chat:
 
 
 def messages(name: str) -> Iterator[str]:
-    """Yield the non-empty lines typed at a prompt of `name`, or piped in."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("readline")  # gives input() line editing and history; Windows has its own
+    """Yield the messages typed at a prompt of `name`, or piped in, until /exit, /quit or the end of the input.
+
+    A message is a line that is not empty; a backslash at its end continues it, and pasted lines are one message.
+    """
+    with contextlib.suppress(ImportError):  # readline gives input() line editing and history; Windows has its own
+        importlib.import_module("readline").parse_and_bind("set enable-bracketed-paste on")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     typed, shown = sys.stdin.isatty(), sys.stdout.isatty()
+
+    def read(prompt: str) -> str:
+        """Read a line. Raises EOFError at the end of the input."""
+        if typed:
+            return input(prompt if shown else "")
+        if line := sys.stdin.readline():
+            return line.removesuffix("\n")
+        raise EOFError
+
     while True:
         if shown:
             errors.write("\n")
         try:
-            line = input(f"{name}: " if shown else "") if typed else sys.stdin.readline()
+            message = read(f"{name}: ")
+            with contextlib.suppress(EOFError):  # the end of the input also ends the message
+                while message.endswith("\\"):
+                    message = message[:-1] + "\n"
+                    message += read("... ")
         except EOFError:
             errors.write("\n" if shown else "")
             return
@@ -281,17 +315,13 @@ def messages(name: str) -> Iterator[str]:
             errors.write("\n")
             note("Ctrl-D leaves")
             continue
-        if not line and not typed:
+        message = message.strip()
+        if message in ("/exit", "/quit"):
             return
-        if line.strip():
+        if message:
             if shown and not typed:
-                errors.write(f"{name}: {line}")
-            yield line.strip()
-
-
-def is_command(message: str) -> bool:
-    """Return whether a line is a command; a message that starts with a slash is typed with two."""
-    return message.startswith("/") and not message.startswith("//")
+                errors.write(f"{name}: {message}\n")
+            yield message
 
 
 def obey(message: str, chat: Chat) -> None:
@@ -304,24 +334,25 @@ def obey(message: str, chat: Chat) -> None:
         note("forgotten")
     elif command == "/undo":
         chat.undo()
-        note(f"taken back; {_count(len(chat.turns), 'turn')} left")
+        count = len(chat.turns)
+        note(f"taken back; {count} turn{'s' * (count != 1)} left")
     elif command == "/retry":
         show(chat.retry(), chat.config.assistant_name)
     elif command == "/set":
-        if argument:
-            chat.config = changed(chat.config, argument.strip())
-        note(", ".join(f"{key}={getattr(chat.config, key)}" for key in SETTABLE))
+        set_key(argument.strip(), chat)
     else:
         raise UserError(f"{command}: no such command; /help lists them, and // begins a message with a slash")
 
 
-def changed(config: Config, assignment: str) -> Config:
-    """Return `config` with one key changed, as in "temperature=0.7". Raises UserError if the key cannot be set."""
-    key, _, _ = assignment.partition("=")
-    if key.strip() not in SETTABLE:
+def set_key(assignment: str, chat: Chat) -> None:
+    """Change a key, as in "temperature=0.7", and show it, or all for "". Raises UserError if the key cannot be set."""
+    key, equals, _ = assignment.replace(" ", "").partition("=")
+    if key not in SETTABLE and assignment:
         raise UserError(f"/set {assignment}: write /set temperature=0.7; the keys are {', '.join(SETTABLE)}")
-    parsed = configurator.parse(Config, [f"--{assignment}".replace(" ", "")])
-    return config.replace(**{key.strip(): getattr(parsed, key.strip())})
+    if equals:
+        parsed = configurator.parse(Config, [f"--{assignment}".replace(" ", "")])
+        chat.config = chat.config.replace(**{key: getattr(parsed, key)})
+    note(", ".join(f"{each}={getattr(chat.config, each)}" for each in SETTABLE if key in ("", each)))
 
 
 def show(pieces: Generator[str, None, None], name: str) -> None:
@@ -345,19 +376,6 @@ def show(pieces: Generator[str, None, None], name: str) -> None:
 def note(text: str) -> None:
     """Print a message about the chat on stderr, apart from the conversation."""
     print(f"({text})" if "\n" not in text else text, file=sys.stderr, flush=True)
-
-
-def _common_prefix(one: list[int], other: list[int]) -> int:
-    length = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ FORMATS = {
         ChatFormat("dialogpt", "", "<|endoftext|>", "", "<|endoftext|>", stop="<|endoftext|>"),
     )
 }
+LINES = ChatFormat("lines", "", "\n", "", "\n", stop="\n", separated=True)  # for a base model that cannot write "User:"
 
 
 def to_dict(chat_format: ChatFormat) -> dict[str, Any]:
@@ -78,6 +79,12 @@ def separator(tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode("\n")
     except UserError:
         return []
+
+
+def stops(chat_format: ChatFormat | None, tokenizer: Tokenizer) -> list[str]:
+    """Return the strings at which generation stops: the chat format's, and the tokenizer's end of text, if there are any."""
+    end = tokenizer.decode([tokenizer.end_of_text]) if tokenizer.end_of_text is not None else ""
+    return [stop for stop in (chat_format.stop if chat_format else "", end) if stop]
 
 
 def encode_opening(chat_format: ChatFormat, tokenizer: Tokenizer, system: str = "") -> list[int]:

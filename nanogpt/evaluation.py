@@ -115,16 +115,15 @@ def sample_text(model: GPT | Bigram, data: Dataset, seed: int, iteration: int, d
     """
     # prompt
     tokenizer, text = data.tokenizer, ""
-    stop = [] if tokenizer.end_of_text is None else [tokenizer.decode([tokenizer.end_of_text])]
     prompt = conversation.separator(tokenizer) or [0]
     if data.chat_format is not None:
         inputs, targets = data.windows("val", np.zeros(1, np.int64), model.config.block_size, model.config.vocab_size)
         not_learned = int((targets[0] == -1).long().cumprod(0).sum())  # the targets before the reply
         prompt = inputs[0, : not_learned + 1].tolist()
-        stop, text = [*stop, data.chat_format.stop], tokenizer.decode(prompt)
+        text = tokenizer.decode(prompt)
 
     # generate
-    decoder = StreamDecoder(tokenizer, stop)
+    decoder = StreamDecoder(tokenizer, conversation.stops(data.chat_format, tokenizer))
     model.eval()
     generators = text_generators(seed, [iteration], device)
     options = {"temperature": 0.8, "top_k": 200, "vocab_size": tokenizer.vocab_size, "generators": generators}

@@ -125,7 +125,7 @@ TABLE = [
     ("sample", "--init_from=gpt5", "nor a name of GPT-2 weights"),
     ("sample", "--out_dir=TMP/run --top_p=0", "above 0 and at most 1"),
     ("chat", "--out_dir=TMP/none", "no such folder"),
-    ("chat", "--out_dir=TMP/run --chat_format=alpaca", "plain, nanochatgpt or dialogpt"),
+    ("chat", "--out_dir=TMP/run --chat_format=alpaca", "plain, lines, nanochatgpt or dialogpt"),
     ("chat", "--out_dir=TMP/run", "--chat_format=plain does not go with this model"),
     ("chat", "--out_dir=TMP/run --user_name=", "--user_name must be one line of text"),
     ("chat", "--out_dir=TMP/run --context=FILE:TMP/nothing.txt", "TMP/nothing.txt"),

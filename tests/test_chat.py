@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import itertools
 import os
 import re
 import select
@@ -24,7 +25,7 @@ from model import GPT, Bigram, GPTConfig
 from nanogpt import checkpoint, conversation
 from nanogpt.conversation import ChatFormat
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
+from nanogpt.tokenizer import CharTokenizer, JsonTokenizer, TiktokenTokenizer, Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = CharTokenizer(sorted("\n .:/?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"))
@@ -42,12 +43,12 @@ def tiny(tokenizer: Tokenizer = TABLE, block_size: int = 64, seed: int = 1) -> G
     return model.eval()
 
 
-def chain(text: str, block_size: int = 64) -> Bigram:
+def chain(text: str, block_size: int = 64, tokenizer: Tokenizer = TABLE) -> Bigram:
     """A bigram model that writes `text` after its first character."""
-    model = Bigram(GPTConfig(vocab_size=TABLE.vocab_size, block_size=block_size))
+    model = Bigram(GPTConfig(vocab_size=tokenizer.model_vocab_size, block_size=block_size))
     with torch.no_grad():
         model.token_embedding_table.weight.zero_()
-        for one, other in zip(TABLE.encode(text), TABLE.encode(text)[1:], strict=False):
+        for one, other in itertools.pairwise(tokenizer.encode(text)):
             model.token_embedding_table.weight[one, other] = 100
     return model
 
@@ -57,6 +58,18 @@ def start_chat(model, chat_format: ChatFormat = SHORT, tokenizer: Tokenizer = TA
     flags = {"temperature": 0, "device": "cpu"} | flags
     config = configurator.parse(chat.Config, [f"--{key}={value}" for key, value in flags.items()])
     return chat.Chat(model, tokenizer, chat_format, config, "cpu")
+
+
+def says(talk: chat.Chat, text: str) -> list[str]:
+    """Make the model of `talk` say `text`; return the list of the prompts that it gets."""
+    prompts: list[str] = []
+
+    def stream(idx: torch.Tensor, *arguments, **keywords) -> Iterator[torch.Tensor]:
+        prompts.append(talk.tokenizer.decode(idx[0].tolist()))
+        return (torch.tensor([[token]]) for token in talk.tokenizer.encode(text))
+
+    talk.model.stream = stream
+    return prompts
 
 
 def seen_by(model: GPT) -> list[int]:
@@ -104,7 +117,7 @@ def test_history_is_encoded_as_in_training():
 def test_stop_string_in_the_next_header():
     """Catches the user's name at the end of a reply, or twice in the history."""
     config = configurator.parse(chat.Config, ["--user_name=Us", "--assistant_name=A"])
-    plain = chat.choose_format(config, None)
+    plain = chat.choose_format(config, None, TABLE)
     talk, said = start_chat(chain(": hey\nUs:"), plain, max_new_tokens=30), []
     for message in ("One", "Two"):
         assert "".join(talk.send(message)) == " hey"
@@ -180,26 +193,27 @@ def test_stopped_reply_is_kept(tokens):
 
 
 def test_overflow_drops_the_oldest_turns():
-    """Catches half a turn in the context, an overflow without a note, and an opening dropped with the oldest turns."""
+    """Catches half a turn in the context, an overflow without a note or with many, and an opening that is dropped, too."""
     model = tiny(block_size=48)
     talk = start_chat(model, max_new_tokens=8, context="Be kind.")
     opening = TABLE.encode("Be kind.\n")
-    notes = 0
     for message in ("First of all", "The second", "A third one", "Four", "Five is more"):
         reply = "".join(talk.send(message))
-        notes += sum("outgrown" in text for text in talk.notes)
-        talk.notes.clear()
         ids = talk._ids()
         assert len(ids) <= 48 + 1 and ids[: len(opening)] == opening
         assert talk.turns[-1].prompt == TABLE.encode(f"Q{message}\nA")
         seen = TABLE.decode(ids[: len(ids) - len(talk.turns[-1].reply)])
         idx = torch.tensor([TABLE.encode(seen)])
         assert reply.startswith(TABLE.decode(model.generate(idx, 3, temperature=0)[0, idx.size(1) :]).split(".")[0])
-    assert notes >= 2 and 1 <= len(talk.turns) < 5
+    assert sum("outgrown" in text for text in talk.notes) == 1 and 1 <= len(talk.turns) < 5
+    talk.reset()
+    for _ in range(5):
+        "".join(talk.send("A new conversation"))
+    assert sum("outgrown" in text for text in talk.notes) == 2
 
 
 def test_overflow_during_a_reply():
-    """Catches a long reply that is cut although older turns could be dropped, or that ends in an error."""
+    """Catches a long reply that is cut, or that does not slide the window as sample.py does once no turn can be dropped."""
     model = tiny(block_size=32)
     endless = ChatFormat("endless", "Q", "\n", "A", ".", stop=".")
     with torch.no_grad():
@@ -211,8 +225,10 @@ def test_overflow_during_a_reply():
     assert len(reply) == 25 and len(talk.turns) == 1
     assert any("outgrown" in text for text in talk.notes)
     talk.config = dataclasses.replace(talk.config, max_new_tokens=100)
-    reply = "".join(talk.send("Hey"))
-    assert len(reply) == 26 and any("filled" in text for text in talk.notes)
+    for _ in range(2):  # the second time, after a turn that is longer than the context
+        idx = torch.tensor([TABLE.encode("QHey\nA")])
+        expected = TABLE.decode(model.generate(idx, 100, temperature=0)[0, idx.size(1) :])
+        assert "".join(talk.send("Hey")) == expected and len(talk.turns) == 1
 
 
 def test_refused_messages_leave_no_turn():
@@ -256,12 +272,50 @@ def test_gpt2_turns(gpt2_vocabulary):
 def test_choice_of_format():
     """Catches a chat model used with a format it was not trained on."""
     auto = configurator.parse(chat.Config, [])
-    assert chat.choose_format(auto, SHORT) == SHORT
-    assert chat.choose_format(auto, None) == conversation.FORMATS["plain"]
-    assert chat.choose_format(configurator.parse(chat.Config, ["--chat_format=dialogpt"]), SHORT).name == "dialogpt"
+    assert chat.choose_format(auto, SHORT, TABLE) == SHORT
+    assert chat.choose_format(auto, None, TABLE) == conversation.FORMATS["plain"]
+    assert chat.choose_format(configurator.parse(chat.Config, ["--chat_format=dialogpt"]), SHORT, TABLE).name == "dialogpt"
     named = configurator.parse(chat.Config, ["--user_name=JULIET", "--assistant_name=ROMEO"])
-    changed = chat.choose_format(named, None)
+    changed = chat.choose_format(named, None, TABLE)
     assert (changed.user, changed.assistant, changed.stop) == ("JULIET:", "ROMEO:", "\nJULIET:")
+
+
+@pytest.mark.parametrize("lacks", "U:s ")
+def test_alphabet_without_the_names(lacks, capsys):
+    """Catches a model that cannot be talked to because its table cannot write "User:", and a format changed in silence."""
+    table = CharTokenizer([character for character in TABLE.characters if character != lacks])
+    chat_format = chat.choose_format(configurator.parse(chat.Config, []), None, table)
+    warning = "cannot write 'User:'; each message is a line (--chat_format=lines)\n"
+    assert chat_format == conversation.LINES and capsys.readouterr().err.endswith(warning)
+    talk = start_chat(tiny(table), chat_format, table)
+    asked = says(talk, "\n\nOh\nno")  # blank lines come before a reply, and do not end it
+    assert "".join(talk.send("Hi")).strip() == "Oh" and asked == ["\nHi\n"]
+    assert "".join(talk.send("And")).strip() == "Oh" and asked[1] == "\nHi\n\n\nOh\nAnd\n"
+
+
+@pytest.mark.parametrize(
+    ("characters", "flags", "advice"),
+    [
+        ("ab", [], "sample.py"),
+        ("ab\n", ["--user_name=User"], "--chat_format=lines"),
+        ("ab\n", ["--chat_format=plain"], "--chat_format=lines"),
+        ("ab", ["--chat_format=lines", "--context=a"], "sample.py"),
+    ],
+)
+def test_format_that_the_alphabet_cannot_write(characters, flags, advice):
+    """Catches a format other than the one that was asked for, and a refusal without a remedy."""
+    table = CharTokenizer(sorted(characters))
+    chat_format = chat.choose_format(configurator.parse(chat.Config, flags), None, table)
+    with pytest.raises(UserError, match=rf"--chat_format={chat_format.name} does not go with .*; try {advice}$"):
+        start_chat(tiny(table), chat_format, table)
+
+
+def test_end_of_text_of_another_vocabulary():
+    """Catches a reply that runs on into the next document because its end is not called as in GPT-2."""
+    content = train_bpe([], 257).to_dict()["content"].replace("<|endoftext|>", "</s>")
+    tokenizer = JsonTokenizer(content, {"eos_token": "</s>"})
+    talk = start_chat(chain("Ab</s>c.", tokenizer=tokenizer), SHORT, tokenizer)
+    assert "".join(talk.send("Hi")) == "b"
 
 
 @pytest.mark.parametrize(
@@ -270,7 +324,9 @@ def test_choice_of_format():
         ("/undo", "nothing to undo"),
         ("/retry", "nothing to retry"),
         ("/set seed=3", "/set temperature=0.7"),
-        ("/set temperature", "--key=value"),
+        ("/set temperature 0.5", "/set temperature=0.7"),
+        ("/set =3", "/set temperature=0.7"),
+        ("/set temperature=", "temperature"),
         ("/set temperature=hot", "not a number"),
         ("/set top_p=2", "at most 1"),
         ("/bye", "/help"),
@@ -293,6 +349,20 @@ def test_set_changes_replies():
     assert talk.config == dataclasses.replace(before, max_new_tokens=3) and before.max_new_tokens == 300
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("/set", "(temperature=0.0, top_k=200, top_p=1.0, max_new_tokens=300)\n"),
+        ("/set temperature", "(temperature=0.0)\n"),
+        ("/set top_k = 7", "(top_k=7)\n"),
+    ],
+)
+def test_set_shows(command, told, capsys):
+    """Catches a /set that refuses to show one key, or that does not show what it has set."""
+    chat.obey(command, start_chat(chain("Ahi.")))
+    assert capsys.readouterr().err == told
+
+
 # the program
 
 
@@ -308,7 +378,7 @@ def write(out_dir: Path, model: GPT | Bigram, table: CharTokenizer = TABLE) -> P
 class Terminal:
     """chat.py in a pseudo-terminal, to read what a user would see."""
 
-    def __init__(self, *arguments: str):
+    def __init__(self, *arguments: str, term: str = "dumb"):
         pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
 
         def prepare() -> None:
@@ -317,7 +387,7 @@ class Terminal:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
         self.master, slave = pty.openpty()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": term}
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "chat.py"), "--device=cpu", "--dtype=float32", *arguments],
             stdin=slave,
@@ -366,8 +436,8 @@ class Terminal:
 def terminal() -> Iterator:
     opened: list[Terminal] = []
 
-    def start(*arguments: str) -> Terminal:
-        opened.append(Terminal(*arguments))
+    def start(*arguments: str, **keywords: str) -> Terminal:
+        opened.append(Terminal(*arguments, **keywords))
         return opened[-1]
 
     yield start
@@ -421,6 +491,24 @@ def test_ctrl_c_stops_a_reply(tmp_path, terminal):
     assert "Assistant: xyzx\n" in seen.read_until("xyzx\n\nUser: $")
 
 
+def test_pasted_lines(tmp_path, terminal):
+    """Catches a pasted text that is sent line by line, and an /exit that does not leave."""
+    readline = pytest.importorskip("readline")
+    if "libedit" in (readline.__doc__ or ""):
+        pytest.skip("libedit has no bracketed paste")
+    out_dir = write(tmp_path / "out", chain("Aoh yes."))
+    seen = terminal(f"--out_dir={out_dir}", "--temperature=0", term="xterm")
+    seen.read_until("User: $")
+    seen.type("\x1b[200~one\ntwo\x1b[201~\n")
+    seen.read_until("Assistant: oh yes")
+    seen.read_until("User: $")
+    seen.type("/undo\n")
+    seen.read_until("taken back; 0 turns left")
+    seen.read_until("User: $")
+    seen.type("/exit\n")
+    assert seen.process.wait(timeout=TIMEOUT_SECONDS) == 0
+
+
 @pytest.fixture
 def piped(monkeypatch, capsys) -> Callable[..., tuple[str, str]]:
     """A function that runs chat.py with these flags and this input on a pipe, and returns its stdout and stderr."""
@@ -447,6 +535,24 @@ def test_piped_input(tmp_path, piped):
     replies, notes = piped(b"Hello\n\n/set top_k=3\nAgain\nBee7\n\xff\nlast", f"--out_dir={out_dir}", "--temperature=0")
     assert replies == "oh yes\noh yes\noh yes\n"
     assert "'7'" in notes and "top_k=3" in notes
+
+
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("one\\\n two\\\n\nthree\n", ["one\n two", "three"]),
+        ("one\\\n\\\nthree \n", ["one\n\nthree"]),
+        ("one\\ \ntwo\\", ["one\\", "two"]),
+        ("\\\n\n \\\n/exit\nnever", []),
+        ("one\n /quit \nnever", ["one"]),
+        ("one /exit\n/exit now\n//exit\n\n\n", ["one /exit", "/exit now", "//exit"]),
+    ],
+)
+def test_messages(text, sent, monkeypatch, capsys):
+    """Catches a continued line that is sent alone or lost, and a message after /exit or /quit."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert list(chat.messages("User")) == sent
+    assert capsys.readouterr() == ("", "")
 
 
 def test_control_characters_are_replaced(tmp_path, piped, monkeypatch, capsys):
