@@ -102,7 +102,7 @@ def main(config: Config) -> None:
             else:
                 show(chat.send(message.removeprefix("/")), config.assistant_name)
         except UserError as error:
-            note(str(error))
+            note(errors.one_line(str(error)))
         for text in chat.notes:
             note(text)
         chat.notes.clear()

@@ -532,9 +532,10 @@ def test_overflow_is_told(tmp_path, piped):
 def test_piped_input(tmp_path, piped):
     """Catches prompts, names or notes on stdout among the replies, and an input line that ends the program."""
     out_dir = write(tmp_path / "out", chain("Aoh yes."))
-    replies, notes = piped(b"Hello\n\n/set top_k=3\nAgain\nBee7\n\xff\nlast", f"--out_dir={out_dir}", "--temperature=0")
+    typed = b"Hello\n\n/set top_k=3\nAgain\nBee7\n\xff\n/\x1b[2J\\\nb\nlast"
+    replies, notes = piped(typed, f"--out_dir={out_dir}", "--temperature=0")
     assert replies == "oh yes\noh yes\noh yes\n"
-    assert "'7'" in notes and "top_k=3" in notes
+    assert "'7'" in notes and "top_k=3" in notes and "(/ [2J b: no such command" in notes
 
 
 @pytest.mark.parametrize(
