@@ -1,4 +1,4 @@
-"""Draw the pictures of from_bigram_to_gpt.md, from a run of the bigram model and a run of a GPT.
+"""Draw the pictures of from_bigram_to_gpt.md, and measure its "A - a + b", from a run of the bigram model and a run of a GPT.
 
 python train.py config/train_bigram_char.py
 python train.py config/train_shakespeare_char_cpu.py
@@ -29,7 +29,8 @@ from nanogpt.metrics import read_rows
 from nanogpt.tokenizer import CharTokenizer
 
 VAL_WINDOWS = 200  # windows of the validation split on which attention is measured
-GREY, BLUE, ORANGE = "#777777", "#1f5fa8", "#c2560a"
+GREY, BLUE, ORANGE, GREEN = "#777777", "#1f5fa8", "#c2560a", "#2d7d46"
+NAMES = {"\n": "↵", " ": "·"}  # how invisible characters are drawn
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ def main(config: Config) -> None:
     draw_table(bigram, tokenizer, out_dir / "bigram_table.png")
     draw_heads(gpt, tokenizer, Dataset(ckpt.config["dataset"]), config.text, out_dir / "attention.png")
     draw_losses(Path(config.bigram), Path(config.gpt), tokenizer.vocab_size, out_dir / "losses.png")
+    draw_embeddings(gpt.transformer.wte.weight.detach(), tokenizer.characters, out_dir / "embeddings.png")
+    compare_cases(gpt.transformer.wte.weight.detach(), tokenizer.characters)
+    draw_generate(gpt, tokenizer, config.text[0], out_dir / "generate.png")  # the last one, since it shortens the context
 
 
 def draw_table(model: Bigram, tokenizer: CharTokenizer, path: Path) -> None:
@@ -162,9 +166,86 @@ def draw_losses(bigram: Path, gpt: Path, vocab_size: int, path: Path) -> None:
     save(figure, path)
 
 
+def draw_embeddings(rows: torch.Tensor, characters: Sequence[str], path: Path) -> None:
+    """Draw the two principal components of the embeddings `rows` (V, C), each as its character."""
+    from matplotlib import pyplot as plt
+
+    centered = rows - rows.mean(dim=0)
+    u, s, _ = torch.linalg.svd(centered, full_matrices=False)
+    points = u[:, :2] * s[:2]  # (V, 2)
+    share = (s[:2] ** 2).sum() / (s**2).sum()
+    kinds = {
+        "vowels": (lambda c: c in "aeiou", ORANGE),
+        "other small letters": (lambda c: c.islower() and c not in "aeiou", BLUE),
+        "capitals": (str.isupper, GREEN),
+        "the rest": (lambda c: not c.isalpha(), GREY),
+    }
+    figure, axes = plt.subplots(figsize=(7.6, 5.2), layout="constrained")
+    for name, (belongs, color) in kinds.items():
+        axes.plot([], [], "s", color=color, label=name)
+        for (x, y), character in zip(points.tolist(), characters, strict=True):
+            if belongs(character):
+                axes.text(x, y, NAMES.get(character, character), color=color, ha="center", va="center", family="monospace")
+    axes.update_datalim(points.numpy())
+    axes.margins(0.06)
+    axes.autoscale_view()
+    axes.legend(frameon=False, fontsize=9)
+    axes.set(xlabel="first principal component", ylabel="second principal component")
+    axes.set_title(f"The GPT's character embeddings: the two components hold {share:.0%} of their variance", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def compare_cases(rows: torch.Tensor, characters: Sequence[str]) -> None:
+    """Print how often the embedding closest to "A" - "a" + "b" is that of "B", for all pairs of letters; by cosine."""
+    ids = {character: i for i, character in enumerate(characters)}
+    letters = [c for c in characters if c.islower() and c.upper() in ids]
+    pairs = [(ids[a.upper()], ids[a], ids[b], ids[b.upper()]) for a in letters for b in letters if a != b]
+    if pairs:
+        A, a, b, B = torch.tensor(pairs).T  # (pairs,) each
+        similarity = F.normalize(rows[A] - rows[a] + rows[b], dim=-1) @ F.normalize(rows, dim=-1).T  # (pairs, V)
+        right, is_b = ((similarity.argmax(dim=-1) == i).float().mean() for i in (B, b))
+        others = similarity.scatter(1, torch.stack((A, a, b), dim=1), -math.inf)
+        left_out = (others.argmax(dim=-1) == B).float().mean()
+        print(f"A - a + b is closest to B in {right:.0%} of {len(pairs)} pairs of letters, to b in {is_b:.0%}")
+        print(f"closest to B, with A, a and b left out: {left_out:.0%}")
+
+
+def draw_generate(model: GPT, tokenizer: CharTokenizer, start: str, path: Path) -> None:
+    """Draw how idx grows in generate(), and the window of it that the model gets: a row for each step."""
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    steps, block_size = 11, 8
+    model.crop_block_size(block_size)
+    torch.manual_seed(1337)
+    ids = model.generate(torch.tensor([tokenizer.encode(start)]), steps, temperature=0.8)[0].tolist()
+    characters = [NAMES.get(character, character) for character in tokenizer.decode(ids)]
+    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    for T in range(1, steps + 1):
+        for t, character in enumerate(characters[: T + 1]):
+            is_new, is_seen = t == T, t >= T - block_size
+            face, color = ("#fbe3d3", ORANGE) if is_new else ("#dbe8f6", BLUE) if is_seen else ("#f4f4f4", "#aaaaaa")
+            axes.add_patch(Rectangle((t + 0.3 * is_new, T), 0.92, 0.86, facecolor=face, edgecolor=color, linewidth=0.8))
+            axes.text(t + 0.3 * is_new + 0.46, T + 0.45, character, color=color, ha="center", va="center", family="monospace")
+        window = min(T, block_size)
+        shapes = f"idx (1, {T})".ljust(13) + f"idx_cond (1, {window})   logits (1, {window}, {tokenizer.vocab_size})"
+        axes.text(steps + 2, T + 0.45, shapes, va="center", family="monospace", fontsize=9)
+    legend = {
+        "idx_cond: what the model gets": BLUE,
+        "idx_next: drawn from its last logits": ORANGE,
+        "out of its context": "#aaaaaa",
+    }
+    for i, (name, color) in enumerate(legend.items()):
+        axes.text(i * 8.2, 0.4, f"■ {name}", color=color, va="center", fontsize=9)
+    axes.set(xlim=(-0.1, 24), ylim=(steps + 1.1, -0.1))
+    axes.axis("off")
+    save(figure, path)
+
+
 def label_cells(axes: Any, characters: Sequence[str]) -> None:
     """Label the rows and columns of an image with `characters`."""
-    names = [{"\n": "↵", " ": "·"}.get(character, character) for character in characters]
+    names = [NAMES.get(character, character) for character in characters]
     axes.set_xticks(range(len(names)), names, fontsize=8, family="monospace")
     axes.set_yticks(range(len(names)), names, fontsize=8, family="monospace")
     axes.tick_params(length=0)

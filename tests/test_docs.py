@@ -1,9 +1,12 @@
-"""docs/from_bigram_to_gpt.md: its code blocks run and print what the page shows, and its commands draw the pictures."""
+"""docs/from_bigram_to_gpt.md: its blocks print what the page shows, and its commands draw the pictures; its notebook."""
 
+import ast
 import contextlib
 import io
+import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +23,17 @@ BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL
 
 
 def run_blocks(text: str) -> dict[str, object]:
-    """Run the code blocks of a page in one namespace, check their outputs against the page, and return the namespace."""
+    """Run the code blocks of a page as a notebook does, check their outputs against the page, and return the namespace.
+
+    Like a notebook, it also prints the value of an expression at the end of a block, unless that is None.
+    """
     names: dict[str, object] = {"__name__": "walk"}
     for block in BLOCK.finditer(text):
         line = text.count("\n", 0, block.start(1))
+        body = ast.parse("\n" * line + block[1], str(WALK)).body  # padded, so that errors name the line of the page
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile("\n" * line + block[1], str(WALK), "exec"), names)  # pads so that errors name the line of the page
+            exec(compile(ast.Module(body[:-1], []), str(WALK), "exec"), names)
+            exec(compile(ast.Interactive(body[-1:]), str(WALK), "single"), names)
         assert printed.getvalue() == (block[2] or ""), f"the block at line {line + 1}"
     return names
 
@@ -39,11 +47,40 @@ def test_blocks_print_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.Mo
     assert sum(1 for block in BLOCK.finditer(TEXT) if block[2]) == TEXT.count("```text")
 
 
+def test_notebook_is_the_page() -> None:
+    """Catches a notebook that was not made again after the page has changed."""
+    notebook = json.loads(WALK.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    assert notebook == runpy.run_path(str(DOCS / "make_notebook.py"))["notebook"](TEXT), "run python docs/make_notebook.py"
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    outputs = ["".join("".join(output["text"]) for output in cell["outputs"]) for cell in cells]
+    assert [("".join(cell["source"]) + "\n", output) for cell, output in zip(cells, outputs, strict=True)][1:] == [
+        (code.strip() + "\n", output) for code, output in BLOCK.findall(TEXT)
+    ]
+
+
+def test_notebook_finds_the_repo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a notebook whose imports fail, since Jupyter runs it in docs/."""
+    notebook = json.loads(WALK.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    setup = next("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    monkeypatch.chdir(DOCS)
+    monkeypatch.setattr(sys, "path", [])
+    exec(setup, {})
+    assert [Path(folder).resolve() for folder in sys.path] == [DOCS.parent]
+
+
+def test_each_question_has_an_answer() -> None:
+    """Catches a question that does not link to a section of the walk; test_readme.py checks that these sections exist."""
+    questions = re.findall(r"^- (.*)", (DOCS / "questions.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(questions) > 30
+    assert [line for line in questions if not re.fullmatch(r"\[.+\?\]\(from_bigram_to_gpt\.md#\S+\)", line)] == []
+
+
 def test_statements_about_tiny_shakespeare_and_gpt2(shakespeare: str, gpt2_vocabulary: None) -> None:
     """Catches a false statement about Tiny Shakespeare, or about how GPT-2's encoding splits words."""
     names: dict[str, str] = {}
-    exec(BLOCK.search(TEXT)[1], names)
-    assert names["characters"] == "".join(sorted(set(shakespeare)))
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(BLOCK.search(TEXT)[1], names)
+    assert names["chars"] == "".join(sorted(set(shakespeare)))
     assert shakespeare.startswith(names["text"])
     assert set(shakespeare) & set("0123456789") == {"3"}
     gpt2 = TiktokenTokenizer("gpt2")
@@ -63,7 +100,7 @@ def test_commands_draw_the_pictures(project: Path, text: str) -> None:
             command += ["--text=1 plus 1\n", "--out_dir=drawn"]
     run_commands(commands, project)
     shown = sorted(re.findall(r"!\[[^\]]+\]\((\S+)\)", TEXT))
-    assert len(shown) == 3
+    assert len(shown) == 5
     assert sorted(path.name for path in (project / "drawn").iterdir()) == shown
     for name in shown:
         for folder in (project / "drawn", DOCS):
