@@ -30,10 +30,11 @@ def run_blocks(text: str) -> dict[str, object]:
     names: dict[str, object] = {"__name__": "walk"}
     for block in BLOCK.finditer(text):
         line = text.count("\n", 0, block.start(1))
-        body = ast.parse("\n" * line + block[1], str(WALK)).body  # padded, so that errors name the line of the page
+        tree = ast.parse("\n" * line + block[1], str(WALK))  # padded, so that errors name the line of the page
+        last = [tree.body.pop()] if isinstance(tree.body[-1], ast.Expr) else []
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(ast.Module(body[:-1], []), str(WALK), "exec"), names)
-            exec(compile(ast.Interactive(body[-1:]), str(WALK), "single"), names)
+            exec(compile(tree, str(WALK), "exec"), names)
+            exec(compile(ast.Interactive(last), str(WALK), "single"), names)
         assert printed.getvalue() == (block[2] or ""), f"the block at line {line + 1}"
     return names
 
