@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import io
+import itertools
 import json
 import re
 import runpy
@@ -122,3 +123,21 @@ def test_drawn_attention_is_the_models() -> None:
         output = block.attn.c_proj((layer @ v).transpose(1, 2).reshape(3, 7, 6))
         assert torch.allclose(block.attn(block.ln_1(x)), output, atol=1e-6)
         x = block(x)
+
+
+def test_case_arithmetic(capsys: pytest.CaptureFixture) -> None:
+    """Catches another share than that of the pairs for which a loop finds "B" closest to "A" - "a" + "b"."""
+    torch.manual_seed(0)
+    characters, small = "ABCDEabcde", torch.randn(5, 6)
+    rows = torch.cat((small + torch.randn(6) + 0.5 * torch.randn(5, 6), small))
+    row = dict(zip(characters, rows, strict=True))
+    closest, left_out = [], []
+    for a, b in itertools.permutations("abcde", 2):
+        point = row[a.upper()] - row[a] + row[b]
+        ranked = sorted(characters, key=lambda c: -torch.cosine_similarity(point, row[c], dim=0).item())
+        closest.append({b.upper(): "right", b: "start"}.get(ranked[0]))
+        left_out.append(next(c for c in ranked if c not in (a.upper(), a, b)) == b.upper())
+    runpy.run_path(str(DOCS / "pictures.py"))["compare_cases"](rows, characters)
+    shares = [closest.count("right") / 20, closest.count("start") / 20, sum(left_out) / 20]
+    assert re.findall(r"\d+%", capsys.readouterr().out) == [f"{share:.0%}" for share in shares]
+    assert 0 < shares[0] < shares[2] < 1 and shares[1] > 0
