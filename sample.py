@@ -19,8 +19,8 @@ from configurator import NonNegativeFloat, NonNegativeInt, PathStr, PositiveInt,
 import torch
 
 from model import GPT, Bigram
-from nanogpt import checkpoint, corpus, errors
-from nanogpt.conversation import separator
+from nanogpt import checkpoint, errors
+from nanogpt.conversation import read_prompt
 from nanogpt.device import (
     Compile,
     Dtype,
@@ -32,7 +32,6 @@ from nanogpt.device import (
     set_up,
     text_generators,
 )
-from nanogpt.errors import UserError
 from nanogpt.tokenizer import StreamDecoder, Tokenizer
 
 CACHE_BYTES = 2 << 30  # limit of a batch's KV cache; samples that do not fit go into another batch
@@ -82,23 +81,6 @@ def main(config: Config) -> None:
 
     seconds = time.perf_counter() - started
     print(f"{total_tokens:,} tokens in {seconds:.2f} s: {total_tokens / seconds:,.1f} tokens/s", file=sys.stderr)
-
-
-def read_prompt(prompt: str, given: bool, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """Return the prompt, read from a file if it is FILE:path, and its token ids, at least one.
-
-    The default prompt (not `given`) is skipped if the vocabulary lacks it. An empty prompt becomes <|endoftext|>, else a
-    newline, else token 0. Raises UserError if the tokenizer cannot encode the prompt.
-    """
-    if prompt.startswith("FILE:"):
-        prompt = corpus.read_text(Path(prompt.removeprefix("FILE:")))
-    try:
-        ids = tokenizer.encode(prompt)
-    except UserError as error:
-        if given:
-            raise UserError(f"--start: {error}") from error
-        ids = []
-    return (prompt, ids) if ids else ("", separator(tokenizer) or [0])
 
 
 def sample(

@@ -16,8 +16,10 @@ header is learned too, and so is the separator before the next conversation.
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from nanogpt.corpus import read_text
 from nanogpt.errors import UserError, shown
 from nanogpt.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -85,6 +87,23 @@ def stops(chat_format: ChatFormat | None, tokenizer: Tokenizer) -> list[str]:
     """Return the strings at which generation stops: the chat format's, and the tokenizer's end of text, if there are any."""
     end = tokenizer.decode([tokenizer.end_of_text]) if tokenizer.end_of_text is not None else ""
     return [stop for stop in (chat_format.stop if chat_format else "", end) if stop]
+
+
+def read_prompt(prompt: str, given: bool, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """Return the prompt, read from a file if it is FILE:path, and its token ids, at least one.
+
+    The default prompt (not `given`) is skipped if the vocabulary lacks it. An empty prompt becomes <|endoftext|>, else a
+    newline, else token 0. Raises UserError if the tokenizer cannot encode the prompt.
+    """
+    if prompt.startswith("FILE:"):
+        prompt = read_text(Path(prompt.removeprefix("FILE:")))
+    try:
+        ids = tokenizer.encode(prompt)
+    except UserError as error:
+        if given:
+            raise UserError(f"--start: {error}") from error
+        ids = []
+    return (prompt, ids) if ids else ("", separator(tokenizer) or [0])
 
 
 def encode_opening(chat_format: ChatFormat, tokenizer: Tokenizer, system: str = "") -> list[int]:

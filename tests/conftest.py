@@ -20,7 +20,7 @@ from nanogpt import corpus, curves, device
 from nanogpt.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ["*.py", "*.md", "Makefile", "*.txt", "config/*.py", "nanogpt/*.py", "data/*/prepare.py", "docs/*.*"]
+COPIED = ["*.py", "*.md", "Makefile", "*.txt", "config/*.py", "nanogpt/*.py", "nanogpt/web/*", "data/*/prepare.py", "docs/*.*"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test goes to the Hub, whose library reads this when it is first imported
 torch.set_num_threads(1)  # fastest for tiny models, and the same sums on every machine

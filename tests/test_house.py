@@ -79,7 +79,7 @@ def test_no_import_cycle() -> None:
 
 def test_nothing_imports_a_command() -> None:
     """Catches code that a command shares with others instead of keeping it in nanogpt/."""
-    assert {"train", "sample", "chat", "bench", "plot", "export"} <= COMMANDS
+    assert {"train", "sample", "chat", "bench", "plot", "export", "look"} <= COMMANDS
     assert {module: names & COMMANDS for module, names in OURS.items() if names & COMMANDS} == {}
 
 
