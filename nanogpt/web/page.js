@@ -511,7 +511,7 @@ function renderAttention() {
   const grid = $("heads");
   if (!grid.children.length) {
     grid.style.gridTemplateColumns = `auto repeat(${n_head}, auto)`;
-    grid.style.setProperty("--size", `${n_head * n_layer > 64 ? 52 : 76}px`);
+    grid.style.setProperty("--size", `clamp(40px, (100vw - 7rem) / ${n_head}, ${n_head * n_layer > 64 ? 52 : 76}px)`);
     grid.append(el("span", {}), ...Array.from({ length: n_head }, (_, head) => el("span", {}, `head ${head}`)));
     for (let layer = 0; layer < n_layer; layer++) {
       grid.append(el("span", {}, `layer ${layer}`));
@@ -566,6 +566,7 @@ function renderHead() {
   const ctx = context($("head"), margin + T * size, margin + T * size);
   ctx.font = `${Math.min(12, size + 1)}px ${getComputedStyle($("text")).fontFamily}`;
   ctx.textBaseline = "middle";
+  const short = view.ids.slice(from).every((id) => label(id).length === 1); // labels stand upright
   for (let q = 0; q < T; q++) {
     const row = view.attention(layer, head, from + q);
     for (let j = 0; j <= q; j++) {
@@ -578,8 +579,9 @@ function renderHead() {
       ctx.fillText(label(view.ids[from + q]).slice(0, 5), margin - 4, margin + (q + 0.5) * size);
       ctx.save();
       ctx.translate(margin + (q + 0.5) * size, margin - 4);
-      ctx.rotate(-Math.PI / 2);
-      ctx.textAlign = "left";
+      if (short) ctx.translate(0, -6);
+      else ctx.rotate(-Math.PI / 2);
+      ctx.textAlign = short ? "center" : "left";
       ctx.fillText(label(view.ids[from + q]).slice(0, 5), 0, 0);
       ctx.restore();
     }
@@ -653,7 +655,7 @@ function renderLens() {
     }),
   );
   const columns = isLive ? Math.max(8, Math.min(64, Math.floor(LENS_PRODUCTS / (tokenizer.size * n_embd * (n_layer + 1))))) : T;
-  const from = Math.max(0, Math.min(T - columns, t - Math.floor(columns / 2))), places = layers.map(() => 0).length && Array.from({ length: Math.min(columns, T - from) }, (_, i) => from + i);
+  const from = Math.max(0, Math.min(T - columns, t - Math.floor(columns / 2))), places = Array.from({ length: Math.min(columns, T - from) }, (_, i) => from + i);
   const row = (title, classes, of) => el("tr", { class: classes }, el("th", { scope: "row" }, title), ...places.map(of));
   $("lens-grid").replaceChildren(
     row("text", "text", (place) => el("td", { class: place === t ? "chosen" : "" }, label(view.ids[place]).slice(0, 8))),
@@ -777,7 +779,7 @@ function drawMap(id, found) {
     } else ctx.fillRect(x - 1.5, y - 1.5, 3, 3);
   }
   const shares = embeddings.shares.map(percent);
-  $("map-note").textContent = `Two principal components, ${shares[0]} and ${shares[1]} of the variance: most of ${count(data.config.n_embd)} dimensions is not in this picture. Orange: the chosen token; blue: its nearest.`;
+  $("map-note").textContent = `Two principal components, ${shares[0]} and ${shares[1]} of the variance: the other ${count(data.config.n_embd - 2)} dimensions are not in the picture. Orange: the chosen token; blue: its nearest.`;
   $("map").setAttribute("aria-label", `Map of the embeddings of ${ids.length} tokens. Nearest to ${label(id)}: ${found.slice(0, 5).map((other) => label(other.id)).join(", ")}.`);
 }
 
@@ -989,7 +991,7 @@ const parametersOf = (part) => weightsOf(part).reduce((sum, [, sizes]) => sum + 
 
 function renderArchitecture() {
   const diagram = $("diagram"), all = parts(), L = data.config.n_layer;
-  let block = null;
+  let block = null, branch = null; // a branch: what is added to the residual stream, the line beside it
   for (const part of all) {
     const number = part.block ? parametersOf(part) / L : parametersOf(part);
     const about = part.tied ? "tied" : number ? count(number) : "";
@@ -1002,8 +1004,11 @@ function renderArchitecture() {
       diagram.append(el("span", { class: "flow" }, part.id === "sample" && !isGPT ? "logits[:, -1, :] (B, V)" : flow));
     }
     if (part.block) {
-      if (block.children.length > 1) block.append(el("span", { class: "flow" }, " "));
-      block.append(button);
+      if (part.id.startsWith("ln_")) {
+        if (branch) block.append(el("span", { class: "flow" }, " "));
+        block.append((branch = el("div", { class: "branch" })));
+      } else branch.append(el("span", { class: "flow" }, " "));
+      branch.append(button);
     } else diagram.append(button);
   }
   showPart(isGPT ? "attn" : "table");
