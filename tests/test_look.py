@@ -59,14 +59,18 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def show(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """A function that writes a model's page with these flags and opens it; no page may complain, or ask for another file."""
-    complaints, pages = [], []
+    complaints: list[str] = []
+    pages: list[Any] = []
 
-    def show(
-        model: GPT | Bigram, tokenizer: Tokenizer, width: int = 1280, extra: dict[str, Any] | None = None, **flags: Any
-    ) -> Any:
+    def requested(request: Any) -> None:
+        if not request.url.startswith(("file:", "data:")):
+            complaints.append(request.url)
+
+    def show(model: GPT | Bigram, tokenizer: Tokenizer, width: int = 1280, chat_format: Any = None, **flags: Any) -> Any:
         out_dir = tmp_path / f"out{len(pages)}"
         optimizer = model.requires_grad_(True).configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-        extra = {"tokenizer": tokenizer.to_dict()} | (extra or {})
+        extra = {"tokenizer": tokenizer.to_dict(), "model": "gpt" if isinstance(model, GPT) else "bigram"}
+        extra |= {"chat_format": conversation.to_dict(chat_format)} if chat_format else {}
         config = {"dataset": flags.pop("dataset", "gone")}
         out_dir.mkdir()
         checkpoint.save(out_dir / checkpoint.BEST, checkpoint.pack(model, optimizer, 10, 2.5, config, extra))
@@ -77,9 +81,7 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
         opened.on("console", lambda message: complaints.append(message.text))
         opened.on("pageerror", lambda error: complaints.append(str(error)))
         opened.on("dialog", lambda dialog: (complaints.append("dialog"), dialog.dismiss()))
-        opened.on(
-            "request", lambda request: complaints.extend([request.url] * (not request.url.startswith(("file:", "data:"))))
-        )
+        opened.on("request", requested)
         opened.goto((out_dir / "look.html").as_uri())
         pages.append(opened)
         return opened
@@ -193,10 +195,8 @@ def test_what_look_wrote(show):
     model = gpt(11)
     wanted = model.generate(torch.tensor([[1, 2, 3]]), 4, temperature=0)[0].tolist()
     opened = show(model, LETTERS, start="abc", temperature=0, max_new_tokens=4)
-    shown = opened.locator("#tokens .token").evaluate_all(
-        "all => all.map((token) => +token.querySelector('small').textContent)"
-    )
-    assert shown == wanted
+    shown = opened.locator("#tokens .token small").all_inner_texts()
+    assert list(map(int, shown)) == wanted
     assert opened.locator("#tokens .written").count() == 4
 
 
@@ -249,7 +249,7 @@ def shared(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[bool,
 
 
 def test_recorded_numbers(show, monkeypatch):
-    """Catches numbers of a larger model that are not PyTorch's to 1e-4: probabilities, attention, logit lens, norms, cosines."""
+    """Catches numbers of a larger model that are not PyTorch's, to 1e-4."""
     monkeypatch.setattr(page, "PAGE_PARAMETERS", 0)
     monkeypatch.setattr(page, "RECORDED_CHOICES", 6)
     model = gpt(11, gelu="tanh")
@@ -326,7 +326,7 @@ SAMPLES = [
     "I'll we'VE it's 1234567 x=1;",
     "Ünïcödé 👍🏽 ¿é\u0301\u3000\u00a0a\u0085b",
     "<|endoftext|>a<|endoftext|",
-    "don't!! ...\r\n\r\n x\ufeffy ſ'ſ 'ſ",
+    "don't!! ...\r\n\r\n x\ufeffy \u017f'\u017f '\u017f",
     "日本語 ١٢٣٤ ²½",
 ]
 
@@ -395,16 +395,8 @@ def test_tokenizer_that_the_page_lacks(show):
 
 def test_hostile_text(show):
     """Catches a token, a prompt or a name that becomes markup, or that ends the script that holds it."""
-    strings = [
-        "</script><script>document.title='x'</script>",
-        "<img src=x onerror=alert(1)>",
-        "<!--",
-        "\u2028",
-        "\u202eabc",
-        "{{page.js}}",
-        "&lt;",
-        "\\u003c",
-    ]
+    tags = ["</script><script>document.title='x'</script>", "<img src=x onerror=alert(1)>", "<!--"]
+    strings = [*tags, "\u2028", "\u202eabc", "{{page.js}}", "&lt;", "\\u003c"]
     tokenizer = TableTokenizer(strings)
     opened = show(gpt(len(strings), block_size=16), tokenizer, start="".join(strings))
     assert opened.evaluate("allIds()") == list(range(8))
@@ -449,8 +441,7 @@ def test_bigram_table(show, tmp_path):
 def test_chat(show, name):
     """Catches a message that is put into another form than in training, by look.py or by the page."""
     tokenizer, chat_format = train_bpe([], 257), conversation.FORMATS[name]
-    extra = {"chat_format": conversation.to_dict(chat_format)}
-    opened = show(gpt(tokenizer.model_vocab_size, block_size=64), tokenizer, extra=extra, start="Hi.", chat=True)
+    opened = show(gpt(tokenizer.model_vocab_size, block_size=64), tokenizer, chat_format=chat_format, start="Hi.", chat=True)
 
     def wanted(message: str) -> list[int]:
         opening = conversation.encode_opening(chat_format, tokenizer)
@@ -482,10 +473,8 @@ def test_clicks_and_keys(show):
     weights = opened.locator("#attended li").evaluate_all("all => all.map((bar) => +bar.dataset.p)")
     assert sum(weights) == pytest.approx(1, abs=1e-5)
     opened.click("[data-part=mlp]")
-    assert "x = " not in opened.inner_text("#part-code .on") and "self.gelu(self.c_fc(x))" in opened.inner_text(
-        "#part-code .on"
-    )
-    assert "2,048" in opened.inner_text("#part").replace("2,128", "2,048") or "parameters" in opened.inner_text("#part")
+    assert "self.gelu(self.c_fc(x))" in opened.inner_text("#part-code .on")
+    assert "2,128 \u00d7 2 blocks" in opened.inner_text("#part")  # 16 x 64 and 64 x 16 weights, 64 and 16 biases
     opened.select_option("#word-a", "2")
     assert opened.locator("#sum li").count() == 10
     background = opened.evaluate("getComputedStyle(document.body).backgroundColor")
