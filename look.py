@@ -42,6 +42,10 @@ class Config(configurator.Config):
     seed: Seed = 1337  # the same seed writes the same text
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
+    def validate(self) -> None:
+        if self.out and not self.out.endswith(".html"):
+            raise UserError(f"--out must end in .html, got {errors.shown(self.out)}; try --out=look.html")
+
 
 @explain_out_of_memory("use a smaller model, or --device=cpu")
 def main(config: Config) -> None:
