@@ -25,7 +25,7 @@ from nanogpt.errors import UserError
 from nanogpt.metrics import start_wandb
 
 MODEL = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --gradient_accumulation_steps=1 --device=cpu"
-COMMANDS = ["train.py", "sample.py", "chat.py", "bench.py", "plot.py", "export.py"]
+COMMANDS = ["train.py", "sample.py", "chat.py", "bench.py", "plot.py", "export.py", "look.py"]
 COMMANDS += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("data/*/prepare.py"))
 posix = pytest.mark.skipif(os.name != "posix", reason="this system has no such signals and descriptors")
 

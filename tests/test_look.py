@@ -300,10 +300,15 @@ def test_recorded_generation(show, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, message", [({"max_new_tokens": 8}, "--max_new_tokens must be below 8"), ({"out": "/"}, "--out=/")]
+    "flags, message",
+    [
+        ({"max_new_tokens": 8}, "--max_new_tokens must be below 8 for a model of this size, got 8"),
+        ({"out": "look.png"}, "--out must end in .html, got 'look.png'"),
+        ({"out": "none/look.html"}, "--out=none/look.html: cannot be written"),
+    ],
 )
 def test_mistakes(show, monkeypatch, flags, message):
-    """Catches a page without a prompt, or a traceback for a file that cannot be written."""
+    """Catches a page without a prompt, and a traceback for a file that cannot be written."""
     monkeypatch.setattr(page, "PAGE_PARAMETERS", 0)
     with pytest.raises(UserError, match=re.escape(message)):
         show(gpt(11), LETTERS, start="abc", **flags)
