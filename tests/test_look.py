@@ -470,7 +470,7 @@ def test_clicks_and_keys(show):
     opened.keyboard.press("ArrowRight")
     assert "token 3 of 8" in opened.inner_text("#chosen")
     opened.click("#next")
-    assert opened.inner_text("#detail dd >> nth=1") == "3 of 0 to 7"
+    assert opened.inner_text("#detail dd >> nth=1") == "3 (0 to 7)"
     opened.click("#heads button >> nth=3")
     assert opened.inner_text("#head-name") == "Layer 1, head 1"
     opened.keyboard.press("ArrowLeft")

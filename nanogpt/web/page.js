@@ -3,7 +3,7 @@
 
 const BARS = 16; // likeliest tokens shown
 const SURPRISE_BITS = 8; // full colour
-const SHOWN_TOKENS = 600; // of a long text, the last ones
+const SHOWN_TOKENS = 200; // of a long text, the last ones
 const SHOWN_ATTENTION = 256; // positions, the last ones
 const LENS_PRODUCTS = 1e8; // for the table of all positions, of which a larger model shows fewer
 const MAP_LABELS = 130; // with more tokens, only some of a map have labels
@@ -13,6 +13,7 @@ const ANALOGIES = [[" king", " man", " woman"], ["a", "A", "B"]];
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
+const mono = getComputedStyle($("text")).fontFamily;
 const isGPT = data.kind === "gpt";
 
 // elements
@@ -28,13 +29,31 @@ function el(tag, attributes = {}, ...children) {
   return element;
 }
 
-function color(name, alpha = 1) {
-  const probe = el("span", {});
-  probe.style.color = `var(--${name})`;
-  document.body.append(probe);
-  const [r, g, b] = getComputedStyle(probe).color.match(/[\d.]+/g).map(Number);
-  probe.remove();
-  return alpha === 1 ? [r, g, b] : `rgb(${r} ${g} ${b} / ${alpha})`;
+// A colour of page.css as [red, green, blue], or as a string with this opacity. Asking the browser is slow: once for each theme.
+const palette = new Map();
+function color(name, alpha = null) {
+  if (!palette.has(name)) {
+    const probe = el("span");
+    probe.style.color = `var(--${name})`;
+    document.body.append(probe);
+    palette.set(name, getComputedStyle(probe).color.match(/[\d.]+/g).slice(0, 3).map(Number));
+    probe.remove();
+  }
+  return alpha === null ? palette.get(name) : `rgb(${palette.get(name).join(" ")} / ${alpha.toFixed(3)})`;
+}
+
+// The accent colour with this opacity, in steps of a hundredth.
+function shade(alpha) {
+  const percent = Math.round(100 * alpha);
+  if (!palette.has(percent)) palette.set(percent, color("accent", percent / 100));
+  return palette.get(percent);
+}
+
+// The width that an element has, in CSS pixels; asking makes the browser lay out the page: once for each width of the window.
+const widths = new Map();
+function widthOf(element, most) {
+  if (!widths.has(element)) widths.set(element, element.clientWidth);
+  return Math.min(most, widths.get(element) || most);
 }
 
 // Set the size of a canvas in CSS pixels and return its context, sharp on every screen.
@@ -315,7 +334,7 @@ function renderDetail() {
   const name = tokenizer.specialIds.has(id) ? "special token" : "token";
   const facts = {
     [name]: label(id),
-    position: `${index - view.start} of 0 to ${view.ids.length - 1}`,
+    position: `${index - view.start} (0 to ${view.ids.length - 1})`,
     id: String(id),
     bytes: hex(bytes).join(" "),
     probability: surprise === null ? "nothing before it" : percent(2 ** -surprise),
@@ -457,7 +476,7 @@ function tableRow(id) {
 function drawTable() {
   const V = tokenizer.size, size = V <= 120 ? 11 : Math.max(1, Math.floor(1000 / V)), margin = V <= 120 ? 18 : 0;
   const ctx = context($("table"), margin + V * size, margin + V * size);
-  ctx.font = `${size - 1}px ${getComputedStyle($("text")).fontFamily}`;
+  ctx.font = `${size - 1}px ${mono}`;
   ctx.textAlign = "center";
   ctx.textBaseline = "middle";
   for (let row = 0; row < V; row++) {
@@ -469,13 +488,13 @@ function drawTable() {
       ctx.fillRect(margin + column * size, margin + row * size, size, size);
     }
     if (margin) {
-      ctx.fillStyle = row === cell.row ? color("accent", 0.99) : color("muted", 0.99);
+      ctx.fillStyle = row === cell.row ? color("accent", 1) : color("muted", 1);
       ctx.fillText(label(row), margin / 2, margin + (row + 0.5) * size);
-      ctx.fillStyle = row === cell.column ? color("accent", 0.99) : color("muted", 0.99);
+      ctx.fillStyle = row === cell.column ? color("accent", 1) : color("muted", 1);
       ctx.fillText(label(row), margin + (row + 0.5) * size, margin / 2);
     }
   }
-  ctx.strokeStyle = color("warm", 0.99);
+  ctx.strokeStyle = color("warm", 1);
   ctx.strokeRect(margin, margin + cell.row * size, V * size, size);
   ctx.lineWidth = 2;
   ctx.strokeRect(margin + cell.column * size, margin + cell.row * size, size, size);
@@ -489,12 +508,6 @@ function drawTable() {
   $("table-cell").textContent = text;
   $("table").setAttribute("aria-label", `Table of the bigram model, ${V} rows and columns. ${text}`);
   $("table").dataset.cell = `${size} ${margin}`;
-}
-
-let shades = null;
-function shade(alpha) {
-  shades ??= color("accent");
-  return `rgb(${shades.join(" ")} / ${alpha.toFixed(3)})`;
 }
 
 function moveCell(row, column) {
@@ -528,10 +541,13 @@ function renderAttention() {
     button.setAttribute("aria-pressed", layer === state.layer && head === state.head);
     if (canvas.dataset.drawn === drawn()) return;
     canvas.width = canvas.height = T;
-    const ctx = canvas.getContext("2d"), image = ctx.createImageData(T, T);
+    const ctx = canvas.getContext("2d"), image = ctx.createImageData(T, T), pixels = image.data;
     for (let q = 0; q < T; q++) {
       const weights = view.attention(layer, head, from + q);
-      for (let j = 0; j <= q; j++) image.data.set([r, g, b, 18 + 237 * Math.sqrt(weights[from + j])], 4 * (q * T + j));
+      for (let j = 0, i = 4 * q * T; j <= q; j++, i += 4) {
+        [pixels[i], pixels[i + 1], pixels[i + 2]] = [r, g, b];
+        pixels[i + 3] = 18 + 237 * Math.sqrt(weights[from + j]);
+      }
     }
     ctx.putImageData(image, 0, 0);
     canvas.dataset.drawn = drawn();
@@ -561,10 +577,10 @@ function renderHead() {
   $("head-name").textContent = name;
 
   // the picture
-  const room = Math.min(480, $("head").parentElement.clientWidth || 480), size = Math.max(1, Math.min(28, Math.floor((room - 34) / T)));
+  const room = widthOf($("head").parentElement, 480), size = Math.max(1, Math.min(28, Math.floor((room - 34) / T)));
   const margin = size >= 9 ? 34 : 0;
   const ctx = context($("head"), margin + T * size, margin + T * size);
-  ctx.font = `${Math.min(12, size + 1)}px ${getComputedStyle($("text")).fontFamily}`;
+  ctx.font = `${Math.min(12, size + 1)}px ${mono}`;
   ctx.textBaseline = "middle";
   const short = view.ids.slice(from).every((id) => label(id).length === 1); // labels stand upright
   for (let q = 0; q < T; q++) {
@@ -574,7 +590,7 @@ function renderHead() {
       ctx.fillRect(margin + j * size, margin + q * size, size - (size > 6 ? 1 : 0), size - (size > 6 ? 1 : 0));
     }
     if (margin) {
-      ctx.fillStyle = from + q === query ? color("warm", 0.99) : color("muted", 0.99);
+      ctx.fillStyle = from + q === query ? color("warm", 1) : color("muted", 1);
       ctx.textAlign = "right";
       ctx.fillText(label(view.ids[from + q]).slice(0, 5), margin - 4, margin + (q + 0.5) * size);
       ctx.save();
@@ -587,7 +603,7 @@ function renderHead() {
     }
   }
   if (query >= from) {
-    ctx.strokeStyle = color("warm", 0.99);
+    ctx.strokeStyle = color("warm", 1);
     ctx.lineWidth = 1.5;
     ctx.strokeRect(margin, margin + (query - from) * size, (query - from + 1) * size, size);
   }
@@ -632,7 +648,7 @@ function renderArcs(query, weights) {
     path.setAttribute("stroke-opacity", (0.2 + 0.8 * Math.sqrt(weights[t])).toFixed(2));
     svg.append(path);
   }
-  $("arcs-scroll").scrollLeft = to - $("arcs-scroll").clientWidth * 0.7;
+  $("arcs-scroll").scrollLeft = to - widthOf($("arcs-scroll"), 2000) * 0.7;
 }
 
 // logit lens
@@ -747,7 +763,7 @@ function renderEmbeddings() {
 }
 
 function drawMap(id, found) {
-  const size = Math.min(500, $("map").parentElement.clientWidth || 500), ctx = context($("map"), size, size);
+  const size = widthOf($("map").parentElement, 500), ctx = context($("map"), size, size);
   const { ids, xy } = embeddings, all = ids.length <= MAP_LABELS;
   let [left, right, top, bottom] = [Infinity, -Infinity, Infinity, -Infinity];
   for (let i = 0; i < ids.length; i++) {
@@ -761,10 +777,10 @@ function drawMap(id, found) {
     pad + ((xy[2 * i] - left) / (right - left || 1)) * (size - 2 * pad),
     pad + ((xy[2 * i + 1] - top) / (bottom - top || 1)) * (size - 2 * pad),
   ]);
-  ctx.font = `${all ? 13 : 11}px ${getComputedStyle($("text")).fontFamily}`;
+  ctx.font = `${all ? 13 : 11}px ${mono}`;
   ctx.textAlign = "center";
   ctx.textBaseline = "middle";
-  const colors = { muted: color("muted", all ? 0.95 : 0.35), text: color("ink", 0.95), accent: color("accent", 0.99), warm: color("warm", 0.99) };
+  const colors = { muted: color("muted", all ? 0.95 : 0.35), text: color("ink", 0.95), accent: color("accent", 1), warm: color("warm", 1) };
   const order = Array.from(ids.keys()).sort((a, b) => rank(ids[a]) - rank(ids[b]));
   function rank(other) {
     return other === id ? 3 : near.has(other) ? 2 : text.has(other) ? 1 : 0;
@@ -896,7 +912,7 @@ function heat() {
       ctx.fillRect(v * width, t * height, width, height - 1);
     }
   });
-  ctx.strokeStyle = color("warm", 0.99);
+  ctx.strokeStyle = color("warm", 1);
   ctx.lineWidth = 2;
   ctx.strokeRect(1, (rows.length - 1) * height - 0.5, columns * width - 2, height + 0.5);
   canvas.style.maxWidth = "100%";
@@ -942,6 +958,9 @@ function stepBack() {
 // lines of model.py
 
 function showCode(place, name, marks) {
+  const shown = [name, ...marks].join(" ");
+  if (place.dataset.shown === shown) return;
+  place.dataset.shown = shown;
   const { line, text, marks: known } = data.source[name], spans = marks.map((mark) => known[mark]);
   const isOn = (number) => spans.some(([first, last]) => first <= number && number <= last);
   const rows = text.replace(/\n$/, "").split("\n").map((row, i) =>
@@ -1117,6 +1136,7 @@ function listen() {
   $("step-back").addEventListener("click", stepBack);
   let width = window.innerWidth;
   window.addEventListener("resize", () => {
+    widths.clear();
     if (width !== window.innerWidth) renderChosen();
     width = window.innerWidth;
   });
@@ -1126,7 +1146,7 @@ const isDark = () => (document.documentElement.dataset.theme ?? (matchMedia("(pr
 function setTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme;
   $("theme").textContent = isDark() ? "Light" : "Dark";
-  shades = null;
+  palette.clear();
   renderChosen();
   renderStep();
 }
