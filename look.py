@@ -63,10 +63,20 @@ def main(config: Config) -> None:
     prompt_ids = fit(prompt_ids, config.max_new_tokens, model)
 
     # what the model writes
-    idx = torch.tensor([prompt_ids], device=device)
-    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-    generators = text_generators(config.seed, range(1), device)
-    text = model.generate(idx, config.max_new_tokens, **sampling, vocab_size=tokenizer.vocab_size, generators=generators)
+    stream = model.stream(
+        torch.tensor([prompt_ids], device=device),
+        config.max_new_tokens,
+        config.temperature,
+        config.top_k,
+        config.top_p,
+        vocab_size=tokenizer.vocab_size,
+        generators=text_generators(config.seed, range(1), device),
+    )
+    written_ids: list[int] = []
+    for token in stream:
+        written_ids.append(token.item())
+        if config.chat and chat_format.stop in tokenizer.decode(written_ids):
+            break
 
     # the page
     about = {
@@ -74,13 +84,13 @@ def main(config: Config) -> None:
         "tokenizer_name": str(tokenizer),
         "prompt": prompt,
         "empty_ids": conversation.separator(tokenizer) or [0],
-        "sampling": sampling | {"seed": config.seed},
+        "sampling": {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")},
         "chat": chat_format and page.chat_data(chat_format, tokenizer, config.chat),
-        "trained": {"iter_num": ckpt.iter_num, "best_val_loss": ckpt.best_val_loss},
+        "trained": {"iter_num": ckpt.iter_num, "best_val_loss": ckpt.best_val_loss if ckpt.best_val_loss < 1e9 else None},
     }
     if isinstance(model, Bigram):
         about["counts"] = page.bigram_counts(tokenizer, str(ckpt.config.get("dataset", "")))
-    html = page.build(model, tokenizer, prompt_ids, text[0, len(prompt_ids) :].tolist(), about)
+    html = page.build(model, tokenizer, prompt_ids, written_ids, about)
     out = Path(config.out or (Path(config.out_dir) / "look.html" if config.init_from == "resume" else "look.html"))
     try:
         with atomic_write(out) as file:

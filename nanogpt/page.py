@@ -133,8 +133,9 @@ def build(
 
 def runs_in_page(model: GPT | Bigram) -> bool:
     """Whether a model is small enough for the page, and its weights have a float16."""
-    largest = max(parameter.abs().max().item() for parameter in model.parameters())
-    return model.get_num_params(non_embedding=False) <= PAGE_PARAMETERS and largest < torch.finfo(torch.float16).max
+    if model.get_num_params(non_embedding=False) > PAGE_PARAMETERS:
+        return False
+    return max(parameter.abs().max().item() for parameter in model.parameters()) < torch.finfo(torch.float16).max
 
 
 def recorded_tokens(model: GPT | Bigram) -> int:
@@ -203,7 +204,8 @@ def byte_pairs(description: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]
     pattern = next((name for name, wanted in splits.items() if steps == wanted), None)
     unusual = any(model.get(key) for key in ("end_of_word_suffix", "byte_fallback", "ignore_merges", "unk_token"))
     unusual = unusual or any(
-        token[flag] for token in description["added_tokens"] for flag in ("single_word", "lstrip", "rstrip", "normalized")
+        not token["special"] or token["single_word"] or token["lstrip"] or token["rstrip"] or token["normalized"]
+        for token in description["added_tokens"]
     )
     if model["type"] != "BPE" or pattern is None or unusual or description["normalizer"]:
         return None

@@ -473,41 +473,52 @@ function tableRow(id) {
   return probabilities.get(id);
 }
 
+// The table in its colours, drawn once for each theme.
+let table = null;
+function tableCanvas(size) {
+  if (table) return table;
+  const V = tokenizer.size, ctx = context((table = el("canvas")), V * size, V * size);
+  for (let row = 0; row < V; row++) {
+    const p = tableRow(row), total = counts ? totalOf(row) : 0;
+    for (let column = 0; column < V; column++) {
+      const share = total ? counts[row * V + column] / total : p[column];
+      if (share < 0.0005) continue;
+      ctx.fillStyle = shade(Math.sqrt(share));
+      ctx.fillRect(column * size, row * size, size, size);
+    }
+  }
+  return table;
+}
+
+const totalOf = (row) => counts.subarray(row * tokenizer.size, (row + 1) * tokenizer.size).reduce((a, b) => a + b, 0);
+
 function drawTable() {
   const V = tokenizer.size, size = V <= 120 ? 11 : Math.max(1, Math.floor(1000 / V)), margin = V <= 120 ? 18 : 0;
-  const ctx = context($("table"), margin + V * size, margin + V * size);
+  const { row, column } = cell, ctx = context($("table"), margin + V * size, margin + V * size);
+  ctx.drawImage(tableCanvas(size), margin, margin, V * size, V * size);
   ctx.font = `${size - 1}px ${mono}`;
   ctx.textAlign = "center";
   ctx.textBaseline = "middle";
-  for (let row = 0; row < V; row++) {
-    const p = tableRow(row), sum = counts ? counts.subarray(row * V, (row + 1) * V).reduce((a, b) => a + b, 0) : 0;
-    for (let column = 0; column < V; column++) {
-      const share = sum ? counts[row * V + column] / sum : p[column];
-      if (share < 0.0005) continue;
-      ctx.fillStyle = shade(Math.sqrt(share));
-      ctx.fillRect(margin + column * size, margin + row * size, size, size);
-    }
-    if (margin) {
-      ctx.fillStyle = row === cell.row ? color("accent", 1) : color("muted", 1);
-      ctx.fillText(label(row), margin / 2, margin + (row + 0.5) * size);
-      ctx.fillStyle = row === cell.column ? color("accent", 1) : color("muted", 1);
-      ctx.fillText(label(row), margin + (row + 0.5) * size, margin / 2);
-    }
+  for (let id = 0; margin && id < V; id++) {
+    ctx.fillStyle = color(id === row ? "accent" : "muted", 1);
+    ctx.fillText(label(id).slice(0, 1), margin / 2, margin + (id + 0.5) * size);
+    ctx.fillStyle = color(id === column ? "accent" : "muted", 1);
+    ctx.fillText(label(id).slice(0, 1), margin + (id + 0.5) * size, margin / 2);
   }
   ctx.strokeStyle = color("warm", 1);
-  ctx.strokeRect(margin, margin + cell.row * size, V * size, size);
+  ctx.strokeRect(margin, margin + row * size, V * size, size);
   ctx.lineWidth = 2;
-  ctx.strokeRect(margin + cell.column * size, margin + cell.row * size, size, size);
-  const { row, column } = cell, p = tableRow(row)[column];
-  let text = `After ${label(row)}, the model gives ${label(column)} the probability ${percent(p)}.`;
+  ctx.strokeRect(margin + column * size, margin + row * size, size, size);
+  const p = tableRow(row)[column];
+  let text = `After “${label(row)}”, the model gives “${label(column)}” the probability ${percent(p)}.`;
   if (counts) {
-    const all = counts.subarray(row * V, (row + 1) * V), sum = all.reduce((a, b) => a + b, 0);
-    text += ` In the training text, it came ${count(all[column])} times of ${count(sum)}`;
-    text += sum ? ` (${percent(all[column] / sum)}).` : ".";
+    const times = counts[row * V + column], total = totalOf(row);
+    text += ` In the training text, it came ${count(times)} times of ${count(total)}${total ? ` (${percent(times / total)})` : ""}.`;
   }
   $("table-cell").textContent = text;
   $("table").setAttribute("aria-label", `Table of the bigram model, ${V} rows and columns. ${text}`);
   $("table").dataset.cell = `${size} ${margin}`;
+  $("table").parentElement.scrollLeft = margin + column * size - widthOf($("table").parentElement, 2000) / 2;
 }
 
 function moveCell(row, column) {
@@ -1061,13 +1072,13 @@ function texts() {
   document.title = `Inside ${data.title}`;
   $("title").textContent = data.title;
   const size = totalParameters >= 1e6 ? `${(totalParameters / 1e6).toFixed(totalParameters < 1e7 ? 2 : 0)} million parameters` : `${count(totalParameters)} parameters`;
-  const trained = data.trained.iter_num > 0 ? ` · ${count(data.trained.iter_num)} iterations${data.trained.best_val_loss ? `, validation loss ${data.trained.best_val_loss.toFixed(3)}` : ""}` : "";
+  const trained = data.trained.iter_num > 0 ? ` · ${count(data.trained.iter_num)} iterations${data.trained.best_val_loss !== null ? `, validation loss ${data.trained.best_val_loss.toFixed(3)}` : ""}` : "";
   $("shape").textContent = isGPT
     ? `GPT · ${size} · ${n_layer} layers · ${n_head} heads · ${count(n_embd)} channels · context of ${count(block_size)} tokens · ${data.tokenizer_name}${trained}`
     : `Bigram model · ${size} · ${data.tokenizer_name}${trained}`;
   $("tokens-lead").textContent = "A model reads numbers. The tokenizer turns text into tokens, each with an id; the more surprising a token is to the model after those before it, the stronger its colour. Click a token, or use the arrow keys: all that is below belongs to it.";
   $("next-lead").textContent = `After the chosen token, the model gives each of ${count(V)} tokens a logit, and softmax turns these into probabilities. The sliders change what is drawn from, not the model.`;
-  $("table-lead").textContent = `A bigram model is a table: row i says what follows token i.${counts ? " The colour shows how often each pair occurs in the training text." : " The colour shows the model's probability."} Click a cell, or move with the arrow keys.`;
+  $("table-lead").textContent = `A bigram model is a table: row i says what follows token i: its column is the next token.${counts ? " The colour shows how often each pair occurs in the training text." : " The colour shows the model's probability."} Click a cell, or move with the arrow keys.`;
   $("embeddings-lead").textContent = `The first thing the model does with an id is to look up its embedding, a vector of ${count(n_embd)} learned numbers. Tokens that are used alike end up near each other: here, by the cosine of the angle between them.`;
   $("generate-lead").textContent = isLive
     ? "The model predicts one token, which is appended to the text; then it runs again. Each step with its shapes, and its line of model.py."
@@ -1147,6 +1158,7 @@ function setTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme;
   $("theme").textContent = isDark() ? "Light" : "Dark";
   palette.clear();
+  table = null;
   renderChosen();
   renderStep();
 }
