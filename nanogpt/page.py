@@ -39,7 +39,8 @@ RECORDED_CHOICES = 256  # likeliest tokens of each distribution; the rest is one
 LENS_CHOICES = 5  # likeliest tokens of each layer
 NEIGHBORS = 12  # nearest tokens of each embedding
 MAP_TOKENS = 1500  # on the map of the embeddings, besides those of the text
-WORDS = 600  # whole words for a - b + c
+WORDS = 600  # whole words for a - b + c, those of low ids
+SMALL_VOCABULARY = 300  # with no more tokens, all of them may be calculated with
 COUNTED_TOKENS = 1 << 24  # of a dataset at a time
 TEMPERATURES = [i / 20 for i in range(1, 41)]  # the stops of the page's slider above 0
 GPT2_SPLIT = ("gpt2", "r50k_base", "p50k_base")  # encodings of tiktoken that split a text as GPT-2's does
@@ -244,7 +245,7 @@ def record(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> tuple[dict[str, 
 
     # embeddings: nearest tokens of those in the text, cosines between words, and the map
     directions = F.normalize(model.transformer.wte.weight[:V], dim=-1)
-    occurring, words = sorted(set(ids)), whole_words(tokenizer)
+    occurring, words = sorted(set(ids)), calculable(tokenizer)
     cosines, nearest = (directions[occurring] @ directions.T).topk(min(NEIGHBORS + 1, V))  # each token's first is itself
     gram = directions[words] @ directions[words].T
     on_map = sorted({*words, *range(min(MAP_TOKENS, V)), *occurring, *nearest.flatten().tolist()})
@@ -270,8 +271,10 @@ def record(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> tuple[dict[str, 
     return recorded, {*on_map, *choices.flatten().tolist(), *lens_ids.flatten().tolist()}
 
 
-def whole_words(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of WORDS tokens that are a space and a word, those of low ids first, and of ANALOGY_WORDS."""
+def calculable(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of the tokens for a - b + c: all of a small vocabulary, else whole words, WORDS and ANALOGY_WORDS."""
+    if tokenizer.vocab_size <= SMALL_VOCABULARY:
+        return list(range(tokenizer.vocab_size))
     wanted = {f" {word}".encode() for word in ANALOGY_WORDS}
     words = [i for i in range(tokenizer.vocab_size) if re.fullmatch(rb" [A-Za-z]{3,}", tokenizer.token_bytes(i))]
     return sorted({*words[:WORDS], *(i for i in words if tokenizer.token_bytes(i) in wanted)})

@@ -8,6 +8,7 @@ const SHOWN_ATTENTION = 256; // positions, the last ones
 const LENS_PRODUCTS = 1e8; // for the table of all positions, of which a larger model shows fewer
 const MAP_LABELS = 130; // with more tokens, only some of a map have labels
 const WORDS = 600; // to calculate with
+const SMALL_VOCABULARY = 300; // with no more tokens, all of them
 const WRITE_AT_ONCE = 2000; // tokens of "Keep writing"
 const ANALOGIES = [[" king", " man", " woman"], ["a", "A", "B"]];
 
@@ -708,7 +709,7 @@ const words = isGPT ? wordChoices() : [];
 function wordChoices() {
   if (!isLive) return view._words;
   const ids = Array.from(tokenBytes.keys()).filter((id) => tokenBytes.get(id).length && !tokenizer.specialIds.has(id));
-  if (ids.length <= 300) return ids;
+  if (tokenizer.size <= SMALL_VOCABULARY) return ids;
   const isWord = (id) => /^ [A-Za-z]{3,}$/.test(latin1(tokenBytes.get(id)));
   const found = ids.filter(isWord).slice(0, WORDS);
   return found.length >= 3 ? found : ids.slice(0, WORDS);
@@ -820,7 +821,7 @@ function setSums() {
     select.addEventListener("change", renderSum);
   });
   $("sum-note").textContent = "Faded: the three themselves, which are often the nearest. The famous examples leave them out, and are picked among many that fail." +
-    (isLive ? "" : ` Among ${count(words.length)} whole words.`);
+    (isLive ? "" : ` Among ${count(words.length)} tokens.`);
   renderSum();
 }
 
@@ -1181,7 +1182,8 @@ function begin() {
   update(Math.max(0, state.prompt.length - 1));
   texts();
   renderArchitecture();
-  if (isGPT) setSums();
+  $("calculate").hidden = words.length < 3;
+  if (words.length >= 3) setSums();
   listen();
   $("theme").textContent = isDark() ? "Light" : "Dark";
 }
