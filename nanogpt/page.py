@@ -33,6 +33,7 @@ from nanogpt.tokenizer import (
 )
 
 WEB = Path(__file__).resolve().parent / "web"
+SCRIPTS = ("model.js", "tokenizer.js", "elements.js", "numbers.js", "pictures.js", "steps.js", "page.js")  # in this order
 PAGE_PARAMETERS = 5_000_000  # at most in a page, at 2 bytes each
 RECORDED_TOKENS = 64  # of a text, at most, in the page of a larger model
 RECORDED_CHOICES = 256  # likeliest tokens of each distribution; the rest is one number
@@ -148,9 +149,9 @@ def assemble(data: dict[str, Any]) -> bytes:
     """Return the files of web/ as one, with `data` as JSON that no text in it can leave."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)  # ASCII: no U+2028, no bidi mark
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    parts = {name: (WEB / name).read_text(encoding="utf-8") for name in ("page.css", "model.js", "tokenizer.js", "page.js")}
+    scripts = "\n".join((WEB / name).read_text(encoding="utf-8") for name in SCRIPTS)
     page = (WEB / "page.html").read_text(encoding="utf-8")
-    for name, part in [*parts.items(), ("data", text)]:
+    for name, part in (("style", (WEB / "page.css").read_text(encoding="utf-8")), ("scripts", scripts), ("data", text)):
         page = page.replace(f"{{{{{name}}}}}", part)
     return page.encode()
 
