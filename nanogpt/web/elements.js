@@ -17,14 +17,20 @@ function el(tag, attributes = {}, ...children) {
   return element;
 }
 
-// A colour of page.css as [red, green, blue], or as a string with this opacity. Asking the browser is slow: once for each theme.
+// A colour of page.css as [red, green, blue], or as a string with this opacity; the browser is asked once for each theme.
 const palette = new Map();
 function color(name, alpha = null) {
   if (!palette.has(name)) {
     const probe = el("span");
     probe.style.color = `var(--${name})`;
     document.body.append(probe);
-    palette.set(name, getComputedStyle(probe).color.match(/[\d.]+/g).slice(0, 3).map(Number));
+    palette.set(
+      name,
+      getComputedStyle(probe)
+        .color.match(/[\d.]+/g)
+        .slice(0, 3)
+        .map(Number),
+    );
     probe.remove();
   }
   return alpha === null ? palette.get(name) : `rgb(${palette.get(name).join(" ")} / ${alpha.toFixed(3)})`;

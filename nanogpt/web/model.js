@@ -262,7 +262,7 @@ function likeliest(logits, count) {
 
 // What sample_next of model.py draws from: temperature, then top-k, then top-p; 0 turns either off, temperature 0 is greedy.
 // choices: {ids, logits} from the likeliest on, of `size` tokens; `rest(temperature)` is the log-sum-exp of those left out.
-// Returns {scaled: logits / temperature, k: kept by top-k, kept: of these, by top-p, p: their probabilities, rest: the others'}.
+// Returns {scaled: logits / temperature, k: kept by top-k, kept: of these by top-p, p: their probabilities, rest: the others'}.
 function distribution(choices, temperature, topK, topP) {
   const count = choices.logits.length;
   if (temperature < 1e-5) return { scaled: Float64Array.from(choices.logits), k: 1, kept: 1, p: [1], rest: 0 };

@@ -14,13 +14,17 @@ function unpack(packed) {
 // float16 to float32
 function halves(bits) {
   return Float32Array.from(bits, (half) => {
-    const sign = half & 0x8000 ? -1 : 1, exponent = (half >> 10) & 31, fraction = half & 1023;
+    const sign = half & 0x8000 ? -1 : 1,
+      exponent = (half >> 10) & 31,
+      fraction = half & 1023;
     return exponent ? sign * 2 ** (exponent - 15) * (1 + fraction / 1024) : sign * 2 ** -14 * (fraction / 1024);
   });
 }
 
 function readTokens({ ids, lengths, bytes }) {
-  const found = new Map(), all = unpack(bytes), sizes = unpack(lengths);
+  const found = new Map(),
+    all = unpack(bytes),
+    sizes = unpack(lengths);
   let start = 0;
   unpack(ids).forEach((id, i) => {
     found.set(id, all.subarray(start, start + sizes[i]));
@@ -54,7 +58,8 @@ class Live {
   }
 
   choices(t) {
-    const logits = this.model.logits[t], ids = ranked(logits);
+    const logits = this.model.logits[t],
+      ids = ranked(logits);
     return { ids, logits: Float64Array.from(ids, (id) => logits[id]), size: ids.length, rest: () => -Infinity };
   }
 
@@ -83,7 +88,8 @@ class Recorded {
   }
 
   choices(t) {
-    const size = this._choices.shape[1], stops = this._rest.shape[1];
+    const size = this._choices.shape[1],
+      stops = this._rest.shape[1];
     return {
       ids: this._choices.subarray(t * size, (t + 1) * size),
       logits: Float64Array.from(this._top.subarray(t * size, (t + 1) * size)),
@@ -93,12 +99,14 @@ class Recorded {
   }
 
   lens(layer, t) {
-    const [, T, size] = this._lens.shape, first = (layer * T + t) * size;
+    const [, T, size] = this._lens.shape,
+      first = (layer * T + t) * size;
     return Array.from({ length: size }, (_, i) => ({ id: this._lens_ids[first + i], p: this._lens[first + i] }));
   }
 
   attention(layer, head, query) {
-    const [, heads, cells] = this._attention.shape, row = (layer * heads + head) * cells + (query * (query + 1)) / 2;
+    const [, heads, cells] = this._attention.shape,
+      row = (layer * heads + head) * cells + (query * (query + 1)) / 2;
     return Float32Array.from(this._attention.subarray(row, row + query + 1), (weight) => weight / 65535);
   }
 
@@ -114,7 +122,7 @@ const view = data.weights ? new Live() : new Recorded();
 const isLive = view instanceof Live;
 const random = generator(data.sampling.seed);
 
-// A token as a person can read it: visible spaces and line breaks, bytes that are no text as \x.., invisible characters by number.
+// A token as a person can read it: spaces and line breaks by a sign, bytes that are no text as \x.., the invisible by number.
 const labels = new Map();
 function label(id) {
   if (!labels.has(id)) {
@@ -126,7 +134,9 @@ function label(id) {
       text = text.replace(/[\p{C}\p{Z}]/gu, (c) => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
       text = text.replace(/^(?=\p{M})/u, "◌");
     } catch {
-      text = hex(bytes).map((byte) => `\\x${byte}`).join("");
+      text = hex(bytes)
+        .map((byte) => `\\x${byte}`)
+        .join("");
     }
     labels.set(id, text || "∅");
   }

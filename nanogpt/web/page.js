@@ -37,9 +37,12 @@ function typed() {
   const { ids, missing } = encode($("text").value);
   state.prompt = ids.length ? ids : data.empty_ids;
   state.written = [];
-  note(missing && (tokenizer.kind === "ids"
-    ? `These tokens have no text: write ids below ${count(tokenizer.size)}, got ${JSON.stringify(missing)}`
-    : `${JSON.stringify(missing)} is left out: it is not among the ${data.tokenizer_name} of this model.`));
+  note(
+    missing &&
+      (tokenizer.kind === "ids"
+        ? `These tokens have no text: write ids below ${count(tokenizer.size)}, got ${JSON.stringify(missing)}`
+        : `${JSON.stringify(missing)} is left out: it is not among the ${data.tokenizer_name} of this model.`),
+  );
   update();
 }
 
@@ -94,11 +97,14 @@ function bits(index) {
 }
 
 function renderTokens() {
-  const ids = allIds(), first = Math.max(0, Math.min(ids.length - SHOWN_TOKENS, view.start)), row = $("tokens");
+  const ids = allIds(),
+    first = Math.max(0, Math.min(ids.length - SHOWN_TOKENS, view.start)),
+    row = $("tokens");
   let total = 0;
   row.replaceChildren(...(first ? [el("span", { class: "muted small" }, `… ${count(first)} tokens before`)] : []));
   for (let index = first; index < ids.length; index++) {
-    const id = ids[index], surprise = index > view.start ? bits(index) : null;
+    const id = ids[index],
+      surprise = index > view.start ? bits(index) : null;
     const classes = (index >= state.prompt.length ? "written" : "") + (index < view.start ? " outside" : "");
     const attributes = { role: "option", "data-index": index, "aria-selected": index === state.chosen };
     attributes.tabindex = index === state.chosen ? 0 : -1;
@@ -117,7 +123,8 @@ function renderTokens() {
   row.scrollTop = row.scrollHeight;
   $("legend-outside").hidden = view.start === 0;
   $("clear").disabled = !isLive || !state.written.length;
-  const predicted = view.ids.length - 1, nats = (total / predicted) * Math.LN2;
+  const predicted = view.ids.length - 1,
+    nats = (total / predicted) * Math.LN2;
   $("loss").textContent = predicted
     ? `Mean surprise of this text: ${(total / predicted).toFixed(2)} bits a token. In nats that is its loss, ${nats.toFixed(3)}` +
       ` (cross-entropy); perplexity ${Math.exp(nats).toFixed(1)}.`
@@ -125,7 +132,10 @@ function renderTokens() {
 }
 
 function renderDetail() {
-  const index = state.chosen, id = allIds()[index], bytes = tokenBytes.get(id) ?? [], surprise = bits(index);
+  const index = state.chosen,
+    id = allIds()[index],
+    bytes = tokenBytes.get(id) ?? [],
+    surprise = bits(index);
   const name = tokenizer.specialIds.has(id) ? "special token" : "token";
   const facts = {
     [name]: label(id),
@@ -135,7 +145,9 @@ function renderDetail() {
     probability: surprise === null ? "nothing before it" : percent(2 ** -surprise),
     surprise: surprise === null ? "–" : `${surprise.toFixed(2)} bits`,
   };
-  $("detail").replaceChildren(...Object.entries(facts).map(([key, value]) => el("div", {}, el("dt", {}, key), el("dd", {}, value))));
+  $("detail").replaceChildren(
+    ...Object.entries(facts).map(([key, value]) => el("div", {}, el("dt", {}, key), el("dd", {}, value))),
+  );
   $("chosen").replaceChildren(`token ${index + 1} of ${allIds().length} `, tokenElement("span", id), ` id ${id}`);
   $("previous").disabled = index <= view.start;
   $("next").disabled = index >= allIds().length - 1;
@@ -144,7 +156,8 @@ function renderDetail() {
 // the next token
 
 function distributionAt(t) {
-  const choices = view.choices(t), { temperature, topK, topP } = state.sampling;
+  const choices = view.choices(t),
+    { temperature, topK, topP } = state.sampling;
   return { choices, ...distribution(choices, temperature, topK, topP) };
 }
 
@@ -155,20 +168,27 @@ function bar(name, share, number, { classes = "", ghost = null, onclick = null, 
     track.append(el("span", { class: "ghost" }));
     track.lastChild.style.width = `${100 * Math.min(1, ghost)}%`;
   }
-  const text = onclick ? el("button", { type: "button", class: "name", onclick, "aria-label": title || name }, name) : el("span", { class: "name" }, name);
+  const text = onclick
+    ? el("button", { type: "button", class: "name", onclick, "aria-label": title || name }, name)
+    : el("span", { class: "name" }, name);
   return el("li", { class: classes }, text, track, el("span", { class: "number" }, number));
 }
 
 function renderNext() {
-  const t = state.chosen - view.start, found = distributionAt(t), { choices, k, kept, p, rest } = found;
-  const next = allIds()[state.chosen + 1], written = state.chosen + 1 >= state.prompt.length;
+  const t = state.chosen - view.start,
+    found = distributionAt(t),
+    { choices, k, kept, p, rest } = found;
+  const next = allIds()[state.chosen + 1],
+    written = state.chosen + 1 >= state.prompt.length;
   const plain = distribution(choices, 1, 0, 0).p;
   const shown = Array.from({ length: Math.min(BARS, choices.ids.length) }, (_, i) => i);
   const place = next === undefined ? -1 : choices.ids.indexOf(next);
   if (place >= BARS) shown.push(place);
   const scale = Math.max(p[0], plain[0]);
   const rows = shown.map((i) => {
-    const id = choices.ids[i], isNext = id === next, share = i < kept ? p[i] : 0;
+    const id = choices.ids[i],
+      isNext = id === next,
+      share = i < kept ? p[i] : 0;
     const item = bar(label(id), share / scale, i < kept ? percent(share) : "cut off", {
       classes: `${i < kept ? "" : "cut"} ${isNext ? "next" : ""}`,
       ghost: plain[i] / scale,
@@ -179,12 +199,18 @@ function renderNext() {
     if (isNext) item.title = written ? "drawn" : "next in the text";
     return item;
   });
-  if (rest) rows.push(bar(`other ${count(choices.size - choices.ids.length)}`, rest / scale, percent(rest), { classes: "rest" }));
+  if (rest)
+    rows.push(bar(`other ${count(choices.size - choices.ids.length)}`, rest / scale, percent(rest), { classes: "rest" }));
   $("bars").replaceChildren(...rows);
   const mass = plain.subarray(0, kept).reduce((sum, value) => sum + value, 0);
   const size = rest ? choices.size : kept;
-  const how = state.sampling.temperature < 1e-5 ? "Greedy: always the likeliest." : `The draw is among ${count(size)} of ${count(choices.size)} tokens, which hold ${percent(rest ? 1 : mass)} of the model's own probability.`;
-  $("kept").textContent = `${how} The orange mark is the model's own probability, before the sliders.` +
+  const how =
+    state.sampling.temperature < 1e-5
+      ? "Greedy: always the likeliest."
+      : `The draw is among ${count(size)} of ${count(choices.size)} tokens, which hold ${percent(rest ? 1 : mass)} of the ` +
+        "model's own probability.";
+  $("kept").textContent =
+    `${how} The orange mark is the model's own probability, before the sliders.` +
     (next === undefined ? "" : ` Underlined: what ${written ? "was drawn" : "follows in the text"}.`);
   $("kept").dataset.kept = kept;
   $("kept").dataset.k = k;
@@ -198,7 +224,8 @@ function setSliders() {
     Object.assign(input, { min, max, step });
     const show = () => {
       const value = state.sampling[key];
-      $(`${id}-out`).textContent = id === "top_k" ? (value === 0 || value >= tokenizer.size ? "all" : value) : value === 0 ? "0 (greedy)" : value;
+      const words = { top_k: value === 0 || value >= tokenizer.size ? "all" : value, temperature: value || "0 (greedy)" };
+      $(`${id}-out`).textContent = words[id] ?? value;
     };
     input.value = state.sampling[key];
     state.sampling[key] = Number(input.value); // the nearest stop of the slider
@@ -251,30 +278,34 @@ function writeOne() {
 // the beginning
 
 function texts() {
-  const { n_layer, n_head, n_embd, block_size } = data.config, V = tokenizer.size;
+  const { n_layer, n_head, n_embd, block_size } = data.config,
+    { iter_num, best_val_loss } = data.trained;
+  const millions = (totalParameters / 1e6).toFixed(totalParameters < 1e7 ? 2 : 0);
+  const facts = isGPT ? ["GPT"] : ["Bigram model"];
+  facts.push(totalParameters >= 1e6 ? `${millions} million parameters` : `${count(totalParameters)} parameters`);
+  if (isGPT) facts.push(`${n_layer} layers`, `${n_head} heads`, `${count(n_embd)} channels`);
+  if (isGPT) facts.push(`context of ${count(block_size)} tokens`);
+  facts.push(data.tokenizer_name);
+  if (iter_num > 0) facts.push(`${count(iter_num)} iterations`);
+  if (best_val_loss !== null) facts.push(`validation loss ${best_val_loss.toFixed(3)}`);
   document.title = `Inside ${data.title}`;
   $("title").textContent = data.title;
-  const size = totalParameters >= 1e6 ? `${(totalParameters / 1e6).toFixed(totalParameters < 1e7 ? 2 : 0)} million parameters` : `${count(totalParameters)} parameters`;
-  const trained = data.trained.iter_num > 0 ? ` · ${count(data.trained.iter_num)} iterations${data.trained.best_val_loss !== null ? `, validation loss ${data.trained.best_val_loss.toFixed(3)}` : ""}` : "";
-  $("shape").textContent = isGPT
-    ? `GPT · ${size} · ${n_layer} layers · ${n_head} heads · ${count(n_embd)} channels · context of ${count(block_size)} tokens · ${data.tokenizer_name}${trained}`
-    : `Bigram model · ${size} · ${data.tokenizer_name}${trained}`;
-  $("tokens-lead").textContent = "A model reads numbers. The tokenizer turns text into tokens, each with an id; the more surprising a token is to the model after those before it, the stronger its colour. Click a token, or use the arrow keys: all that is below belongs to it.";
-  $("next-lead").textContent = `After the chosen token, the model gives each of ${count(V)} tokens a logit, and softmax turns these into probabilities. The sliders change what is drawn from, not the model.`;
-  $("table-lead").textContent = `A bigram model is a table: row i says what follows token i: its column is the next token.${counts ? " The colour shows how often each pair occurs in the training text." : " The colour shows the model's probability."} Click a cell, or move with the arrow keys.`;
-  $("embeddings-lead").textContent = `The first thing the model does with an id is to look up its embedding, a vector of ${count(n_embd)} learned numbers. Tokens that are used alike end up near each other: here, by the cosine of the angle between them.`;
-  $("generate-lead").textContent = isLive
-    ? "The model predicts one token, which is appended to the text; then it runs again. Each step with its shapes, and its line of model.py."
-    : "How look.py wrote this text, one token at a time. Each step with its shapes, and its line of model.py.";
-  $("architecture-lead").textContent = "From ids to logits, with the shapes and parameters of this model. Click a part: its shapes, its weights, its lines of model.py.";
+  $("shape").textContent = facts.join(" · ");
+  $("size").textContent = count(tokenizer.size);
+  $("channels").textContent = count(n_embd);
+  $("table-colour").textContent = counts ? "how often each pair occurs in the training text" : "the model's probability";
+  $("generate-what").textContent = isLive
+    ? "The model predicts one token, which is appended to the text; then it runs again."
+    : "How look.py wrote this text, one token at a time.";
   $("footer").textContent = isLive
     ? `This file holds the model, its weights in 16 bits, and runs it: nothing is sent anywhere. Seed ${data.sampling.seed}.`
-    : `This file holds what the model computed for this text, ${count(view.ids.length)} tokens. A model of up to 5 million parameters would run in it.`;
+    : `This file holds what the model computed for this text, ${count(view.ids.length)} tokens. ` +
+      "A model of up to 5 million parameters would run in it.";
 }
 
 function listen() {
   $("theme").addEventListener("click", () => setTheme(isDark() ? "light" : "dark"));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setTheme(document.documentElement.dataset.theme ?? ""));
+  prefersDark.addEventListener("change", () => setTheme(document.documentElement.dataset.theme ?? ""));
   $("previous").addEventListener("click", () => choose(state.chosen - 1));
   $("next").addEventListener("click", () => choose(state.chosen + 1));
   $("tokens").addEventListener("click", (event) => {
@@ -336,7 +367,8 @@ function listen() {
   });
 }
 
-const isDark = () => (document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+const isDark = () => (document.documentElement.dataset.theme ?? (prefersDark.matches ? "dark" : "light")) === "dark";
 function setTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme;
   $("theme").textContent = isDark() ? "Light" : "Dark";

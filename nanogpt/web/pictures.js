@@ -6,12 +6,17 @@ const LENS_PRODUCTS = 1e8; // for the table of all positions, of which a larger 
 const MAP_LABELS = 130; // with more tokens, only some of a map have labels
 const WORDS = 600; // to calculate with
 const SMALL_VOCABULARY = 300; // with no more tokens, all of them
-const ANALOGIES = [[" king", " man", " woman"], ["a", "A", "B"]];
+const ANALOGIES = [
+  [" king", " man", " woman"],
+  ["a", "A", "B"],
+];
 
 // attention
 
 function renderAttention() {
-  const { n_layer, n_head } = data.config, T = Math.min(view.ids.length, SHOWN_ATTENTION), from = view.ids.length - T;
+  const { n_layer, n_head } = data.config,
+    T = Math.min(view.ids.length, SHOWN_ATTENTION),
+    from = view.ids.length - T;
   const grid = $("heads");
   if (!grid.children.length) {
     grid.style.gridTemplateColumns = `auto repeat(${n_head}, auto)`;
@@ -28,11 +33,15 @@ function renderAttention() {
   const [r, g, b] = color("accent");
   const buttons = grid.querySelectorAll("button");
   buttons.forEach((button, i) => {
-    const layer = Math.floor(i / n_head), head = i % n_head, canvas = button.firstChild;
+    const layer = Math.floor(i / n_head),
+      head = i % n_head,
+      canvas = button.firstChild;
     button.setAttribute("aria-pressed", layer === state.layer && head === state.head);
     if (canvas.dataset.drawn === drawn()) return;
     canvas.width = canvas.height = T;
-    const ctx = canvas.getContext("2d"), image = ctx.createImageData(T, T), pixels = image.data;
+    const ctx = canvas.getContext("2d"),
+      image = ctx.createImageData(T, T),
+      pixels = image.data;
     for (let q = 0; q < T; q++) {
       const weights = view.attention(layer, head, from + q);
       for (let j = 0, i = 4 * q * T; j <= q; j++, i += 4) {
@@ -47,7 +56,8 @@ function renderAttention() {
 }
 
 // What the small pictures depend on.
-let version = 0, lastIds = "";
+let version = 0,
+  lastIds = "";
 function drawn() {
   const ids = `${view.ids.join()} ${color("accent")}`;
   if (ids !== lastIds) [lastIds, version] = [ids, version + 1];
@@ -62,13 +72,17 @@ function enlarge(layer, head, focus = false) {
 }
 
 function renderHead() {
-  const { layer, head } = state, T = Math.min(view.ids.length, SHOWN_ATTENTION), from = view.ids.length - T;
-  const query = state.chosen - view.start, weights = view.attention(layer, head, query);
+  const { layer, head } = state,
+    T = Math.min(view.ids.length, SHOWN_ATTENTION),
+    from = view.ids.length - T;
+  const query = state.chosen - view.start,
+    weights = view.attention(layer, head, query);
   const name = `Layer ${layer}, head ${head}`;
   $("head-name").textContent = name;
 
   // the picture
-  const room = widthOf($("head").parentElement, 480), size = Math.max(1, Math.min(28, Math.floor((room - 34) / T)));
+  const room = widthOf($("head").parentElement, 480),
+    size = Math.max(1, Math.min(28, Math.floor((room - 34) / T)));
   const margin = size >= 9 ? 34 : 0;
   const ctx = context($("head"), margin + T * size, margin + T * size);
   ctx.font = `${Math.min(12, size + 1)}px ${mono}`;
@@ -100,11 +114,17 @@ function renderHead() {
   }
   Object.assign($("head").dataset, { size, margin, from });
   const most = ranked(weights).subarray(0, 10);
-  const strongest = `${label(view.ids[query])} at position ${query} attends most to ${label(view.ids[most[0]])} at ${most[0]}, with ${percent(weights[most[0]])}`;
+  const strongest =
+    `${label(view.ids[query])} at position ${query} attends most to ${label(view.ids[most[0]])} at ${most[0]}, ` +
+    `with ${percent(weights[most[0]])}`;
   $("head").setAttribute("aria-label", `${name}: attention of ${T} tokens. ${strongest}.`);
 
   // the chosen row
-  $("looks").replaceChildren("The row of ", tokenElement("span", view.ids[query]), ` (position ${query}): its ${query + 1} weights add up to 1.`);
+  $("looks").replaceChildren(
+    "The row of ",
+    tokenElement("span", view.ids[query]),
+    ` (position ${query}): its ${query + 1} weights add up to 1.`,
+  );
   $("attended").replaceChildren(
     ...Array.from(most, (key) => {
       const item = bar(`${label(view.ids[key])} ${key}`, weights[key] / weights[most[0]], percent(weights[key]));
@@ -117,12 +137,21 @@ function renderHead() {
 
 // Lines from the chosen token to those that it attends to.
 function renderArcs(query, weights) {
-  const first = Math.max(0, query - 80), last = Math.min(view.ids.length, Math.max(query + 12, first + 40));
+  const first = Math.max(0, query - 80),
+    last = Math.min(view.ids.length, Math.max(query + 12, first + 40));
   const line = el("div", { class: "line" });
   for (let t = first; t < last; t++) {
-    line.append(tokenElement("span", view.ids[t], t > query ? "later" : "", t <= query ? { "--weight": 100 * Math.sqrt(weights[t]) * 0.8 } : {}));
+    line.append(
+      tokenElement(
+        "span",
+        view.ids[t],
+        t > query ? "later" : "",
+        t <= query ? { "--weight": 100 * Math.sqrt(weights[t]) * 0.8 } : {},
+      ),
+    );
   }
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), height = 90;
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"),
+    height = 90;
   $("arcs").replaceChildren(svg, line);
   const middle = (t) => line.children[t - first].offsetLeft + line.children[t - first].offsetWidth / 2;
   const to = middle(query);
@@ -132,9 +161,11 @@ function renderArcs(query, weights) {
   svg.setAttribute("aria-label", "Lines from the chosen token to those that it attends to; the thicker, the larger the weight");
   for (let t = first; t <= query; t++) {
     if (weights[t] < 0.005) continue;
-    const path = document.createElementNS("http://www.w3.org/2000/svg", "path"), x = middle(t);
+    const path = document.createElementNS("http://www.w3.org/2000/svg", "path"),
+      x = middle(t);
     const rise = height - Math.min(height - 8, 14 + Math.abs(to - x) * 0.35);
-    path.setAttribute("d", t === query ? `M${x - 7} ${height} C${x - 16} ${height - 30} ${x + 16} ${height - 30} ${x + 7} ${height}` : `M${to} ${height} C${to} ${rise} ${x} ${rise} ${x} ${height}`);
+    const loop = `M${x - 7} ${height} C${x - 16} ${height - 30} ${x + 16} ${height - 30} ${x + 7} ${height}`; // to itself
+    path.setAttribute("d", t === query ? loop : `M${to} ${height} C${to} ${rise} ${x} ${rise} ${x} ${height}`);
     path.setAttribute("stroke-width", (0.5 + 6 * weights[t]).toFixed(2));
     path.setAttribute("stroke-opacity", (0.2 + 0.8 * Math.sqrt(weights[t])).toFixed(2));
     svg.append(path);
@@ -145,31 +176,51 @@ function renderArcs(query, weights) {
 // logit lens
 
 function renderLens() {
-  const { n_layer, n_embd } = data.config, t = state.chosen - view.start, T = view.ids.length;
+  const { n_layer, n_embd } = data.config,
+    t = state.chosen - view.start,
+    T = view.ids.length;
   const layers = Array.from({ length: n_layer + 1 }, (_, layer) => layer);
   const nameOf = (layer) => (layer === 0 ? "embeddings" : `block ${layer - 1}`);
-  const norms = layers.map((layer) => view.norm(layer, t)), longest = largest(norms), next = view.ids[t + 1];
+  const norms = layers.map((layer) => view.norm(layer, t)),
+    longest = largest(norms),
+    next = view.ids[t + 1];
   $("lens").replaceChildren(
     el("caption", { class: "small muted" }, "After ", tokenElement("span", view.ids[t]), `, position ${t}`),
     ...layers.map((layer) => {
       const cells = view.lens(layer, t).map(({ id, p }) => {
-        const chip = el("td", { class: `chip ${id === next ? "next" : ""}`, "--weight": 100 * p, "data-id": id, "data-p": p }, label(id), el("small", {}, percent(p)));
+        const chip = el(
+          "td",
+          { class: `chip ${id === next ? "next" : ""}`, "--weight": 100 * p, "data-id": id, "data-p": p },
+          label(id),
+          el("small", {}, percent(p)),
+        );
         return chip;
       });
       const length = el("span", { class: "norm", "aria-hidden": true });
       length.style.width = `${(5 * norms[layer]) / longest}rem`;
-      return el("tr", {}, el("th", { scope: "row" }, nameOf(layer)), ...cells, el("td", { "data-norm": norms[layer] }, length, norms[layer].toFixed(1)));
+      return el(
+        "tr",
+        {},
+        el("th", { scope: "row" }, nameOf(layer)),
+        ...cells,
+        el("td", { "data-norm": norms[layer] }, length, norms[layer].toFixed(1)),
+      );
     }),
   );
   const columns = isLive ? Math.max(8, Math.min(64, Math.floor(LENS_PRODUCTS / (tokenizer.size * n_embd * (n_layer + 1))))) : T;
-  const from = Math.max(0, Math.min(T - columns, t - Math.floor(columns / 2))), places = Array.from({ length: Math.min(columns, T - from) }, (_, i) => from + i);
+  const from = Math.max(0, Math.min(T - columns, t - Math.floor(columns / 2))),
+    places = Array.from({ length: Math.min(columns, T - from) }, (_, i) => from + i);
   const row = (title, classes, of) => el("tr", { class: classes }, el("th", { scope: "row" }, title), ...places.map(of));
   $("lens-grid").replaceChildren(
     row("text", "text", (place) => el("td", { class: place === t ? "chosen" : "" }, label(view.ids[place]).slice(0, 8))),
     ...layers.map((layer) =>
       row(nameOf(layer), "", (place) => {
         const { id, p } = view.lens(layer, place)[0];
-        return el("td", { "--weight": 100 * p, class: `${view.ids[place + 1] === id ? "right" : ""} ${place === t ? "chosen" : ""}` }, label(id).slice(0, 8));
+        return el(
+          "td",
+          { "--weight": 100 * p, class: `${view.ids[place + 1] === id ? "right" : ""} ${place === t ? "chosen" : ""}` },
+          label(id).slice(0, 8),
+        );
       }),
     ),
   );
@@ -201,7 +252,10 @@ const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
 // Tokens by their cosine with a vector: [{id, cosine}], the nearest first.
 function nearest(vector, size) {
   lengths ??= Float64Array.from({ length: tokenizer.size }, (_, id) => Math.hypot(...embedding(id)) || 1);
-  const own = Math.hypot(...vector) || 1, cosines = new Float64Array(tokenizer.size), C = data.config.n_embd, { wte } = view.model;
+  const own = Math.hypot(...vector) || 1,
+    cosines = new Float64Array(tokenizer.size),
+    C = data.config.n_embd,
+    { wte } = view.model;
   for (let id = 0; id < cosines.length; id++) {
     let sum = 0;
     for (let i = 0; i < C; i++) sum += wte[id * C + i] * vector[i];
@@ -211,22 +265,41 @@ function nearest(vector, size) {
 }
 
 function neighbors(id) {
-  if (isLive) return nearest(embedding(id), 13).filter((other) => other.id !== id).slice(0, 12);
-  const row = view._occurring.indexOf(id), size = view._nearest.shape[1];
+  if (isLive)
+    return nearest(embedding(id), 13)
+      .filter((other) => other.id !== id)
+      .slice(0, 12);
+  const row = view._occurring.indexOf(id),
+    size = view._nearest.shape[1];
   if (row < 0) return [];
-  const all = Array.from({ length: size }, (_, i) => ({ id: view._nearest[row * size + i], cosine: view._cosines[row * size + i] }));
+  const all = Array.from({ length: size }, (_, i) => ({
+    id: view._nearest[row * size + i],
+    cosine: view._cosines[row * size + i],
+  }));
   return all.filter((other) => other.id !== id).slice(0, 12);
 }
 
 // The tokens nearest to a - b + c, each an id.
 function sum(a, b, c) {
-  if (isLive) return nearest(embedding(a).map((value, i) => value - embedding(b)[i] + embedding(c)[i]), 10);
-  const size = words.length, terms = [[a, 1], [b, -1], [c, 1]].map(([id, sign]) => [words.indexOf(id), sign * view._word_norms[words.indexOf(id)]]);
+  if (isLive)
+    return nearest(
+      embedding(a).map((value, i) => value - embedding(b)[i] + embedding(c)[i]),
+      10,
+    );
+  const size = words.length,
+    terms = [
+      [a, 1],
+      [b, -1],
+      [c, 1],
+    ].map(([id, sign]) => [words.indexOf(id), sign * view._word_norms[words.indexOf(id)]]);
   const cosine = (i, j) => view._gram[i * size + j] / 32767;
   let square = 0;
   for (const [i, x] of terms) for (const [j, y] of terms) square += x * y * cosine(i, j);
   const own = Math.sqrt(square);
-  const all = Array.from(words, (id, d) => ({ id, cosine: terms.reduce((total, [i, x]) => total + x * cosine(i, d), 0) / own }));
+  const all = Array.from(words, (id, d) => ({
+    id,
+    cosine: terms.reduce((total, [i, x]) => total + x * cosine(i, d), 0) / own,
+  }));
   return all.sort((x, y) => y.cosine - x.cosine).slice(0, 10);
 }
 
@@ -247,15 +320,18 @@ function similarBars(list, muted = []) {
 }
 
 function renderEmbeddings() {
-  const id = state.near ?? allIds()[state.chosen], found = neighbors(id);
+  const id = state.near ?? allIds()[state.chosen],
+    found = neighbors(id);
   $("nearest-name").replaceChildren("Nearest to ", tokenElement("span", id));
   $("nearest").replaceChildren(...(found.length ? similarBars(found) : [el("li", {}, "only for tokens of the text")]));
   drawMap(id, found);
 }
 
 function drawMap(id, found) {
-  const size = widthOf($("map").parentElement, 500), ctx = context($("map"), size, size);
-  const { ids, xy } = embeddings, all = ids.length <= MAP_LABELS;
+  const size = widthOf($("map").parentElement, 500),
+    ctx = context($("map"), size, size);
+  const { ids, xy } = embeddings,
+    all = ids.length <= MAP_LABELS;
   let [left, right, top, bottom] = [Infinity, -Infinity, Infinity, -Infinity];
   for (let i = 0; i < ids.length; i++) {
     left = Math.min(left, xy[2 * i]);
@@ -263,7 +339,9 @@ function drawMap(id, found) {
     top = Math.min(top, xy[2 * i + 1]);
     bottom = Math.max(bottom, xy[2 * i + 1]);
   }
-  const pad = 24, text = new Set(view.ids), near = new Set(found.slice(0, 8).map((other) => other.id));
+  const pad = 24,
+    inText = new Set(view.ids),
+    near = new Set(found.slice(0, 8).map((other) => other.id));
   embeddings.points = Array.from(ids, (_, i) => [
     pad + ((xy[2 * i] - left) / (right - left || 1)) * (size - 2 * pad),
     pad + ((xy[2 * i + 1] - top) / (bottom - top || 1)) * (size - 2 * pad),
@@ -271,13 +349,19 @@ function drawMap(id, found) {
   ctx.font = `${all ? 13 : 11}px ${mono}`;
   ctx.textAlign = "center";
   ctx.textBaseline = "middle";
-  const colors = { muted: color("muted", all ? 0.95 : 0.35), text: color("ink", 0.95), accent: color("accent", 1), warm: color("warm", 1) };
+  const colors = {
+    muted: color("muted", all ? 0.95 : 0.35),
+    text: color("ink", 0.95),
+    accent: color("accent", 1),
+    warm: color("warm", 1),
+  };
   const order = Array.from(ids.keys()).sort((a, b) => rank(ids[a]) - rank(ids[b]));
   function rank(other) {
-    return other === id ? 3 : near.has(other) ? 2 : text.has(other) ? 1 : 0;
+    return other === id ? 3 : near.has(other) ? 2 : inText.has(other) ? 1 : 0;
   }
   for (const i of order) {
-    const [x, y] = embeddings.points[i], level = rank(ids[i]);
+    const [x, y] = embeddings.points[i],
+      level = rank(ids[i]);
     ctx.fillStyle = [colors.muted, colors.text, colors.accent, colors.warm][level];
     if (all || level) {
       if (level === 3) ctx.font = ctx.font.replace(/^\d+px/, "bold 16px");
@@ -286,20 +370,28 @@ function drawMap(id, found) {
     } else ctx.fillRect(x - 1.5, y - 1.5, 3, 3);
   }
   const shares = embeddings.shares.map(percent);
-  $("map-note").textContent = `Two principal components, ${shares[0]} and ${shares[1]} of the variance: the other ${count(data.config.n_embd - 2)} dimensions are not in the picture. Orange: the chosen token; blue: its nearest.`;
-  $("map").setAttribute("aria-label", `Map of the embeddings of ${ids.length} tokens. Nearest to ${label(id)}: ${found.slice(0, 5).map((other) => label(other.id)).join(", ")}.`);
+  $("map-note").textContent =
+    `Two principal components, ${shares[0]} and ${shares[1]} of the variance: the other ` +
+    `${count(data.config.n_embd - 2)} dimensions are not in the picture. Orange: the chosen token; blue: its nearest.`;
+  const names = found.slice(0, 5).map((other) => label(other.id));
+  const text = `Map of the embeddings of ${ids.length} tokens. Nearest to ${label(id)}: ${names.join(", ")}.`;
+  $("map").setAttribute("aria-label", text);
 }
 
 function setSums() {
   const find = (text) => words.find((id) => tokenizer.decode([id]) === text);
-  const example = ANALOGIES.map((three) => three.map(find)).find((three) => three.every((id) => id !== undefined)) ?? Array.from(words).slice(0, 3);
+  const example =
+    ANALOGIES.map((three) => three.map(find)).find((three) => three.every((id) => id !== undefined)) ??
+    Array.from(words).slice(0, 3);
   ["a", "b", "c"].forEach((name, i) => {
     const select = $(`word-${name}`);
     select.append(...Array.from(words, (id) => el("option", { value: id }, label(id))));
     select.value = example[i];
     select.addEventListener("change", renderSum);
   });
-  $("sum-note").textContent = "Faded: the three themselves, which are often the nearest. The famous examples leave them out, and are picked among many that fail." +
+  $("sum-note").textContent =
+    "Faded: the three themselves, which are often the nearest. The famous examples leave them out, and are picked among many " +
+    "that fail." +
     (isLive ? "" : ` Among ${count(words.length)} tokens.`);
   renderSum();
 }
@@ -333,9 +425,11 @@ function tableRow(id) {
 let table = null;
 function tableCanvas(size) {
   if (table) return table;
-  const V = tokenizer.size, ctx = context((table = el("canvas")), V * size, V * size);
+  const V = tokenizer.size,
+    ctx = context((table = el("canvas")), V * size, V * size);
   for (let row = 0; row < V; row++) {
-    const p = tableRow(row), total = counts ? totalOf(row) : 0;
+    const p = tableRow(row),
+      total = counts ? totalOf(row) : 0;
     for (let column = 0; column < V; column++) {
       const share = total ? counts[row * V + column] / total : p[column];
       if (share < 0.0005) continue;
@@ -349,8 +443,11 @@ function tableCanvas(size) {
 const totalOf = (row) => counts.subarray(row * tokenizer.size, (row + 1) * tokenizer.size).reduce((a, b) => a + b, 0);
 
 function drawTable() {
-  const V = tokenizer.size, size = V <= 120 ? 11 : Math.max(1, Math.floor(1000 / V)), margin = V <= 120 ? 18 : 0;
-  const { row, column } = cell, ctx = context($("table"), margin + V * size, margin + V * size);
+  const V = tokenizer.size,
+    size = V <= 120 ? 11 : Math.max(1, Math.floor(1000 / V)),
+    margin = V <= 120 ? 18 : 0;
+  const { row, column } = cell,
+    ctx = context($("table"), margin + V * size, margin + V * size);
   ctx.drawImage(tableCanvas(size), margin, margin, V * size, V * size);
   ctx.font = `${size - 1}px ${mono}`;
   ctx.textAlign = "center";
@@ -368,7 +465,8 @@ function drawTable() {
   const p = tableRow(row)[column];
   let text = `After “${label(row)}”, the model gives “${label(column)}” the probability ${percent(p)}.`;
   if (counts) {
-    const times = counts[row * V + column], total = totalOf(row);
+    const times = counts[row * V + column],
+      total = totalOf(row);
     text += ` In the training text, it came ${count(times)} times of ${count(total)}${total ? ` (${percent(times / total)})` : ""}.`;
   }
   $("table-cell").textContent = text;

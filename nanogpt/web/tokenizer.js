@@ -1,10 +1,13 @@
 // The tokenizers of nanogpt/tokenizer.py that a page can run: tables of strings, ids, and byte-level byte-pair encodings.
 "use strict";
 
+// What splits a text into words: PATTERNS there, with \s as \p{White_Space}, which JavaScript's \s is not.
+const SPACES = "\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+";
+const OTHERS = " ?[^\\p{White_Space}\\p{L}\\p{N}]+";
+const ENDINGS = "'(?:[sS\\u017f]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])";
 const PATTERNS = {
-  gpt2: /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu,
-  cl100k:
-    /'(?:[sS\u017f]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\p{White_Space}\p{L}\p{N}]+[\r\n]*|\p{White_Space}*[\r\n]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu,
+  gpt2: `'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+|${OTHERS}|${SPACES}`,
+  cl100k: `${ENDINGS}|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|${OTHERS}[\\r\\n]*|\\p{White_Space}*[\\r\\n]+|${SPACES}`,
 };
 
 class Tokenizer {
@@ -12,6 +15,7 @@ class Tokenizer {
   constructor(description, bytes) {
     Object.assign(this, description);
     this.bytes = bytes;
+    this.words = this.pattern && new RegExp(PATTERNS[this.pattern], "gu");
     this.specialIds = new Set(Object.values(description.special));
     this.idOf = new Map(); // by the bytes of a token, each as a character
     for (const [id, of] of bytes) if (of.length && !this.specialIds.has(id)) this.idOf.set(latin1(of), id);
@@ -30,7 +34,7 @@ class Tokenizer {
     const ids = [];
     for (const part of ordinary ? [text] : this.split(text)) {
       if (!ordinary && Object.hasOwn(this.special, part)) ids.push(this.special[part]);
-      else for (const [word] of part.matchAll(PATTERNS[this.pattern])) ids.push(...this.encodeWord(word));
+      else for (const [word] of part.matchAll(this.words)) ids.push(...this.encodeWord(word));
     }
     return { ids, missing: "" };
   }
