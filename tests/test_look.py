@@ -26,22 +26,18 @@ TEXT = "abba cabbage jade. "  # to train encodings on
 
 
 def gpt(vocab_size: int, **shape: Any) -> GPT:
-    """A random GPT whose attention and probabilities are far from uniform, and whose weights float16 can hold."""
+    """A random GPT whose attention and probabilities are far from uniform."""
     torch.manual_seed(1)
     shape = {"block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16} | shape
     model = GPT(GPTConfig(vocab_size=vocab_size, **shape)).requires_grad_(False).eval()
     for name, parameter in model.named_parameters():
         parameter.mul_(15 if "ln" not in name else 1).add_(0.1 * torch.randn_like(parameter) if parameter.dim() == 1 else 0)
-        parameter.copy_(parameter.half())
     return model
 
 
 def bigram(vocab_size: int) -> Bigram:
     torch.manual_seed(1)
-    model = Bigram(GPTConfig(block_size=8, vocab_size=vocab_size)).requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.copy_(parameter.half())
-    return model
+    return Bigram(GPTConfig(block_size=8, vocab_size=vocab_size)).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -4,21 +4,26 @@
 // arrays from nanogpt/page.py
 
 function unpack(packed) {
-  const bytes = Uint8Array.from(atob(packed.data), (character) => character.charCodeAt(0));
+  const text = atob(packed.data);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
   const kinds = { uint8: Uint8Array, uint16: Uint16Array, int16: Int16Array, uint32: Uint32Array, float32: Float32Array };
-  const array = packed.dtype === "float16" ? halves(new Uint16Array(bytes.buffer)) : new kinds[packed.dtype](bytes.buffer);
+  const array = new kinds[packed.dtype](bytes.buffer);
   array.shape = packed.shape;
   return array;
 }
 
-// float16 to float32
-function halves(bits) {
-  return Float32Array.from(bits, (half) => {
-    const sign = half & 0x8000 ? -1 : 1,
-      exponent = (half >> 10) & 31,
-      fraction = half & 1023;
-    return exponent ? sign * 2 ** (exponent - 15) * (1 + fraction / 1024) : sign * 2 ** -14 * (fraction / 1024);
-  });
+// Weights in 16 bits: each row has a scale.
+function unpackWeights({ whole, scales }) {
+  const all = unpack(whole);
+  const steps = unpack(scales);
+  const size = all.length / steps.length;
+  const array = new Float32Array(all.length);
+  array.shape = whole.shape;
+  for (let row = 0, i = 0; row < steps.length; row++) {
+    for (const end = i + size; i < end; i++) array[i] = all[i] * steps[row];
+  }
+  return array;
 }
 
 function readTokens({ ids, lengths, bytes }) {
@@ -37,7 +42,7 @@ function readTokens({ ids, lengths, bytes }) {
 
 class Live {
   constructor() {
-    const weights = Object.fromEntries(Object.entries(data.weights).map(([name, packed]) => [name, unpack(packed)]));
+    const weights = Object.fromEntries(Object.entries(data.weights).map(([name, packed]) => [name, unpackWeights(packed)]));
     this.model = new (isGPT ? GPT : Bigram)(data.config, weights, tokenizer.size);
     this.lenses = new Map(); // "layer token position" -> likeliest tokens, as long as the text before is the same
   }
