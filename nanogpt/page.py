@@ -95,6 +95,7 @@ SHOWN_SOURCE = {  # functions of model.py that the page shows, and the statement
 }
 
 
+@torch.inference_mode()
 def build(
     model: GPT | Bigram, tokenizer: Tokenizer, prompt_ids: list[int], written_ids: list[int], about: dict[str, Any]
 ) -> bytes:
@@ -115,6 +116,8 @@ def build(
     if runs_in_page(model):
         data["tokenizer"] = tokenizer_data(tokenizer)
         shown = range(tokenizer.vocab_size)
+        idx = torch.tensor([(prompt_ids + written_ids)[-model.config.block_size :]], device=next(model.parameters()).device)
+        data["logits"] = pack(model(idx)[0][0, -1, : tokenizer.vocab_size], "float32")  # for the page to compare with its own
         data["weights"] = {name: pack_weights(parameter) for name, parameter in model.named_parameters()}
         if isinstance(model, GPT):
             data["embeddings"] = embedding_map(model, tokenizer.vocab_size, list(shown))

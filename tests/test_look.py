@@ -139,6 +139,7 @@ def test_shown_lines_are_those_of_model_py() -> None:
         found = inspection.source(function, marks)
         for i, line in enumerate(found["text"].splitlines()):
             assert line.strip() == lines[found["line"] - 1 + i].strip()
+        assert found["marks"].keys() == marks.keys()
         for name, (first, last) in found["marks"].items():
             assert marks[name] in " ".join(lines[first - 1 : last])
 
@@ -153,6 +154,7 @@ def test_forward_pass_in_the_page(show, gelu, bias):
     opened = show(model, LETTERS, start="abcabca")
     wanted = inspection.activations(model, LETTERS.encode("abcabca"))
     torch.testing.assert_close(logits_of(opened), wanted.logits, atol=1e-3, rtol=0)
+    assert opened.is_hidden("#note")
     for layer in range(2):
         rows = torch.tensor(opened.evaluate(f"[0, 1].map((head) => Array.from(view.attention({layer}, head, 6)))"))
         torch.testing.assert_close(rows, wanted.attention[layer, :, 6], atol=1e-4, rtol=0)
@@ -165,6 +167,13 @@ def test_forward_pass_in_the_page(show, gelu, bias):
     assert opened.evaluate("bits(6)") == pytest.approx(-probabilities[5, 1].log2().item(), abs=1e-3)
     shown = opened.locator("#bars li").evaluate_all("all => all.map((bar) => [+bar.dataset.id, +bar.dataset.plain])")
     assert dict(shown) == pytest.approx({i: probabilities[6, i].item() for i, _ in shown}, abs=1e-4)
+
+
+def test_changed_model(show, monkeypatch):
+    """Catches a page that says nothing of a model.py that computes something else than the page does."""
+    monkeypatch.setattr("model.MLP.forward", lambda self, x: 2 * self.c_proj(self.gelu(self.c_fc(x))))
+    opened = show(gpt(11), LETTERS, start="abcabca")
+    assert "not those of model.py" in opened.inner_text("#note")
 
 
 def test_typing(show):

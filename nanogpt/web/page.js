@@ -4,6 +4,7 @@
 const BARS = 16; // likeliest tokens shown
 const SURPRISE_BITS = 8; // full colour
 const SHOWN_TOKENS = 200; // of a long text, the last ones
+const MOST_DIFFERENCE = 0.1; // between the page's logits and PyTorch's, whose weights have 32 bits
 const WRITE_AT_ONCE = 2000; // tokens of "Keep writing"
 
 const state = {
@@ -298,9 +299,21 @@ function texts() {
     ? "The model predicts one token, which is appended to the text; then it runs again."
     : "How look.py wrote this text, one token at a time.";
   $("footer").textContent = isLive
-    ? `This file holds the model, its weights in 16 bits, and runs it: nothing is sent anywhere. Seed ${data.sampling.seed}.`
+    ? "This file holds the model, its weights in 16 bits, and runs it: nothing is sent anywhere. At the end of the text that " +
+      `look.py wrote, its logits are within ${difference.toFixed(4)} of PyTorch's. Seed ${data.sampling.seed}.`
     : `This file holds what the model computed for this text, ${count(view.ids.length)} tokens. ` +
       "A model of up to 5 million parameters would run in it.";
+}
+
+// Compare the logits of the last position with those that look.py got from model.py, which people change.
+let difference = 0;
+function compare() {
+  const wanted = unpack(data.logits);
+  difference = largest(view.model.logits.at(-1).map((logit, i) => Math.abs(logit - wanted[i])));
+  if (difference < MOST_DIFFERENCE) return;
+  note(
+    `The logits of this page are not those of model.py (by ${difference.toFixed(2)}): if it was changed, change web/model.js.`,
+  );
 }
 
 function listen() {
@@ -392,6 +405,7 @@ function begin() {
   for (const id of ["s-attention", "s-lens", "s-embeddings"]) $(id).hidden = !isGPT;
   $("s-table").hidden = isGPT;
   view.update(allIds());
+  if (isLive) compare();
   setSliders();
   update(Math.max(0, state.prompt.length - 1));
   texts();

@@ -243,7 +243,7 @@ function showCode(place, name, marks) {
   if (place.dataset.shown === shown) return;
   place.dataset.shown = shown;
   const { line, text, marks: known } = data.source[name],
-    spans = marks.map((mark) => known[mark]);
+    spans = marks.map((mark) => known[mark]).filter(Boolean);
   const isOn = (number) => spans.some(([first, last]) => first <= number && number <= last);
   const rows = text
     .replace(/\n$/, "")
