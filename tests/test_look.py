@@ -50,29 +50,34 @@ def bigram(vocab_size: int) -> Bigram:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium, driven by Playwright."""
+def tab() -> Iterator[Any]:
+    """A tab of headless Chromium, driven by Playwright; `tab.complaints` are its errors, and the other files that it asks for."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
+        tab = browser.new_page()
+        tab.complaints = []
+
+        def requested(request: Any) -> None:
+            if not request.url.startswith(("file:", "data:")):
+                tab.complaints.append(request.url)
+
+        tab.on("request", requested)
+        tab.on("console", lambda message: tab.complaints.append(message.text))
+        tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
+        tab.on("dialog", lambda dialog: (tab.complaints.append("dialog"), dialog.dismiss()))
+        yield tab
         browser.close()
 
 
 @pytest.fixture
-def show(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+def show(tab: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """A function that writes a model's page with these flags and opens it; no page may complain, or ask for another file."""
-    complaints: list[str] = []
-    pages: list[Any] = []
-
-    def requested(request: Any) -> None:
-        if not request.url.startswith(("file:", "data:")):
-            complaints.append(request.url)
 
     def show(model: GPT | Bigram, tokenizer: Tokenizer, width: int = 1280, chat_format: Any = None, **flags: Any) -> Any:
-        out_dir = tmp_path / f"out{len(pages)}"
+        out_dir = tmp_path / "out"
         optimizer = model.requires_grad_(True).configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
         extra = {"tokenizer": tokenizer.to_dict(), "model": "gpt" if isinstance(model, GPT) else "bigram"}
         extra |= {"chat_format": conversation.to_dict(chat_format)} if chat_format else {}
@@ -82,19 +87,13 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
         model.requires_grad_(False)
         flags = {"device": "cpu", "out_dir": out_dir, "max_new_tokens": 0} | flags
         look.main(configurator.parse(look.Config, [f"--{key}={value}" for key, value in flags.items()]))
-        opened = browser.new_page(viewport={"width": width, "height": 800})
-        opened.on("console", lambda message: complaints.append(message.text))
-        opened.on("pageerror", lambda error: complaints.append(str(error)))
-        opened.on("dialog", lambda dialog: (complaints.append("dialog"), dialog.dismiss()))
-        opened.on("request", requested)
-        opened.goto((out_dir / "look.html").as_uri())
-        pages.append(opened)
-        return opened
+        tab.set_viewport_size({"width": width, "height": 800})
+        tab.goto((out_dir / "look.html").as_uri())
+        return tab
 
+    tab.complaints.clear()
     yield show
-    for opened in pages:
-        opened.close()
-    assert complaints == []
+    assert tab.complaints == []
 
 
 def logits_of(opened: Any) -> torch.Tensor:
