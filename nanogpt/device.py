@@ -169,6 +169,8 @@ def prepare_for_generation(model: torch.nn.Module, device: str, dtype: torch.dty
     Generating a token reads every weight once, so memory bandwidth is the limit: half the bytes, half the time.
     """
     model.eval().requires_grad_(False).to(device, dtype)
+    if device == "cpu":
+        keep_memory()
     if device.startswith("cuda"):
         torch.backends.cuda.enable_cudnn_sdp(False)  # makes a plan for each new length, 20 times the attention itself
     if compile:
@@ -304,7 +306,7 @@ def keep_memory() -> bool:
     """Let freed CPU memory stay with this process, for the next iteration's tensors; return whether that is possible.
 
     glibc, the usual C library of Linux, returns large blocks to the system, which clears each page before it hands it out
-    again: a third of a training step.
+    again: a third of a training step, or of ten texts at once past the context.
     """
     try:
         libc = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None

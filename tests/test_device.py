@@ -427,9 +427,14 @@ def page_faults():
         torch.ones(1 << 24).add(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-def keep_memory():
+def keep_memory(start, name):
     before = page_faults()
-    print("keep", device.keep_memory(), before, page_faults())
+    start()
+    after = page_faults()
+    print("keep", name, device.keep_memory(), before, after)
+
+def prepare():
+    device.prepare_for_generation(torch.nn.ReLU(), "cpu", torch.float32)
 
 def failed_compilation():
     network = device.compile_model(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()))
@@ -442,7 +447,7 @@ with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
 wait_for(*(in_fork(group_of_two, rank, port) for rank in (0, 1)))
-wait_for(in_fork(keep_memory))
+wait_for(in_fork(keep_memory, device.keep_memory, "training"), in_fork(keep_memory, prepare, "generation"))
 wait_for(in_fork(failed_compilation))
 """
 
@@ -467,9 +472,10 @@ def test_two_processes_are_a_group(forks: subprocess.CompletedProcess) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
-def test_keep_memory(forks: subprocess.CompletedProcess) -> None:
-    """Catches pages that go back to the system with each tensor, which costs a third of a training step."""
-    ((_, is_kept, before, after),) = (line.split() for line in printed(forks, "keep"))
+@pytest.mark.parametrize("name", ["training", "generation"])
+def test_keep_memory(name: str, forks: subprocess.CompletedProcess) -> None:
+    """Catches pages that go back to the system with each tensor: a third of a training step or of ten texts at once."""
+    ((*_, is_kept, before, after),) = (line.split() for line in printed(forks, f"keep {name}"))
     if is_kept == "False":
         pytest.skip("no glibc here")
     assert int(before) > 1000
