@@ -193,11 +193,9 @@ def training(config: Config) -> None:
     print(f"data: {data}", flush=True)
 
     # start and warm up the processes, one after the other
-    workers = {"fast": Worker(config, "fast")}
-    print(f"fast: {workers['fast'].description}", flush=True)
+    workers = {"fast": Worker(Trainer, config, "fast")}
     if config.against == "plain":
-        workers["plain"] = Worker(config.replace(**plain_settings(device)), "plain")
-        print(f"plain: {workers['plain'].description}", flush=True)
+        workers["plain"] = Worker(Trainer, config.replace(**plain_settings(device)), "plain")
 
     # time both ways in turn
     for number in range(config.rounds):
@@ -210,7 +208,7 @@ def training(config: Config) -> None:
     result = {"what": "training", "size": name_of(config), "device": device_name(device), "batch_size": B, "block_size": T}
     model = sizing.empty_model(shape)
     for way, worker in workers.items():
-        megabytes, peak, source = worker.finish()
+        megabytes, (peak, source) = worker.finish()
         seconds = statistics.median(worker.times)
         tokens_per_second = B * T / seconds
         share = model.estimate_mfu(B, seconds, flops_promised=peak)
@@ -243,44 +241,41 @@ def pick_data(config: Config, shape: GPTConfig) -> tuple[bool, str]:
 
 
 class Worker:
-    """A process that trains one way and times its steps on request."""
+    """A process that trains or generates one way, and times its steps on request."""
 
-    def __init__(self, config: Config, way: str):
-        """Start the process, and return when it has warmed up."""
+    def __init__(self, kind: type["Trainer | TextGenerator"], config: Config, way: str):
+        """Start the process, print its description, and return when it has warmed up."""
         self._pipe, other = multiprocessing.Pipe()
         spawn = multiprocessing.get_context("spawn")
-        self._process = spawn.Process(target=work, args=(other, config, way), daemon=True)
+        self._process = spawn.Process(target=work, args=(other, kind, config, way), daemon=True)
         self._process.start()
         other.close()
-        self.description, self._first_seconds = self._pipe.recv()
+        description, self._first_seconds = self._pipe.recv()
+        print(f"{way}: {description}", flush=True)
         self.times: list[float] = []  # seconds per step in each round
 
     def time_round(self, steps: int) -> float:
-        """Train for `steps` steps, or ROUND_SECONDS if that is 0; return the seconds per step."""
+        """Do `steps` steps, or as many as take ROUND_SECONDS if that is 0; return the seconds per step."""
         self._pipe.send(steps or max(1, round(ROUND_SECONDS / self._first_seconds)))
         self.times.append(self._pipe.recv())
         return self.times[-1]
 
-    def finish(self) -> tuple[int, float, str]:
-        """End the process; return its peak memory in MB, and its device's peak in FLOP/s with the source of that."""
+    def finish(self) -> tuple[int, Any]:
+        """End the process; return its peak memory in MB, and what its `report` returned."""
         self._pipe.send(0)
         found = self._pipe.recv()
         self._process.join()
         return found
 
 
-def work(pipe: Connection, config: Config, way: str) -> None:
-    """The process of a Worker: warm up, time as many steps as it asks for, until 0, and report memory and peak."""
-    trainer = Trainer(config, way)
-    trainer.seconds_per_step(WARMUP_STEPS)
-    pipe.send((trainer.description, trainer.seconds_per_step(1)))
+def work(pipe: Connection, kind: type["Trainer | TextGenerator"], config: Config, way: str) -> None:
+    """The process of a Worker: warm up, time as many steps as it asks for, until 0, and report."""
+    subject = kind(config, way)
+    pipe.send((subject.description, subject.warm_up()))
     while steps := pipe.recv():
-        pipe.send(trainer.seconds_per_step(steps))
-    megabytes = round((peak_memory(trainer.device) or 0) / 1e6)
-    peak, source = find_peak(trainer.device, trainer.dtype)
-    if config.profile and way == "fast":
-        trainer.profile()
-    pipe.send((megabytes, peak, source))
+        pipe.send(subject.seconds_per_step(steps))
+    megabytes = round((peak_memory(subject.device) or 0) / 1e6)
+    pipe.send((megabytes, subject.report()))
 
 
 class Trainer:
@@ -288,7 +283,7 @@ class Trainer:
 
     def __init__(self, config: Config, way: str):
         """Set up the "fast" or the "plain" way with the settings of `config`."""
-        self.config = config
+        self.config, self.way = config, way
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
         set_up(self.device, config.seed)
@@ -337,6 +332,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.item()
 
+    def warm_up(self) -> float:
+        """Do some steps; return the seconds that the last one took."""
+        self.seconds_per_step(WARMUP_STEPS)
+        return self.seconds_per_step(1)
+
     def seconds_per_step(self, count: int) -> float:
         """Do `count` steps; return their mean time."""
 
@@ -345,6 +345,13 @@ class Trainer:
                 self.step(number)
 
         return timed(run, self.device) / count
+
+    def report(self) -> tuple[float, str]:
+        """Return the device's peak in FLOP/s and the source of that; with --profile=True, profile the fast way."""
+        peak = find_peak(self.device, self.dtype)
+        if self.config.profile and self.way == "fast":
+            self.profile()
+        return peak
 
     def profile(self) -> None:
         """Write a trace of PROFILED_STEPS steps, and print the operations that take the most time."""
@@ -448,98 +455,121 @@ def crossing(evaluations: list[tuple[float, int, float]], target: float) -> floa
 
 
 def generation(config: Config) -> None:
-    """Time generation as in sample.py and the baseline's, in turn, in this process; print tokens/s and their ratio."""
+    """Time generation as in sample.py and the baseline's, in turn; print tokens/s and their ratio.
+
+    Each way has a process of its own, so that memory that it keeps is its own.
+    """
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    set_up(device, config.seed)
+    weights = f"{sizing.empty_model(model_shape(config)).get_num_params() / 1e6:.2f}M random weights"
+    B, tokens = config.batch_size or 1, (config.batch_size or 1) * config.new_tokens
+    print(f"{name_of(config)}: {weights}, {B} x {config.new_tokens} tokens; {device_name(device)}, PyTorch {torch.__version__}")
+    ways = ["fast", *([] if config.against == "nothing" else [config.against])]
+    workers = {way: Worker(TextGenerator, config, way) for way in ways}
 
-    # prompt, baseline and model
-    shape = model_shape(config)
-    idx = torch.randint(shape.vocab_size, (config.batch_size or 1, config.prompt_tokens), device=device)
-    baseline = {"plain": plain, "transformers": transformers, "nothing": None}[config.against]
-    run_baseline = baseline(shape, idx, config, device, dtype) if baseline else None
-    model = GPT(shape)
-    weights = f"{model.get_num_params() / 1e6:.2f}M random weights"
-    print(f"{name_of(config)}: {weights}; {device}, {dtype}, PyTorch {torch.__version__}")
-    prepare_for_generation(model, device, dtype)
-
-    # time both in turn; the first round is a warmup
-    tokens = idx.size(0) * config.new_tokens
-    token_times: list[float] = []  # of one round
-    speeds, ratios, late_speeds = [], [], []
-    for number in range(-1, config.rounds):
-        seconds = timed(lambda: generate(model, idx, config, device, token_times), device)
-        baseline_seconds = timed(run_baseline, device) if run_baseline else None
-        if number < 0:
-            continue
-        speeds.append(tokens / seconds)
-        line = f"round {number + 1}: {speeds[-1]:,.1f} tokens/s"
-        if baseline_seconds:
-            ratios.append(baseline_seconds / seconds)
-            line += f", {config.against} {tokens / baseline_seconds:,.1f}, ratio {ratios[-1]:.2f}"
-        print(line, flush=True)
-        if len(token_times) >= 200:
-            late_speeds.append(statistics.median(token_times[75:125]) / statistics.median(token_times[-50:]))
+    # time both ways in turn
+    for number in range(config.rounds):
+        times = {way: worker.time_round(1) for way, worker in workers.items()}
+        line = ", ".join(f"{way} {tokens / seconds:,.1f} tokens/s" for way, seconds in times.items())
+        ratio = f", ratio {times[config.against] / times['fast']:.2f}" if config.against in times else ""
+        print(f"round {number + 1}: {line}{ratio}", flush=True)
 
     # report medians
-    result = {"what": "generation", "size": name_of(config), "dtype": str(dtype).removeprefix("torch."), "device": device}
-    result |= {"batch_size": idx.size(0), "new_tokens": config.new_tokens}
-    result["tokens_per_second"] = round(statistics.median(speeds), 1)
-    if late_speeds:
-        result["last_to_hundredth"] = round(statistics.median(late_speeds), 2)
-        print(f"speed of the last 50 tokens relative to those around the hundredth: {result['last_to_hundredth']}")
-    if ratios:
-        result |= {"against": config.against, "ratio": round(statistics.median(ratios), 2)}
-    print(f"median: {result['tokens_per_second']:,.1f} tokens/s" + (f", ratio {result['ratio']:.2f}" if ratios else ""))
+    result = {"what": "generation", "size": name_of(config), "device": device_name(device)}
+    result |= {"batch_size": B, "new_tokens": config.new_tokens, "against": config.against}
+    for way, worker in workers.items():
+        megabytes, (dtype, late_speed) = worker.finish()
+        speed = round(statistics.median(tokens / seconds for seconds in worker.times), 1)
+        result |= {f"{way}_tokens_per_second": speed, f"{way}_megabytes": megabytes, f"{way}_dtype": dtype}
+        print(f"{way}: median {speed:,.1f} tokens/s, peak memory {megabytes:,} MB")
+        if late_speed:
+            result[f"{way}_last_to_hundredth"] = late_speed
+            print(f"{way}: speed of the last 50 tokens relative to those around the hundredth: {late_speed}")
+    if config.against in workers:
+        ratios = [slow / fast for fast, slow in zip(workers["fast"].times, workers[config.against].times, strict=True)]
+        result["ratio"] = round(statistics.median(ratios), 2)
+        print(f"median ratio: {result['ratio']}")
     print(json.dumps(result))
 
 
-def generate(model: GPT, idx: torch.Tensor, config: Config, device: str, token_times: list[float]) -> None:
-    """Generate as sample.py does; fill `token_times` with the seconds of each token."""
-    token_times.clear()
-    generators = text_generators(config.seed, range(len(idx)), device)
-    before = time.perf_counter()
-    for token in model.stream(idx, config.new_tokens, config.temperature, config.top_k, generators=generators):
-        token.tolist()  # waits for the device
-        now = time.perf_counter()
-        token_times.append(now - before)
-        before = now
+class TextGenerator:
+    """One way to generate: a model with random weights and a random prompt. A step is a batch of whole texts."""
 
+    def __init__(self, config: Config, way: str):
+        """Set up sample.py's way ("fast"), nanoGPT's ("plain") or that of Hugging Face ("transformers")."""
+        self.config, self.device = config, pick_device(config.device)
+        set_up(self.device, config.seed)
+        shape = model_shape(config)
+        self.prompt = torch.randint(shape.vocab_size, (config.batch_size or 1, config.prompt_tokens), device=self.device)
+        self.late_speeds: list[float] = []
+        if way == "transformers":
+            self.dtype = pick_dtype(config.dtype, self.device)
+            self.model, self.generate = hugging_face_model(shape).to(self.device, self.dtype), self.transformers
+        elif way == "plain":
+            self.dtype = pick_dtype(plain_settings(self.device)["dtype"], self.device)  # of products; weights are float32
+            self.model, self.generate = GPT(shape).to(self.device), self.plain
+        else:
+            self.dtype = pick_dtype(config.dtype, self.device)
+            self.model, self.generate = GPT(shape), self.fast
+            prepare_for_generation(self.model, self.device, self.dtype)
+        self.model.eval()
+        self.description = str(self.dtype).removeprefix("torch.")
 
-def plain(shape: GPTConfig, idx: torch.Tensor, config: Config, device: str, dtype: torch.dtype) -> Callable[[], None]:
-    """Return a function that generates as nanoGPT's sample.py does: one text after the other, without a KV cache."""
-    model = GPT(shape).eval().to(device)
-    dtype = pick_dtype(plain_settings(device)["dtype"], device)  # of matrix products; the weights are float32
+    def warm_up(self) -> float:
+        """Generate once; return the seconds."""
+        seconds = self.seconds_per_step(1)
+        self.late_speeds.clear()
+        return seconds
+
+    def seconds_per_step(self, count: int) -> float:
+        """Generate `count` times; return the mean time."""
+
+        def run() -> None:
+            for _ in range(count):
+                self.generate()
+
+        return timed(run, self.device) / count
+
+    def report(self) -> tuple[str, float | None]:
+        """Return the dtype, and the speed of the last 50 tokens relative to the 50 around the hundredth if there are 200."""
+        return self.description, round(statistics.median(self.late_speeds), 2) if self.late_speeds else None
+
+    def fast(self) -> None:
+        """Generate as sample.py does, and time each token."""
+        config, times = self.config, [time.perf_counter()]
+        generators = text_generators(config.seed, range(len(self.prompt)), self.device)
+        for token in self.model.stream(self.prompt, config.new_tokens, config.temperature, config.top_k, generators=generators):
+            token.tolist()  # waits for the device
+            times.append(time.perf_counter())
+        seconds = [after - before for before, after in itertools.pairwise(times)]
+        if len(seconds) >= 200:
+            self.late_speeds.append(statistics.median(seconds[75:125]) / statistics.median(seconds[-50:]))
 
     @torch.no_grad()
-    def run() -> None:
-        for row in idx:
+    def plain(self) -> None:
+        """Generate as nanoGPT's sample.py does: one text after the other, without a KV cache."""
+        for row in self.prompt:
             text = row[None]
-            for _ in range(config.new_tokens):
-                with autocast(device, dtype):
-                    logits, _ = model(text[:, -shape.block_size :])
-                text = torch.cat((text, sample_next(logits[:, -1], config.temperature, config.top_k)), dim=1)
+            for _ in range(self.config.new_tokens):
+                with autocast(self.device, self.dtype):
+                    logits, _ = self.model(text[:, -self.model.config.block_size :])
+                text = torch.cat((text, sample_next(logits[:, -1], self.config.temperature, self.config.top_k)), dim=1)
 
-    return run
+    def transformers(self) -> None:
+        """Generate with transformers and its KV cache."""
+        config, count = self.config, self.config.new_tokens
+        options = {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k} if config.temperature else {}
+        options |= {"max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
+        self.model.generate(self.prompt, attention_mask=torch.ones_like(self.prompt), **options)
 
 
-def transformers(shape: GPTConfig, idx: torch.Tensor, config: Config, device: str, dtype: torch.dtype) -> Callable[[], None]:
-    """Return a function that generates with Hugging Face transformers (a development dependency) and its KV cache."""
+def hugging_face_model(shape: GPTConfig) -> torch.nn.Module:
+    """Return a model of `shape` in Hugging Face transformers (a development dependency), with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd}
-    sizes |= {"n_positions": shape.block_size, "vocab_size": shape.vocab_size}
-    model = GPT2LMHeadModel(GPT2Config(**sizes)).to(device, dtype).eval()
-    options = {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k} if config.temperature else {}
-    count = config.new_tokens
-
-    def run() -> None:
-        mask = torch.ones_like(idx)
-        model.generate(idx, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, pad_token_id=50256, **options)
-
-    return run
+    return GPT2LMHeadModel(GPT2Config(**sizes, n_positions=shape.block_size, vocab_size=shape.vocab_size))
 
 
 def timed(run: Callable[[], None], device: str) -> float:

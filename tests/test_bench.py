@@ -97,12 +97,11 @@ def test_plain_elsewhere(device: str) -> None:
 
 def test_plain_generation_on_cuda_has_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a baseline that generates in float32 where nanoGPT's sample.py has autocast."""
-    config = parse(bench.Config, ["--size=laptop", "--what=generation", "--new_tokens=1"])
+    config = parse(bench.Config, ["--size=laptop", "--what=generation", "--new_tokens=1", "--device=cpu"])
     seen = []
     monkeypatch.setattr(bench, "plain_settings", lambda device: {"dtype": "bfloat16"})  # as on CUDA
     monkeypatch.setattr(bench, "sample_next", lambda logits, *_: seen.append(logits.dtype) or logits.argmax(-1, keepdim=True))
-    shape = bench.model_shape(config)
-    bench.plain(shape, torch.zeros(1, 2, dtype=torch.long), config, "cpu", torch.float32)()
+    bench.TextGenerator(config, "plain").generate()
     assert seen == [torch.bfloat16]
 
 
@@ -120,10 +119,11 @@ def test_real_data_is_used_when_it_fits(flags: list[str], said: str, dataset: Pa
 
 
 def test_generation(run: Callable[..., dict]) -> None:
-    """Catches generation that fails in either way."""
-    found = run("--what=generation", "--size=laptop", "--new_tokens=5", "--rounds=1", "--device=cpu")
-    assert found["against"] == "plain"
-    assert found["ratio"] > 0
+    """Catches generation that fails in either way, a ratio the wrong way round, and a dtype that is not the one asked for."""
+    found = run("--what=generation", "--size=laptop", "--new_tokens=5", "--rounds=1", "--device=cpu", "--dtype=bfloat16")
+    assert (found["fast_dtype"], found["plain_dtype"]) == ("bfloat16", "float32")
+    assert found["ratio"] == pytest.approx(found["fast_tokens_per_second"] / found["plain_tokens_per_second"], rel=0.01)
+    assert found["fast_megabytes"] > 50
 
 
 @pytest.mark.parametrize(
