@@ -39,7 +39,7 @@ from nanogpt import checkpoint, curves, metrics, scaling, sizing
 from nanogpt.dataset import Dataset
 from nanogpt.device import (
     Compile,
-    Dtype,
+    GenerationDtype,
     autocast,
     compile_model,
     find_peak,
@@ -48,6 +48,7 @@ from nanogpt.device import (
     pick_compile,
     pick_device,
     pick_dtype,
+    pick_generation_dtype,
     pick_loss_rows,
     prepare_for_generation,
     set_up,
@@ -117,9 +118,9 @@ class Config(configurator.Config):
     mfu: Annotated[float, Range(above=0, at_most=1)] = 0.3  # model FLOPs utilization: share of the peak
     gpus: PositiveInt = 8  # devices
     out: PathStr = "scaling.png"  # .png or .svg file for the curves of scaling
-    # machine (for the fast run, as in train.py)
+    # machine (for the fast run, as in train.py and sample.py)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"  # mixed precision; in generation, also of weights. auto: bf16/fp16 where the device supports it
+    dtype: GenerationDtype = "auto"  # mixed precision; in generation, of weights (int8 only there). auto: as in those scripts
     compile: Compile = "auto"  # compile the model with torch.compile for training. auto: on CUDA
     fused: bool = True  # fused AdamW, on CUDA and CPUs
     loss_rows: LossRows = "auto"  # tokens per chunk of the cross-entropy; 0: no chunks. auto: 256 on a CPU if they save memory
@@ -128,6 +129,8 @@ class Config(configurator.Config):
     def validate(self) -> None:
         if self.against == "transformers" and (self.what != "generation" or not self.size.startswith("gpt2") or self.out_dir):
             raise UserError("--against=transformers needs --what=generation and a --size of GPT-2's, such as --size=gpt2")
+        if self.dtype == "int8" and self.what != "generation":
+            raise UserError("--dtype=int8 needs --what=generation; training is in float32, bfloat16 or float16")
         curves.check_out(self.out)
 
 
@@ -502,14 +505,15 @@ class TextGenerator:
         self.prompt = torch.randint(shape.vocab_size, (config.batch_size or 1, config.prompt_tokens), device=self.device)
         self.late_speeds: list[float] = []
         if way == "transformers":
-            self.dtype = pick_dtype(config.dtype, self.device)
+            defaults_to_float32 = self.device == "cpu" and config.dtype in ("auto", "int8")
+            self.dtype = pick_dtype("float32" if defaults_to_float32 else config.dtype, self.device)
             self.model, self.generate = hugging_face_model(shape).to(self.device, self.dtype), self.transformers
         elif way == "plain":
             self.dtype = pick_dtype(plain_settings(self.device)["dtype"], self.device)  # of products; weights are float32
             self.model, self.generate = GPT(shape).to(self.device), self.plain
         else:
-            self.dtype = pick_dtype(config.dtype, self.device)
             self.model, self.generate = GPT(shape), self.fast
+            self.dtype = pick_generation_dtype(config.dtype, self.device, len(self.prompt), self.model.get_num_params())
             prepare_for_generation(self.model, self.device, self.dtype)
         self.model.eval()
         self.description = str(self.dtype).removeprefix("torch.")

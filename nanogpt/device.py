@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import logging
+import os
 import re
 import shutil
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from nanogpt.errors import UserError, first_line, warn
-from nanogpt.kernels import can_pack, pack_linear_layers
+from nanogpt.kernels import can_pack, has_avx, pack_linear_layers, quantize_linear_layers
 
 try:
     import resource
@@ -23,8 +24,11 @@ except ImportError:  # Windows
     resource = None
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+GenerationDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Compile = bool | Literal["auto"]
 
+LARGE_MODEL_PARAMS = 1 << 24  # above this, the float32 weights do not stay in a CPU's cache from one token to the next
+ISAS_WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")  # oneDNN's names
 CHUNKED_LOSS_MIN_BYTES = 1 << 27  # of float32 logits: above this, a CPU computes the loss in chunks
 CHUNKED_LOSS_ROWS = 256
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -79,8 +83,25 @@ def pick_dtype(name: Dtype, device: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
+def pick_generation_dtype(name: GenerationDtype, device: str, texts: int, n_params: int) -> torch.dtype:
+    """Return the dtype of weights for generating `texts` texts at a time; "auto" is the fastest one.
+
+    For one text, reading the weights takes most of the time: with "auto", an x86 CPU without bfloat16 instructions reads those
+    of a large model in float16. Raises UserError for int8 on a GPU.
+    """
+    if name == "int8":
+        if device != "cpu":
+            raise UserError(f"--dtype=int8 needs --device=cpu, got {device}; try --dtype=bfloat16")
+        return torch.int8
+    dtype = pick_dtype(name, device)
+    is_slow = name == "auto" and device == "cpu" and dtype == torch.float32
+    return torch.float16 if is_slow and texts == 1 and n_params > LARGE_MODEL_PARAMS and has_avx() else dtype
+
+
 def has_bfloat16_instructions() -> bool:
-    """Whether this CPU has matrix instructions for bfloat16; False if PyTorch cannot tell."""
+    """Whether this CPU has matrix instructions for bfloat16 and oneDNN may use them; False if PyTorch cannot tell."""
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISAS_WITHOUT_BFLOAT16:
+        return False
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -166,17 +187,22 @@ _failed_compilation = _FailedCompilation()  # a single instance, so that a logge
 def prepare_for_generation(model: torch.nn.Module, device: str, dtype: torch.dtype, compile: bool = False) -> None:
     """Move a model to `device` and `dtype` and optimize it for inference; it cannot be trained or saved after that.
 
-    Generating a token reads every weight once, so memory bandwidth is the limit: half the bytes, half the time.
+    Generating a token reads every weight once, so memory bandwidth is the limit: half the bytes, half the time. On a CPU
+    without matrix instructions for `dtype`, only the weights have it, and the rest is float32.
     """
-    model.eval().requires_grad_(False).to(device, dtype)
+    has_bfloat16 = device == "cpu" and has_bfloat16_instructions()
+    is_weight_only = device == "cpu" and dtype != torch.float32 and not (dtype == torch.bfloat16 and has_bfloat16)
+    model.eval().requires_grad_(False).to(device, torch.float32 if is_weight_only else dtype)
     if device == "cpu":
         keep_memory()
     if device.startswith("cuda"):
         torch.backends.cuda.enable_cudnn_sdp(False)  # makes a plan for each new length, 20 times the attention itself
-    if compile:
-        model.compile()  # cannot trace packed weights
-    elif device == "cpu" and can_pack(dtype):
+    if is_weight_only:
+        quantize_linear_layers(model, dtype, torch.bfloat16 if has_bfloat16 and dtype == torch.int8 else torch.float32)
+    elif device == "cpu" and not compile and can_pack(dtype):  # torch.compile cannot trace packed weights
         pack_linear_layers(model)
+    if compile:
+        model.compile()
 
 
 def to_device(tensors: tuple[torch.Tensor, ...], device: str) -> tuple[torch.Tensor, ...]:

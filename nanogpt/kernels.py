@@ -1,4 +1,4 @@
-"""Fast paths of the model: attention on CPUs, chunked cross-entropy, packed linear layers.
+"""Fast paths of the model: attention on CPUs, chunked cross-entropy, linear layers with packed or quantized weights.
 
 Each computes what a line of plain PyTorch does, faster or in less memory. To understand a GPT, skip this file.
 """
@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 EXPLICIT_MAX_TOKENS = 512  # up to here explicit attention is faster on a CPU in bfloat16; its memory grows with T^2
 UNPACKED_ROW_MAX_WEIGHTS = 1 << 17  # matrices up to this size stay in the cache: a single row is faster unpacked
+INT8_MAX_ROWS = 16  # up to here PyTorch's int8 operator is faster than a product with the dequantized weight
+INT8_BLOCK = 16  # weights that it reads at a time; it does not check that they divide a row
 
 
 def cpu_attention(
@@ -115,12 +117,17 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
+def has_avx() -> bool:
+    """Whether PyTorch uses the AVX2 or AVX-512 instructions of this CPU."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this PyTorch and this CPU have the operators of `PackedLinear`, which PyTorch does not document."""
     return (
         dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and has_avx()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -129,7 +136,76 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 def pack_linear_layers(model: nn.Module) -> None:
     """Replace every Linear layer of a model by a `PackedLinear`; it cannot be trained or saved after that."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, PackedLinear(child))
+    for parent, name, linear in children(model, nn.Linear):
+        setattr(parent, name, PackedLinear(linear))
+
+
+def children(model: nn.Module, kind: type[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Return (parent, name, module) of each module of this kind in a model."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, kind)
+    ]
+
+
+class WeightOnlyLinear(nn.Module):
+    """Linear layer for inference on a CPU with a float16, bfloat16 or int8 weight; inputs and outputs are float32.
+
+    int8 is symmetric, with a scale for each output channel. A single row, whose time is that of reading the weight, reads it as
+    it is. Many rows (prefill) are multiplied by the dequantized weight, in `products`, the dtype that is fastest for that.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, products: torch.dtype):
+        super().__init__()
+        weight = linear.weight.detach()  # (out, in)
+        self.bias, self.products, self.can_pack = linear.bias, products, can_pack(products)
+        self.scale, self.max_rows = None, 1
+        if dtype == torch.int8:
+            # the operator takes bfloat16 scales, so they are rounded before the weights are
+            self.scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()  # (out,)
+            weight = (weight / self.scale[:, None]).round_().clamp_(-127, 127)
+            self.max_rows = INT8_MAX_ROWS if has_avx() and weight.size(1) % INT8_BLOCK == 0 else 0
+        self.weight = weight.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.size(-1))
+        if len(rows) > self.max_rows:
+            rows, weight = rows.to(self.products), self.weight.to(self.products)
+            if self.can_pack and not torch.compiler.is_compiling():  # on some CPUs twice as fast as F.linear
+                y = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "").float()
+            else:
+                y = F.linear(rows, weight).float()
+            if self.scale is not None:
+                y *= self.scale
+        elif self.scale is None:
+            y = F.linear(rows.to(self.weight.dtype), self.weight).float()
+        else:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).float()
+        if self.bias is not None:
+            y += self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+class TiedEmbedding(nn.Module):
+    """Embedding that looks up rows of a WeightOnlyLinear, the output head: ids (B, T) -> float32 (B, T, C)."""
+
+    def __init__(self, head: WeightOnlyLinear):
+        super().__init__()
+        self.head = head
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        x = F.embedding(idx, self.head.weight).float()
+        return x if self.head.scale is None else x * self.head.scale[idx][..., None]
+
+
+def quantize_linear_layers(model: nn.Module, dtype: torch.dtype, products: torch.dtype) -> None:
+    """Replace every Linear layer of a float32 model by a `WeightOnlyLinear`, and an embedding that is tied to it, too."""
+    embeddings = children(model, nn.Embedding)
+    for parent, name, linear in children(model, nn.Linear):
+        quantized = WeightOnlyLinear(linear, dtype, products)
+        setattr(parent, name, quantized)
+        for owner, tied, embedding in embeddings:
+            if embedding.weight is linear.weight:
+                setattr(owner, tied, TiedEmbedding(quantized))

@@ -191,7 +191,7 @@ def test_time_to_loss_excludes_evaluations(monkeypatch: pytest.MonkeyPatch, caps
     assert [bench.crossing(found, target) for target in (2.5, 2.0, 1.25, 0.9)] == [2.0, 4.0, 7.0, None]
 
 
-@pytest.mark.parametrize("flag", ["--against=transformers", "--mfu=2", "--what=nothing", "--out=a.txt"])
+@pytest.mark.parametrize("flag", ["--against=transformers", "--mfu=2", "--what=nothing", "--out=a.txt", "--dtype=int8"])
 def test_impossible_flags_are_refused(flag: str) -> None:
     """Catches a traceback, or a measurement of something else than asked for."""
     with pytest.raises(UserError, match=flag.partition("=")[0]):

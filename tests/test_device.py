@@ -28,6 +28,7 @@ from nanogpt.device import (
     pick_compile,
     pick_device,
     pick_dtype,
+    pick_generation_dtype,
     pick_loss_rows,
     prepare_for_generation,
     seed_dropout,
@@ -121,6 +122,33 @@ def test_pick_dtype(monkeypatch: pytest.MonkeyPatch, name: str, device: str, bfl
 
 
 @pytest.mark.parametrize(
+    "name, device, bfloat16, texts, n_params, expected",
+    [
+        ("auto", "cpu", True, 1, 124e6, torch.bfloat16),
+        ("auto", "cpu", False, 1, 124e6, torch.float16),
+        ("auto", "cpu", False, 2, 124e6, torch.float32),
+        ("auto", "cpu", False, 1, 0.8e6, torch.float32),
+        ("float32", "cpu", False, 1, 124e6, torch.float32),
+        ("int8", "cpu", True, 10, 0.8e6, torch.int8),
+        ("auto", "cuda", False, 1, 124e6, torch.float16),
+        ("auto", "mps", False, 1, 124e6, torch.float32),
+    ],
+)
+def test_pick_generation_dtype(monkeypatch, name, device, bfloat16, texts, n_params, expected) -> None:
+    """Catches 16-bit weights for a batch or a small model, slower there, or an ignored choice."""
+    monkeypatch.setattr("nanogpt.device.has_bfloat16_instructions", lambda: bfloat16)
+    monkeypatch.setattr("nanogpt.device.has_avx", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16)
+    assert pick_generation_dtype(name, device, texts, n_params) is expected
+
+
+def test_int8_is_for_cpus() -> None:
+    """Catches a traceback from PyTorch, or weights that are silently of another dtype."""
+    with pytest.raises(UserError, match=r"--dtype=int8 needs --device=cpu, got cuda:1; try --dtype=bfloat16"):
+        pick_generation_dtype("int8", "cuda:1", 1, 1)
+
+
+@pytest.mark.parametrize(
     "choice, device, compilers, expected",
     [
         ("auto", "cpu", {"gcc"}, False),
@@ -145,11 +173,16 @@ def test_pick_compile(
     [({"avx2": True}, False), ({"avx512_bf16": True}, True), ({"avx512_bf16": False, "amx_bf16": True}, True), (None, False)],
 )
 def test_bfloat16_instructions(monkeypatch: pytest.MonkeyPatch, capabilities: dict | None, expected: bool) -> None:
-    """Catches one answer for all CPUs, or an error on a PyTorch that cannot tell (None)."""
+    """Catches one answer for all CPUs, an error on a PyTorch that cannot tell (None), a limit of oneDNN that is not seen."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     if capabilities is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert device.has_bfloat16_instructions() is expected
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX")
+    assert device.has_bfloat16_instructions() is expected
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    assert not device.has_bfloat16_instructions()
 
 
 def test_compiler_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,20 +367,35 @@ def test_model_that_cannot_be_packed_stays(monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(model.lm_head, torch.nn.Linear)
 
 
-def test_bfloat16_generation_is_near_float32() -> None:
-    """Catches a KV cache or a layer in another dtype, which fails or gives other logits."""
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.002), (torch.int8, 0.02)])
+def test_generation_is_near_float32(dtype: torch.dtype, tolerance: float, has_bfloat16: bool, monkeypatch) -> None:
+    """Catches a KV cache or a layer in another dtype, which fails or gives other logits, in prefill or decode."""
+    monkeypatch.setattr("nanogpt.device.has_bfloat16_instructions", lambda: has_bfloat16)
     torch.manual_seed(1)
     model = gpt()
     idx = torch.randint(50, (2, 32))
     exact, _ = model.eval()(idx)
-    prepare_for_generation(model, "cpu", torch.bfloat16)
+    prepare_for_generation(model, "cpu", dtype)
     cache = model.new_cache(2, 32)
     with torch.inference_mode():
         for part in (idx[:, :20], idx[:, 20:25], idx[:, 25:26], idx[:, 26:]):
             logits, _ = model(part, cache=cache)
         alone, _ = model(idx)
-    assert logits.dtype == alone.dtype == torch.bfloat16
-    assert (logits.float() - exact).abs().max() < 0.02 and (alone.float() - exact).abs().max() < 0.02
+        single, _ = model(idx[:1])
+    assert logits.dtype == alone.dtype == (torch.bfloat16 if dtype == torch.bfloat16 and has_bfloat16 else torch.float32)
+    for found, expected in ((logits, exact), (alone, exact), (single, exact[:1])):
+        assert (found.float() - expected).abs().max() < tolerance
+
+
+def test_int8_keeps_no_other_weights() -> None:
+    """Catches an embedding or a head that stays in float32 beside its int8 copy."""
+    model = gpt(vocab_size=512)
+    n_params = model.get_num_params()
+    prepare_for_generation(model, "cpu", torch.int8)
+    tensors = {id(tensor): tensor for module in model.modules() for tensor in vars(module).values() if torch.is_tensor(tensor)}
+    tensors |= {id(tensor): tensor for tensor in model.parameters()}
+    assert sum(tensor.nbytes for tensor in tensors.values()) < 1.5 * n_params
 
 
 # the process group

@@ -1,4 +1,4 @@
-"""The fast paths against the plain PyTorch that they replace: chunked cross-entropy, CPU attention, packed linear layers."""
+"""The fast paths against the plain PyTorch that they replace: chunked cross-entropy, CPU attention, linear layers."""
 
 import pytest
 import torch
@@ -132,3 +132,41 @@ def test_packed_linear_is_linear(
         kernels.pack_linear_layers(model)
         torch.testing.assert_close(model(x), expected)
     assert isinstance(model[0], kernels.PackedLinear)
+
+
+# weights in 16 or 8 bits
+
+
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [48, 20])  # 20: not a multiple of INT8_BLOCK
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (3, 40)])
+def test_int8_linear(shape: tuple[int, ...], bias: bool, channels: int, products: torch.dtype) -> None:
+    """Catches scales of the wrong channel, a bias left out, memory read beyond a row; for one row, some, and many."""
+    torch.manual_seed(1)
+    linear = nn.Linear(channels, 9, bias=bias).requires_grad_(False)
+    linear.weight *= torch.logspace(-3, 3, 9)[:, None]
+    linear.weight[4] = 0
+    x = torch.randn(*shape, channels)
+    y = kernels.WeightOnlyLinear(linear, torch.int8, products)(x)
+    expected, steps = linear(x), linear.weight.abs().amax(dim=1) / 127
+    assert y.dtype == torch.float32 and y.shape == expected.shape
+    # each weight is at most about half a step away from its int8, and x and y may be rounded to bfloat16
+    limit = 0.6 * steps * x.abs().sum(-1, keepdim=True) + 2**-7 * (x.abs() @ linear.weight.abs().T + expected.abs())
+    assert ((y - expected).abs() <= limit + 1e-9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
+def test_tied_embedding(dtype: torch.dtype) -> None:
+    """Catches an embedding with other rows than the head's, or scaled by those of another token."""
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"wte": nn.Embedding(30, 16), "other": nn.Embedding(30, 16), "head": nn.Linear(16, 30, bias=False)})
+    model["head"].weight = model["wte"].weight
+    idx = torch.tensor([[0, 29, 7]])
+    expected, other = model["wte"](idx).detach(), model["other"]
+    with torch.no_grad():
+        kernels.quantize_linear_layers(model, dtype, torch.float32)
+        x = model["wte"](idx)
+    assert model["other"] is other
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, expected, atol=0.02, rtol=0.01)

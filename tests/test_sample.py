@@ -320,9 +320,11 @@ def test_padding_is_never_sampled(tmp_path, words, texts, flags):
     assert max(tokens) <= 40
 
 
-@pytest.mark.parametrize("flags", [{"temperature": 0}, {"dtype": "bfloat16"}, {"max_new_tokens": 0}, {"start": "abc" * 10}])
+@pytest.mark.parametrize(
+    "flags", [{"temperature": 0}, {"dtype": "bfloat16"}, {"dtype": "int8"}, {"max_new_tokens": 0}, {"start": "abc" * 10}]
+)
 def test_extreme_flags(out_dir, texts, flags):
-    """Catches a traceback for extreme flags: a prompt longer than the context, no new tokens, bfloat16."""
+    """Catches a traceback for extreme flags: a prompt longer than the context, no new tokens, few bits."""
     flags = {"start": "ab", "num_samples": 1, "max_new_tokens": 10} | flags
     (text,) = texts(out_dir=out_dir, **flags)
     assert text.startswith(flags["start"]) and len(text) == len(flags["start"]) + flags["max_new_tokens"]
