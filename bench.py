@@ -4,6 +4,7 @@ python bench.py --size=laptop                            training steps, the fas
 python bench.py --batch_size=12 --block_size=1024 --bias=False --compile=True --profile=True       as in nanoGPT
 python bench.py --what=generation --against=transformers
 python bench.py --what=time_to_loss
+python bench.py --what=gpu                               all of this on a GPU, in ten minutes
 python bench.py --what=sizing --size=gpt2-xl --tokens=300e9          parameters, FLOPs, memory, days of training
 python bench.py --what=scaling --out=scaling.png                     scaling laws: the best size for a budget
 
@@ -14,6 +15,7 @@ torch.compile; elsewhere float32, AdamW without a fused kernel, not compiled. Al
 import itertools
 import json
 import multiprocessing
+import platform
 import shlex
 import statistics
 import subprocess
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,7 +38,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from model import GPT, GPTConfig, sample_next
-from nanogpt import checkpoint, curves, metrics, scaling, sizing
+from nanogpt import checkpoint, curves, gpu_benchmark, metrics, scaling, sizing
 from nanogpt.dataset import Dataset
 from nanogpt.device import (
     Compile,
@@ -85,7 +88,7 @@ SHORTEST = {"learning_rate": 1.5e-2, "warmup_iters": 0, "max_iters": 240, "lr_de
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
-    what: Literal["training", "generation", "time_to_loss", "sizing", "scaling"] = "training"  # the last two measure nothing
+    what: Literal["training", "generation", "time_to_loss", "gpu", "sizing", "scaling"] = "training"  # gpu: all, in ten minutes
     against: Literal["plain", "transformers", "nothing"] = "plain"  # baseline. plain: nanoGPT's defaults (CUDA: bf16, compiled)
     batch_size: NonNegativeInt = 0  # sequences per batch. 0: the recipe's for training, 1 for generation
     rounds: PositiveInt = 3  # rounds; each times the fast run and the baseline once
@@ -137,7 +140,7 @@ class Config(configurator.Config):
 def main(config: Config) -> None:
     if config.out_dir:
         config = config.replace(**shape_of_run(config))
-    commands = {"training": training, "generation": generation, "time_to_loss": time_to_loss}
+    commands = {"training": training, "generation": generation, "time_to_loss": time_to_loss, "gpu": report_gpu}
     (commands | {"sizing": report_size, "scaling": report_scaling})[config.what](config)
 
 
@@ -400,6 +403,23 @@ def report_scaling(config: Config) -> None:
     """Print and draw what the scaling laws say of budgets and of the model."""
     found = scaling.report(name_of(config), model_shape(config), config.tokens, Path(config.out))
     print(json.dumps({"what": "scaling", "size": name_of(config)} | found))
+
+
+# a GPU
+
+
+def report_gpu(config: Config) -> None:
+    """Print everything that there is to measure on a GPU. Keys that were set hold for each measurement by bench.py.
+
+    Raises UserError without a GPU, unless the device is named.
+    """
+    device = pick_device(config.device)
+    if device == "cpu" and "device" not in config.given:
+        raise UserError("--what=gpu needs a GPU, and PyTorch finds none; try --what=training")
+    print(f"{device_name(device)}, PyTorch {torch.__version__}, Python {platform.python_version()}, {date.today()}")
+    flags = [f"--{key}={getattr(config, key)}" for key in sorted(config.given - {"what"})]
+    found = gpu_benchmark.measure(gpu_benchmark.MEASUREMENTS, flags)
+    print(json.dumps({"what": "gpu", "device": device_name(device), "measurements": found}))
 
 
 # time to a loss

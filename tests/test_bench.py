@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from conftest import run_train
 
 import bench
+import train
 from model import GPTConfig
-from nanogpt import metrics
+from nanogpt import gpu_benchmark, metrics
 from nanogpt.device import pick_dtype
 from nanogpt.errors import UserError
 
@@ -189,6 +191,52 @@ def test_time_to_loss_excludes_evaluations(monkeypatch: pytest.MonkeyPatch, caps
     found = bench.timed_run("any", parse(bench.Config, []), "config/any.py", {})
     assert found == [(0, 0, 3.0), (4, 2, 2.0), (8, 3, 1.0)]
     assert [bench.crossing(found, target) for target in (2.5, 2.0, 1.25, 0.9)] == [2.0, 4.0, 7.0, None]
+
+
+@pytest.mark.parametrize("measurement", gpu_benchmark.MEASUREMENTS)
+def test_commands_on_a_gpu(measurement: gpu_benchmark.Measurement) -> None:
+    """Catches a key that does not exist, found only once a GPU is there."""
+    script, *flags = measurement.command.split()
+    parse({"bench.py": bench.Config, "train.py": train.Config}[script], [*flags, "--device=cpu"])
+    assert (script == "train.py") == bool(measurement.seeds)
+
+
+def test_measurements_on_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches results that are not read, one failure that ends the rest, and a time limit without effect."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = "--device=cpu --n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --vocab_size=50".split()
+    generation = f"{gpu_benchmark.GENERATION} --against=nothing --rounds=1 --new_tokens=4 --batch_size=2"
+    commands = [generation, "bench.py --dataset=nowhere --real_data=True"]
+    found = gpu_benchmark.measure([gpu_benchmark.Measurement("any", command) for command in commands], flags)
+    assert found[0]["batch_size"] == 2 and found[0]["fast_tokens_per_second"] > 0
+    assert found[0]["command"] == shlex.join([*generation.split(), *flags])
+    assert "nowhere" in found[1]["error"] and "\n" not in found[1]["error"]
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")] == found
+    (late,) = gpu_benchmark.measure([gpu_benchmark.MEASUREMENTS[0]], flags, limit_seconds=0)
+    assert late["error"] == "no time left"
+
+
+def test_seeds_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches seeds that share a folder, and a final loss in place of the best one."""
+
+    def run(command: list[str], deadline: float) -> None:
+        flags = dict(flag.split("=") for flag in command if "=" in flag)
+        folder, seed = Path(flags["--out_dir"]), int(flags["--seed"])
+        folder.mkdir()
+        rows = f"0,0,0,4.0\n1,9,1,\n250,9,2,1.{seed}\n500,9,3,3.0\n"
+        (folder / "metrics.csv").write_text("iteration,tokens,seconds,val_loss\n" + rows, encoding="utf-8")
+
+    monkeypatch.setattr(gpu_benchmark, "run", run)
+    (found,) = gpu_benchmark.measure([gpu_benchmark.Measurement("any", "train.py --batch_size=1", (2, 3, 4))], ["--size=gpt2"])
+    assert found["command"] == "train.py --batch_size=1"
+    assert (found["best_val_losses"], found["at_iterations"], found["mean"]) == ((1.2, 1.3, 1.4), (250, 250, 250), 1.3)
+
+
+def test_gpu_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ten minutes of measuring a CPU."""
+    monkeypatch.setattr(bench, "pick_device", lambda name: "cpu")
+    with pytest.raises(UserError, match=r"--what=gpu needs a GPU"):
+        bench.main(parse(bench.Config, ["--what=gpu"]))
 
 
 @pytest.mark.parametrize("flag", ["--against=transformers", "--mfu=2", "--what=nothing", "--out=a.txt", "--dtype=int8"])

@@ -1,0 +1,93 @@
+"""Everything that there is to measure on a GPU, as commands that run one after the other, within a time limit."""
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from nanogpt import metrics
+from nanogpt.errors import first_line
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_SECONDS = 570.0  # for all measurements together
+TRAINING = "bench.py --size=gpt2 --batch_size=32 --real_data=False"
+GENERATION = "bench.py --what=generation --size=gpt2"
+RECIPE = "train.py config/train_shakespeare_char.py --max_iters=2500"  # the first half, with the learning rates of the whole
+RECIPE_SEEDS = (1, 2, 3, 4, 5)  # trained at the same time, to save time: their speeds say nothing
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A command of bench.py, or one of train.py and the seeds to train with."""
+
+    name: str
+    command: str
+    seeds: tuple[int, ...] = ()
+
+
+MEASUREMENTS = (  # the most important ones first, in case that the time does not suffice
+    Measurement("training, 124M", TRAINING),
+    Measurement("generation, 1 text", f"{GENERATION} --against=transformers"),
+    Measurement("Shakespeare in characters", RECIPE, RECIPE_SEEDS),
+    Measurement("generation, 1 text", f"{GENERATION} --against=plain"),
+    Measurement("generation, 16 texts", f"{GENERATION} --batch_size=16 --against=transformers"),
+    Measurement("generation, 64 texts", f"{GENERATION} --batch_size=64 --against=transformers"),
+    Measurement("training, 124M, not compiled", f"{TRAINING} --against=nothing --compile=False"),
+    Measurement("training, 124M, loss in chunks", f"{TRAINING} --against=nothing --loss_rows=4096"),
+    Measurement("training, 124M, Muon", f"{TRAINING} --against=nothing --optimizer=muon"),
+)
+
+
+def measure(
+    measurements: Sequence[Measurement], flags: Sequence[str], limit_seconds: float = LIMIT_SECONDS
+) -> list[dict[str, Any]]:
+    """Run the measurements, printing each result; return them. `flags` are added to the commands of bench.py.
+
+    The result of one that fails, or for which no time is left, has an "error".
+    """
+    deadline, results = time.monotonic() + limit_seconds, []
+    for measurement in measurements:
+        command = shlex.split(measurement.command)
+        command += flags if command[0] == "bench.py" else []
+        print(f"\n{measurement.name}: python {shlex.join(command)}", flush=True)
+        started = time.monotonic()
+        try:
+            if measurement.seeds:
+                result = train_seeds(command, measurement.seeds, deadline)
+            else:
+                result = json.loads(next(line for line in reversed(run(command, deadline)) if line.startswith("{")))
+        except subprocess.TimeoutExpired:
+            result = {"error": "no time left"}
+        except subprocess.CalledProcessError as error:
+            result = {"error": first_line((error.stderr.strip().splitlines() or ["no message"])[-1])}
+        seconds = round(time.monotonic() - started, 1)
+        result |= {"name": measurement.name, "command": shlex.join(command), "wall_seconds": seconds}
+        print(json.dumps(result), flush=True)
+        results.append(result)
+    return results
+
+
+def run(command: Sequence[str], deadline: float) -> list[str]:
+    """Run a script of this repo; return its lines. Raises the errors of subprocess.run; at the deadline it is killed."""
+    seconds = max(0.0, deadline - time.monotonic())
+    options = {"cwd": ROOT, "capture_output": True, "encoding": "utf-8", "timeout": seconds}
+    return subprocess.run([sys.executable, *command], check=True, **options).stdout.splitlines()
+
+
+def train_seeds(command: Sequence[str], seeds: Sequence[int], deadline: float) -> dict[str, Any]:
+    """Train with each seed, all at the same time; return the best validation loss of each, where it was, and their mean."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(seeds)) as pool:
+        flags = [[*command, f"--seed={seed}", f"--out_dir={folder}/{seed}"] for seed in seeds]
+        list(pool.map(run, flags, [deadline] * len(seeds)))
+        rows = [metrics.read_rows(Path(folder, str(seed), "metrics.csv")) for seed in seeds]
+    best = [min((float(row["val_loss"]), int(row["iteration"])) for row in run if row["val_loss"]) for run in rows]
+    losses, iterations = zip(*best, strict=True)
+    return {"seeds": seeds, "best_val_losses": losses, "at_iterations": iterations, "mean": round(mean(losses), 4)}
