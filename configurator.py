@@ -47,6 +47,7 @@ from nanogpt.errors import UserError, one_line, rank, warn
 ROOT = Path(inspect.getfile(UserError)).resolve().parents[1]
 # what nanoGPT's config files need not import, since they run inside its train.py
 NANOGPT_IMPORTS = {"np": "numpy"} | {name: name for name in ("os", "sys", "time", "math", "pickle", "torch")}
+SPIN_TURNS = 10_000  # of a waiting thread, some 0.1 ms: longer than the next operation takes to come
 SYNONYMS = {  # other people's names for a key, which are never passed over: the run would not be the one that was meant
     "out_dir": "output_dir outdir output_folder",
     "dataset": "dataset_name",
@@ -82,6 +83,17 @@ def _not_installed(package: str) -> str:
     )
 
 
+def wait_briefly(environment: MutableMapping[str, str]) -> None:
+    """Let OpenMP's threads sleep soon while they wait for each other, unless `environment` already says how they wait.
+
+    GNU's OpenMP, which PyTorch has on Linux, reads this when torch is imported. Its 300,000 turns keep a core from the thread
+    that is waited for, if other programs need the cores, too.
+    """
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", str(SPIN_TURNS))
+
+
+wait_briefly(os.environ)
 for _package in ("torch", "numpy", "tqdm"):  # imported by the commands right after this module
     if importlib.util.find_spec(_package) is None:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {_not_installed(_package)}")

@@ -665,3 +665,24 @@ def test_unencodable_characters_are_replaced(monkeypatch: pytest.MonkeyPatch) ->
     configurator.run(lambda config: print("na\u00efve"), Config)
     out.flush()
     assert out.buffer.getvalue().split() == [b"na?ve"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "spin"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_sleep_soon(environment: dict[str, str], spin: str | None) -> None:
+    """Catches threads that keep the cores of a busy machine while they wait, and a user's own choice that is overridden."""
+    configurator.wait_briefly(environment)
+
+    assert environment.get("GOMP_SPINCOUNT") == spin
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_configurator_is_imported_before_torch(path: Path) -> None:
+    """Catches a command whose import of torch comes first: OpenMP then never reads what `wait_briefly` has set."""
+    source = path.read_text(encoding="utf-8")
+
+    imports = re.findall(r"^(?:import|from) (configurator|torch|model|nanogpt\.(?!errors)\w+)\b", source, re.MULTILINE)
+
+    assert "configurator" not in imports or imports[0] == "configurator"
