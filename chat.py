@@ -10,6 +10,7 @@ import importlib
 import io
 import itertools
 import operator
+import os
 import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
@@ -288,7 +289,9 @@ def messages(name: str) -> Iterator[str]:
     A message is a line that is not empty; a backslash at its end continues it, and pasted lines are one message.
     """
     with contextlib.suppress(ImportError):  # readline gives input() line editing and history; Windows has its own
-        importlib.import_module("readline").parse_and_bind("set enable-bracketed-paste on")
+        readline = importlib.import_module("readline")
+        if os.environ.get("TERM", "dumb") != "dumb":
+            readline.parse_and_bind("set enable-bracketed-paste on")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     typed, shown = sys.stdin.isatty(), sys.stdout.isatty()
