@@ -162,7 +162,7 @@ class Chat:
         if smallest >= model.config.block_size:
             raise UserError(
                 f"the opening must be shorter than the model's context of {model.config.block_size} tokens, "
-                f"got {smallest}; shorten --context"
+                f"got {smallest}; shorten --context, or try --chat_format=lines"
             )
         self.turns: list[Turn] = []
         self.notes: list[str] = []  # messages for the user, to show after the reply

@@ -231,6 +231,13 @@ def test_overflow_during_a_reply():
         assert "".join(talk.send("Hey")) == expected and len(talk.turns) == 1
 
 
+def test_context_too_short_for_the_names():
+    """Catches a remedy that does not help a model of 16 tokens, for which "User:" and "Assistant:" are too long."""
+    with pytest.raises(UserError, match=r"try --chat_format=lines$"):
+        start_chat(tiny(block_size=16), conversation.FORMATS["plain"])
+    assert "".join(start_chat(tiny(block_size=16), conversation.LINES, max_new_tokens=40).send("Hello there"))
+
+
 def test_refused_messages_leave_no_turn():
     """Catches a message that is silently cut, and a turn that stays although it was refused."""
     talk = start_chat(tiny(block_size=32), max_new_tokens=5)
