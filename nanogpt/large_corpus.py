@@ -1,6 +1,6 @@
 """Datasets from corpora larger than memory: tokenized in parallel, and resumed after an interruption.
 
-1. Threads tokenize the documents, in order, into tokens.part (tiktoken releases the GIL). progress.part saves the position.
+1. Threads tokenize the documents, in order, into tokens.part (encoders release the GIL). progress.part saves the position.
 2. The documents are copied from there into train.bin and val.bin, in the order of the splits.
 
 Memory holds a few chunks of text or one block of tokens, plus about 30 bytes per document; the disk holds the tokens twice.
@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar
 
 import configurator
 from configurator import NonNegativeInt, PathStr, PositiveInt
@@ -29,7 +29,7 @@ from nanogpt import corpus, documents
 from nanogpt.documents import Position, Source
 from nanogpt.errors import UserError, warn
 from nanogpt.files import atomic_write
-from nanogpt.tokenizer import TiktokenTokenizer
+from nanogpt.tokenizer import TiktokenTokenizer, Tokenizer, named_tokenizer
 
 TOKENS, PROGRESS = "tokens.part", "progress.part"
 CHUNK_CHARACTERS = 1 << 20  # tokenized by a thread at a time
@@ -47,7 +47,7 @@ class HubConfig(configurator.Config):
     positional: ClassVar[str] = "input"
     input: PathStr = ""  # a .parquet, .jsonl, .jsonl.gz or .txt file, or a folder of them; empty downloads from the Hub
     revision: str = "main"  # version of the dataset on the Hub: a commit, or main for the newest
-    tokenizer: Literal["gpt2", "cl100k_base", "o200k_base"] = "gpt2"  # byte-pair encoding
+    tokenizer: PathStr = "gpt2"  # gpt2, cl100k_base, o200k_base, or a dataset (name or folder) whose tokenizer to use
     workers: PositiveInt = os.cpu_count() or 1  # threads that tokenize
     max_tokens: NonNegativeInt = 0  # stop after this many tokens; 0 takes the whole corpus
     name: str = ""  # write the dataset to data/<name>, for train.py --dataset=<name>
@@ -56,16 +56,16 @@ class HubConfig(configurator.Config):
 def prepare_from_hub(config: HubConfig, folder: Path, path: str, subset: str, split: Split) -> None:
     """What a prepare.py in `folder` does: prepare `subset` of the Hub dataset `path`, or the files of --input."""
     corpus.check_name(config.name, folder)
-    tokenizer = TiktokenTokenizer(config.tokenizer)
+    tokenizer = named_tokenizer(config.tokenizer, folder.parent)
     source = documents.local(config.input) if config.input else documents.hub(path, subset, config.revision)
+    if tokenizer.end_of_text is None:
+        raise UserError(f"--tokenizer={config.tokenizer} has no token that ends a document; try --tokenizer=gpt2")
     prepare(folder.parent / config.name, source, tokenizer, split, config.workers, config.max_tokens)
     documents.report(source.left_out)
     print(f"next: python train.py config/train_gpt2.py --dataset={config.name}")
 
 
-def prepare(
-    folder: Path, source: Source, tokenizer: TiktokenTokenizer, split: Split, workers: int, max_tokens: int = 0
-) -> None:
+def prepare(folder: Path, source: Source, tokenizer: Tokenizer, split: Split, workers: int, max_tokens: int = 0) -> None:
     """Write the documents of `source` as a dataset, continuing an interrupted call with the same arguments.
 
     Each document ends with the end-of-text token. `max_tokens` takes only the first tokens; 0 takes all. `workers`, the number
@@ -98,7 +98,7 @@ def _prepare(
     folder: Path,
     file: BinaryIO,
     source: Source,
-    tokenizer: TiktokenTokenizer,
+    tokenizer: Tokenizer,
     split: Split,
     workers: int,
     max_tokens: int,
@@ -106,7 +106,7 @@ def _prepare(
     dtype = np.dtype(corpus.token_dtype(tokenizer.vocab_size)).newbyteorder("<")
 
     # 1) tokenize
-    recipe = {"files": source.identity, "tokenizer": tokenizer.name, "max_tokens": max_tokens}
+    recipe = {"files": source.identity, "tokenizer": _identity(tokenizer), "max_tokens": max_tokens}
     state = _load_progress(folder, file, recipe, dtype)
     _tokenize(folder, file, state, source, tokenizer, dtype, workers)
 
@@ -129,6 +129,13 @@ def _prepare(
             _arrange(folder / TOKENS, folder / f"{name}.bin{corpus.STAGED}", bounds, chosen, dtype, bar)
     extra = {"documents": {name: len(chosen) for name, chosen in splits.items()}}
     corpus.finish(folder, {"train.bin": None, "val.bin": None}, counts, tokenizer, source.name, sha256, extra)
+
+
+def _identity(tokenizer: Tokenizer) -> str:
+    """Return the name of an encoding, or a digest of another tokenizer."""
+    if isinstance(tokenizer, TiktokenTokenizer):
+        return tokenizer.name
+    return hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 # Tokenizing
@@ -156,7 +163,7 @@ def _tokenize(
     file: BinaryIO,
     state: dict[str, Any],
     source: Source,
-    tokenizer: TiktokenTokenizer,
+    tokenizer: Tokenizer,
     dtype: np.dtype,
     workers: int,
 ) -> None:
@@ -209,7 +216,7 @@ def _chunks(source: Source, start: Position) -> Iterator[tuple[tuple[Position, i
     yield (position, read), texts
 
 
-def _encode(texts: list[str], tokenizer: TiktokenTokenizer, dtype: np.dtype) -> np.ndarray:
+def _encode(texts: list[str], tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
     end = np.array([tokenizer.end_of_text], np.int32)
     parts = [part for text in texts for part in (tokenizer.encode_array(text), end)]
     return np.concatenate([end[:0], *parts]).astype(dtype)

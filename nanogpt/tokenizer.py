@@ -37,6 +37,7 @@ ENCODING_SIZES = {  # tokens of tiktoken's encodings, known here so that trainin
     "o200k_base": 200019,
     "o200k_harmony": 201088,
 }
+ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")  # those that a prepare.py offers
 BYTES_VOCAB_SIZE = 257  # each byte, and the end of text
 PATTERNS = {  # what splits a text into words before byte pairs are merged, by name; None is the library's own, GPT-2's
     "gpt2": None,
@@ -568,6 +569,19 @@ def from_folder(folder: Path) -> Tokenizer:
     if (folder / "meta.pkl").is_file():
         return _from_pickle(folder / "meta.pkl")
     return TiktokenTokenizer("gpt2", GPT2_VOCAB_SIZE)
+
+
+def named_tokenizer(name: str, datasets: Path, names: Sequence[str] = ENCODINGS) -> Tokenizer:
+    """Return the encoding `name`, or the tokenizer of the prepared dataset `name`, a folder in `datasets` or anywhere.
+
+    Raises UserError, which offers `names`, if it is neither.
+    """
+    if name in ENCODINGS:
+        return TiktokenTokenizer(name)
+    folder = datasets / name
+    if not any((folder / file).is_file() for file in ("meta.json", "meta.pkl", "train.bin")):
+        raise UserError(f"--tokenizer={name}: must be {', '.join(names)} or a prepared dataset")
+    return from_folder(folder)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

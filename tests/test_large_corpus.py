@@ -21,7 +21,7 @@ import pytest
 from nanogpt import corpus, documents, large_corpus
 from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer
+from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, train_bpe
 
 END = 256
 TEXTS = [f"{i} plus {i} is {2 * i}, " * (i % 7) + "é" * (i % 3) for i in range(60)]
@@ -116,6 +116,24 @@ def test_files_equal_a_plain_loop(
     assert sorted(content(folder)) == ["meta.json", "train.bin", "val.bin"]
     assert f"train has {meta['tokens']['train']:,} tokens" in capsys.readouterr().out
     assert Dataset(str(folder)).tokens == meta["tokens"]
+
+
+def test_tokenizer_of_a_dataset(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Catches other ids than the dataset's tokenizer gives, and documents without an end."""
+    own = train_bpe(TEXTS[:-1], 300)
+    corpus.write_dataset(project / "data" / "mine", ["Ho" * 9], ["Hi"], own, "letters")
+    corpus.write_dataset(project / "data" / "letters", ["Ho" * 9], ["Hi"], CharTokenizer(list("Hio")), "letters")
+    (project / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    config = large_corpus.HubConfig(input=str(project / "a.jsonl"), tokenizer="mine", name="big")
+
+    large_corpus.prepare_from_hub(config, project / "data" / "fineweb_edu", "", "", split)
+
+    tokens = [[*own.encode_array(text).tolist(), own.end_of_text] for text in TEXTS]
+    assert ids(project / "data" / "big") == naive(tokens)
+    assert Dataset(str(project / "data" / "big")).tokenizer.to_dict() == own.to_dict()
+    for name, told in (("letters", "has no token that ends a document"), ("nowhere", "must be gpt2, .* or a prepared dataset")):
+        with pytest.raises(UserError, match=f"--tokenizer={name}:? {told}"):
+            large_corpus.prepare_from_hub(config.replace(tokenizer=name), project / "data" / "fineweb_edu", "", "", split)
 
 
 def test_large_vocabulary(tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer) -> None:

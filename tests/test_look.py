@@ -51,7 +51,7 @@ def bigram(vocab_size: int) -> Bigram:
 
 @pytest.fixture(scope="module")
 def tab() -> Iterator[Any]:
-    """A tab of headless Chromium, driven by Playwright; `tab.complaints` are its errors, and the other files that it asks for."""
+    """A tab of headless Chromium, driven by Playwright; `tab.complaints` are its errors, and other files that it asks for."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")

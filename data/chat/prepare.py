@@ -26,13 +26,11 @@ from configurator import PathStr, Seed
 import numpy as np
 
 from nanogpt import conversation, corpus
-from nanogpt import tokenizer as tokenizers
 from nanogpt.conversation import FORMATS, ChatFormat, Message
 from nanogpt.errors import UserError, one_line
 from nanogpt.synthetic import made_up_conversations
-from nanogpt.tokenizer import END_OF_TEXT, CharTokenizer, TiktokenTokenizer, Tokenizer
+from nanogpt.tokenizer import ENCODINGS, END_OF_TEXT, CharTokenizer, Tokenizer, named_tokenizer
 
-ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
 PREVIEW_CHARACTERS = 100  # of each piece of the conversation that is printed
 
 
@@ -112,13 +110,8 @@ def find_tokenizer(name: str, chat_format: ChatFormat, conversations: list[list[
     """Return the tokenizer that --tokenizer names. Raises UserError if there is none, or it cannot encode the format."""
     if name == "char":
         tokenizer = CharTokenizer.from_text("".join(conversation.render(chat_format, each) for each in conversations))
-    elif name in ENCODINGS:
-        tokenizer = TiktokenTokenizer(name)
     else:
-        folder = FOLDER.parent / name
-        if not any((folder / file).is_file() for file in ("meta.json", "meta.pkl", "train.bin")):
-            raise UserError(f"--tokenizer={name}: must be char, {', '.join(ENCODINGS)} or a prepared dataset")
-        tokenizer = tokenizers.from_folder(folder)
+        tokenizer = named_tokenizer(name, FOLDER.parent, ["char", *ENCODINGS])
     strings = chat_format.user + chat_format.user_end + chat_format.assistant + chat_format.assistant_end + chat_format.lead
     if tokenizer.end_of_text is None and END_OF_TEXT in strings:
         raise UserError(

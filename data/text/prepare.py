@@ -21,6 +21,7 @@ from nanogpt.documents import find_files, report
 from nanogpt.errors import UserError, one_line
 from nanogpt.tokenizer import (
     BYTES_VOCAB_SIZE,
+    ENCODINGS,
     MAX_VOCAB_SIZE,
     PATTERNS,
     CharTokenizer,
@@ -30,7 +31,6 @@ from nanogpt.tokenizer import (
     train_bpe,
 )
 
-ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")  # of tiktoken
 SHOWN_TOKENS = 12  # the longest that were learned
 SHOWN_CHARACTERS = 200  # of a character table, at most
 OUTPUTS = ("train.bin", "val.bin", "meta.json", "meta.pkl")  # not text, if the input is the dataset's own folder
