@@ -116,12 +116,14 @@ function renderTokens() {
       attributes["--heat"] = Math.min(100, (100 * surprise) / SURPRISE_BITS);
       attributes["aria-label"] += `, surprise ${surprise.toFixed(1)} bits`;
     }
+    const chance = surprise === null ? "" : `, probability ${percent(2 ** -surprise)}`;
+    attributes.title = `id ${id}, bytes ${hex(tokenBytes.get(id) ?? []).join(" ")}${chance}`;
     const token = tokenElement("div", id, classes, attributes);
     token.append(el("small", { "aria-hidden": true }, String(id)));
     row.append(token);
     if (endsLine(id) && index + 1 < ids.length) row.append(el("span", { class: "break", role: "presentation" }));
   }
-  row.scrollTop = row.scrollHeight;
+  requestAnimationFrame(() => (row.scrollTop = row.scrollHeight)); // not now, since that would lay out the page twice
   $("legend-outside").hidden = view.start === 0;
   $("clear").disabled = !isLive || !state.written.length;
   const predicted = view.ids.length - 1,
