@@ -107,7 +107,7 @@ def fit(prompt_ids: list[int], max_new_tokens: int, model: GPT | Bigram) -> list
 
     Raises UserError if there is no room for any.
     """
-    if page.runs_in_page(model):
+    if page.runs_in_page(model) or isinstance(model, Bigram):
         return prompt_ids
     room = page.recorded_tokens(model) - max_new_tokens
     if room < 1:

@@ -159,7 +159,7 @@ def assemble(data: dict[str, Any]) -> bytes:
 
 
 def pack(values: torch.Tensor | np.ndarray, dtype: str) -> dict[str, Any]:
-    """Return numbers as JSON: their shape, and their little-endian bytes in base64, without padding in their type."""
+    """Return numbers as JSON: their type, their shape, and their little-endian bytes in base64."""
     array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
     stored = np.ascontiguousarray(array, np.dtype(dtype).newbyteorder("<"))
     return {"dtype": dtype, "shape": list(array.shape), "data": base64.b64encode(stored.tobytes()).decode("ascii")}
@@ -235,7 +235,7 @@ def byte_pairs(description: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]
 
 def embedding_map(model: GPT, vocab_size: int, shown: list[int]) -> dict[str, Any]:
     """Return the principal components of the token embeddings: coordinates of the tokens `shown`, and shares of variance."""
-    coordinates, shares = principal_components(model.transformer.wte.weight[:vocab_size])
+    coordinates, shares = principal_components(model.transformer.wte.weight[:vocab_size].cpu())
     return {"ids": pack(np.array(shown), "uint32"), "xy": pack(coordinates[shown], "float32"), "shares": shares.tolist()}
 
 
@@ -244,21 +244,22 @@ def record(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> tuple[dict[str, 
     """Return what a model computes for one text of T tokens, as the page reads it, and the ids of all tokens in that."""
     found = activations(model, ids)
     T, V = len(ids), tokenizer.vocab_size
-    logits = found.logits[:, :V].double()
+    logits = found.logits[:, :V].cpu().double()  # Apple's GPUs have no float64
 
     # the next token: the likeliest, the rest as one number for each stop of the temperature's slider, and the one in the text
     top, choices = logits.topk(min(RECORDED_CHOICES, V))  # (T, choices) each
     others = logits.scatter(1, choices, -torch.inf)
     rest = torch.stack([(others / temperature).logsumexp(-1) for temperature in TEMPERATURES], 1)  # (T, temperatures)
-    following = torch.tensor(ids[1:], device=logits.device)[:, None]
+    following = torch.tensor(ids[1:])[:, None]
     chances = logits.log_softmax(-1)[:-1].gather(1, following)[:, 0]
 
     # what each layer would say
-    lens = [logit_lens(model, layer)[:, :V].double().softmax(-1).topk(min(LENS_CHOICES, V)) for layer in found.residual]
+    lens = [logit_lens(model, layer)[:, :V].cpu().double().softmax(-1).topk(min(LENS_CHOICES, V)) for layer in found.residual]
     lens_ids = torch.stack([layer.indices for layer in lens])  # (n_layer + 1, T, choices)
 
     # embeddings: nearest tokens of those in the text, cosines between words, and the map
-    directions = F.normalize(model.transformer.wte.weight[:V], dim=-1)
+    embeddings = model.transformer.wte.weight[:V].cpu()
+    directions = F.normalize(embeddings, dim=-1)
     occurring, words = sorted(set(ids)), calculable(tokenizer)
     cosines, nearest = (directions[occurring] @ directions.T).topk(min(NEIGHBORS + 1, V))  # each token's first is itself
     gram = directions[words] @ directions[words].T
@@ -278,8 +279,8 @@ def record(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> tuple[dict[str, 
         "nearest": pack(nearest, "uint32"),
         "cosines": pack(cosines, "float32"),
         "words": words,
-        "word_norms": pack(model.transformer.wte.weight[words].norm(dim=-1), "float32"),
-        "gram": pack((gram.cpu() * 32767).round(), "int16"),
+        "word_norms": pack(embeddings[words].norm(dim=-1), "float32"),
+        "gram": pack((gram * 32767).round(), "int16"),
         "map": embedding_map(model, V, on_map),
     }
     return recorded, {*on_map, *choices.flatten().tolist(), *lens_ids.flatten().tolist()}

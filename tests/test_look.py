@@ -198,13 +198,14 @@ def test_greedy_text_is_the_same(show):
 
 
 def test_what_look_wrote(show):
-    """Catches a continuation in the page that is not the one of generate()."""
+    """Catches a continuation in the page that is not the one of generate(), or one that pushes the prompt out of the window."""
     model = gpt(11)
-    wanted = model.generate(torch.tensor([[1, 2, 3]]), 4, temperature=0)[0].tolist()
-    opened = show(model, LETTERS, start="abc", temperature=0, max_new_tokens=4)
+    wanted = model.generate(torch.tensor([[1, 2, 3]]), 12, temperature=0)[0].tolist()
+    opened = show(model, LETTERS, start="abc", temperature=0, max_new_tokens=12)
     shown = opened.locator("#tokens .token small").all_inner_texts()
     assert list(map(int, shown)) == wanted
-    assert opened.locator("#tokens .written").count() == 4
+    assert opened.locator("#tokens .written").count() == 12
+    assert "token 8 of 15" in opened.inner_text("#chosen")  # the first that the model still sees
 
 
 # sampling

@@ -55,7 +55,7 @@ function note(text) {
 // Everything follows from the ids: run the model on what is new, then draw.
 function update(chosen = allIds().length - 1) {
   view.update(allIds());
-  state.chosen = chosen;
+  state.chosen = Math.max(chosen, view.start);
   state.phase = 0;
   state.near = null;
   renderTokens();
