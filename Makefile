@@ -33,6 +33,7 @@ quickstart: $(VENV)/installed
 	@echo "That was a GPT with 0.8 million parameters, trained for 2,000 iterations. Next:"
 	@echo "  source $(VENV)/bin/activate"
 	@echo "  python sample.py --out_dir=$(OUT) --start=\"The \"                  # sample from a prompt"
+	@echo "  python look.py --out_dir=$(OUT)                                   # a page that shows the model at work"
 	@echo "  python train.py --init_from=resume --out_dir=$(OUT) --max_iters=4000 --lr_decay_iters=4000   # train longer"
 	@echo "  python data/text/prepare.py --input=FILE --name=mine             # use your own text"
 	@echo "  python train.py --help                                           # list all keys; see also README.md"
