@@ -27,9 +27,9 @@ function unpackWeights({ whole, scales }) {
 }
 
 function readTokens({ ids, lengths, bytes }) {
-  const found = new Map(),
-    all = unpack(bytes),
-    sizes = unpack(lengths);
+  const found = new Map();
+  const all = unpack(bytes);
+  const sizes = unpack(lengths);
   let start = 0;
   unpack(ids).forEach((id, i) => {
     found.set(id, all.subarray(start, start + sizes[i]));
@@ -63,8 +63,8 @@ class Live {
   }
 
   choices(t) {
-    const logits = this.model.logits[t],
-      ids = ranked(logits);
+    const logits = this.model.logits[t];
+    const ids = ranked(logits);
     return { ids, logits: Float64Array.from(ids, (id) => logits[id]), size: ids.length, rest: () => -Infinity };
   }
 
@@ -93,8 +93,8 @@ class Recorded {
   }
 
   choices(t) {
-    const size = this._choices.shape[1],
-      stops = this._rest.shape[1];
+    const size = this._choices.shape[1];
+    const stops = this._rest.shape[1];
     return {
       ids: this._choices.subarray(t * size, (t + 1) * size),
       logits: Float64Array.from(this._top.subarray(t * size, (t + 1) * size)),
@@ -104,14 +104,14 @@ class Recorded {
   }
 
   lens(layer, t) {
-    const [, T, size] = this._lens.shape,
-      first = (layer * T + t) * size;
+    const [, T, size] = this._lens.shape;
+    const first = (layer * T + t) * size;
     return Array.from({ length: size }, (_, i) => ({ id: this._lens_ids[first + i], p: this._lens[first + i] }));
   }
 
   attention(layer, head, query) {
-    const [, heads, cells] = this._attention.shape,
-      row = (layer * heads + head) * cells + (query * (query + 1)) / 2;
+    const [, heads, cells] = this._attention.shape;
+    const row = (layer * heads + head) * cells + (query * (query + 1)) / 2;
     return Float32Array.from(this._attention.subarray(row, row + query + 1), (weight) => weight / 65535);
   }
 

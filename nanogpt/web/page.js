@@ -98,14 +98,14 @@ function bits(index) {
 }
 
 function renderTokens() {
-  const ids = allIds(),
-    first = Math.max(0, Math.min(ids.length - SHOWN_TOKENS, view.start)),
-    row = $("tokens");
+  const ids = allIds();
+  const first = Math.max(0, Math.min(ids.length - SHOWN_TOKENS, view.start));
+  const row = $("tokens");
   let total = 0;
   row.replaceChildren(...(first ? [el("span", { class: "muted small" }, `… ${count(first)} tokens before`)] : []));
   for (let index = first; index < ids.length; index++) {
-    const id = ids[index],
-      surprise = index > view.start ? bits(index) : null;
+    const id = ids[index];
+    const surprise = index > view.start ? bits(index) : null;
     const classes = (index >= state.prompt.length ? "written" : "") + (index < view.start ? " outside" : "");
     const attributes = { role: "option", "data-index": index, "aria-selected": index === state.chosen };
     attributes.tabindex = index === state.chosen ? 0 : -1;
@@ -126,8 +126,8 @@ function renderTokens() {
   requestAnimationFrame(() => (row.scrollTop = row.scrollHeight)); // not now, since that would lay out the page twice
   $("legend-outside").hidden = view.start === 0;
   $("clear").disabled = !isLive || !state.written.length;
-  const predicted = view.ids.length - 1,
-    nats = (total / predicted) * Math.LN2;
+  const predicted = view.ids.length - 1;
+  const nats = (total / predicted) * Math.LN2;
   $("loss").textContent = predicted
     ? `Mean surprise of this text: ${(total / predicted).toFixed(2)} bits a token. In nats that is its loss, ${nats.toFixed(3)}` +
       ` (cross-entropy); perplexity ${Math.exp(nats).toFixed(1)}.`
@@ -135,10 +135,10 @@ function renderTokens() {
 }
 
 function renderDetail() {
-  const index = state.chosen,
-    id = allIds()[index],
-    bytes = tokenBytes.get(id) ?? [],
-    surprise = bits(index);
+  const index = state.chosen;
+  const id = allIds()[index];
+  const bytes = tokenBytes.get(id) ?? [];
+  const surprise = bits(index);
   const name = tokenizer.specialIds.has(id) ? "special token" : "token";
   const facts = {
     [name]: label(id),
@@ -159,8 +159,8 @@ function renderDetail() {
 // the next token
 
 function distributionAt(t) {
-  const choices = view.choices(t),
-    { temperature, topK, topP } = state.sampling;
+  const choices = view.choices(t);
+  const { temperature, topK, topP } = state.sampling;
   return { choices, ...distribution(choices, temperature, topK, topP) };
 }
 
@@ -178,20 +178,20 @@ function bar(name, share, number, { classes = "", ghost = null, onclick = null, 
 }
 
 function renderNext() {
-  const t = state.chosen - view.start,
-    found = distributionAt(t),
-    { choices, k, kept, p, rest } = found;
-  const next = allIds()[state.chosen + 1],
-    written = state.chosen + 1 >= state.prompt.length;
+  const t = state.chosen - view.start;
+  const found = distributionAt(t);
+  const { choices, k, kept, p, rest } = found;
+  const next = allIds()[state.chosen + 1];
+  const written = state.chosen + 1 >= state.prompt.length;
   const plain = distribution(choices, 1, 0, 0).p;
   const shown = Array.from({ length: Math.min(BARS, choices.ids.length) }, (_, i) => i);
   const place = next === undefined ? -1 : choices.ids.indexOf(next);
   if (place >= BARS) shown.push(place);
   const scale = Math.max(p[0], plain[0]);
   const rows = shown.map((i) => {
-    const id = choices.ids[i],
-      isNext = id === next,
-      share = i < kept ? p[i] : 0;
+    const id = choices.ids[i];
+    const isNext = id === next;
+    const share = i < kept ? p[i] : 0;
     const item = bar(label(id), share / scale, i < kept ? percent(share) : "cut off", {
       classes: `${i < kept ? "" : "cut"} ${isNext ? "next" : ""}`,
       ghost: plain[i] / scale,
@@ -281,8 +281,8 @@ function writeOne() {
 // the beginning
 
 function texts() {
-  const { n_layer, n_head, n_embd, block_size } = data.config,
-    { iter_num, best_val_loss } = data.trained;
+  const { n_layer, n_head, n_embd, block_size } = data.config;
+  const { iter_num, best_val_loss } = data.trained;
   const millions = (totalParameters / 1e6).toFixed(totalParameters < 1e7 ? 2 : 0);
   const facts = isGPT ? ["GPT"] : ["Bigram model"];
   facts.push(totalParameters >= 1e6 ? `${millions} million parameters` : `${count(totalParameters)} parameters`);

@@ -14,9 +14,9 @@ const ANALOGIES = [
 // attention
 
 function renderAttention() {
-  const { n_layer, n_head } = data.config,
-    T = Math.min(view.ids.length, SHOWN_ATTENTION),
-    from = view.ids.length - T;
+  const { n_layer, n_head } = data.config;
+  const T = Math.min(view.ids.length, SHOWN_ATTENTION);
+  const from = view.ids.length - T;
   const grid = $("heads");
   if (!grid.children.length) {
     grid.style.gridTemplateColumns = `auto repeat(${n_head}, auto)`;
@@ -33,15 +33,15 @@ function renderAttention() {
   const [r, g, b] = color("accent");
   const buttons = grid.querySelectorAll("button");
   buttons.forEach((button, i) => {
-    const layer = Math.floor(i / n_head),
-      head = i % n_head,
-      canvas = button.firstChild;
+    const layer = Math.floor(i / n_head);
+    const head = i % n_head;
+    const canvas = button.firstChild;
     button.setAttribute("aria-pressed", layer === state.layer && head === state.head);
     if (canvas.dataset.drawn === drawn()) return;
     canvas.width = canvas.height = T;
-    const ctx = canvas.getContext("2d"),
-      image = ctx.createImageData(T, T),
-      pixels = image.data;
+    const ctx = canvas.getContext("2d");
+    const image = ctx.createImageData(T, T);
+    const pixels = image.data;
     for (let q = 0; q < T; q++) {
       const weights = view.attention(layer, head, from + q);
       for (let j = 0, i = 4 * q * T; j <= q; j++, i += 4) {
@@ -56,8 +56,8 @@ function renderAttention() {
 }
 
 // What the small pictures depend on.
-let version = 0,
-  lastIds = "";
+let version = 0;
+let lastIds = "";
 function drawn() {
   const ids = `${view.ids.join()} ${color("accent")}`;
   if (ids !== lastIds) [lastIds, version] = [ids, version + 1];
@@ -72,17 +72,17 @@ function enlarge(layer, head, focus = false) {
 }
 
 function renderHead() {
-  const { layer, head } = state,
-    T = Math.min(view.ids.length, SHOWN_ATTENTION),
-    from = view.ids.length - T;
-  const query = state.chosen - view.start,
-    weights = view.attention(layer, head, query);
+  const { layer, head } = state;
+  const T = Math.min(view.ids.length, SHOWN_ATTENTION);
+  const from = view.ids.length - T;
+  const query = state.chosen - view.start;
+  const weights = view.attention(layer, head, query);
   const name = `Layer ${layer}, head ${head}`;
   $("head-name").textContent = name;
 
   // the picture
-  const room = widthOf($("head").parentElement, 480),
-    size = Math.max(1, Math.min(28, Math.floor((room - 34) / T)));
+  const room = widthOf($("head").parentElement, 480);
+  const size = Math.max(1, Math.min(28, Math.floor((room - 34) / T)));
   const margin = size >= 9 ? 34 : 0;
   const ctx = context($("head"), margin + T * size, margin + T * size);
   ctx.font = `${Math.min(12, size + 1)}px ${mono}`;
@@ -137,21 +137,15 @@ function renderHead() {
 
 // Lines from the chosen token to those that it attends to.
 function renderArcs(query, weights) {
-  const first = Math.max(0, query - 80),
-    last = Math.min(view.ids.length, Math.max(query + 12, first + 40));
+  const first = Math.max(0, query - 80);
+  const last = Math.min(view.ids.length, Math.max(query + 12, first + 40));
   const line = el("div", { class: "line" });
   for (let t = first; t < last; t++) {
-    line.append(
-      tokenElement(
-        "span",
-        view.ids[t],
-        t > query ? "later" : "",
-        t <= query ? { "--weight": 100 * Math.sqrt(weights[t]) * 0.8 } : {},
-      ),
-    );
+    const weight = t <= query ? { "--weight": 80 * Math.sqrt(weights[t]) } : {};
+    line.append(tokenElement("span", view.ids[t], t > query ? "later" : "", weight));
   }
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"),
-    height = 90;
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const height = 90;
   $("arcs").replaceChildren(svg, line);
   const middle = (t) => line.children[t - first].offsetLeft + line.children[t - first].offsetWidth / 2;
   const to = middle(query);
@@ -161,8 +155,8 @@ function renderArcs(query, weights) {
   svg.setAttribute("aria-label", "Lines from the chosen token to those that it attends to; the thicker, the larger the weight");
   for (let t = first; t <= query; t++) {
     if (weights[t] < 0.005) continue;
-    const path = document.createElementNS("http://www.w3.org/2000/svg", "path"),
-      x = middle(t);
+    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    const x = middle(t);
     const rise = height - Math.min(height - 8, 14 + Math.abs(to - x) * 0.35);
     const loop = `M${x - 7} ${height} C${x - 16} ${height - 30} ${x + 16} ${height - 30} ${x + 7} ${height}`; // to itself
     path.setAttribute("d", t === query ? loop : `M${to} ${height} C${to} ${rise} ${x} ${rise} ${x} ${height}`);
@@ -176,25 +170,20 @@ function renderArcs(query, weights) {
 // logit lens
 
 function renderLens() {
-  const { n_layer, n_embd } = data.config,
-    t = state.chosen - view.start,
-    T = view.ids.length;
+  const { n_layer, n_embd } = data.config;
+  const t = state.chosen - view.start;
+  const T = view.ids.length;
   const layers = Array.from({ length: n_layer + 1 }, (_, layer) => layer);
   const nameOf = (layer) => (layer === 0 ? "embeddings" : `block ${layer - 1}`);
-  const norms = layers.map((layer) => view.norm(layer, t)),
-    longest = largest(norms),
-    next = view.ids[t + 1];
+  const norms = layers.map((layer) => view.norm(layer, t));
+  const longest = largest(norms);
+  const next = view.ids[t + 1];
   $("lens").replaceChildren(
     el("caption", { class: "small muted" }, "After ", tokenElement("span", view.ids[t]), `, position ${t}`),
     ...layers.map((layer) => {
       const cells = view.lens(layer, t).map(({ id, p }) => {
-        const chip = el(
-          "td",
-          { class: `chip ${id === next ? "next" : ""}`, "--weight": 100 * p, "data-id": id, "data-p": p },
-          label(id),
-          el("small", {}, percent(p)),
-        );
-        return chip;
+        const attributes = { class: `chip ${id === next ? "next" : ""}`, "--weight": 100 * p, "data-id": id, "data-p": p };
+        return el("td", attributes, label(id), el("small", {}, percent(p)));
       });
       const length = el("span", { class: "norm", "aria-hidden": true });
       length.style.width = `${(5 * norms[layer]) / longest}rem`;
@@ -208,8 +197,8 @@ function renderLens() {
     }),
   );
   const columns = isLive ? Math.max(8, Math.min(64, Math.floor(LENS_PRODUCTS / (tokenizer.size * n_embd * (n_layer + 1))))) : T;
-  const from = Math.max(0, Math.min(T - columns, t - Math.floor(columns / 2))),
-    places = Array.from({ length: Math.min(columns, T - from) }, (_, i) => from + i);
+  const from = Math.max(0, Math.min(T - columns, t - Math.floor(columns / 2)));
+  const places = Array.from({ length: Math.min(columns, T - from) }, (_, i) => from + i);
   const row = (title, classes, of) => el("tr", { class: classes }, el("th", { scope: "row" }, title), ...places.map(of));
   $("lens-grid").replaceChildren(
     row("text", "text", (place) => el("td", { class: place === t ? "chosen" : "" }, label(view.ids[place]).slice(0, 8))),
@@ -247,15 +236,14 @@ function wordChoices() {
 
 let lengths = null;
 const embedding = (id) => view.model.wte.subarray(id * data.config.n_embd, (id + 1) * data.config.n_embd);
-const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
 
 // Tokens by their cosine with a vector: [{id, cosine}], the nearest first.
 function nearest(vector, size) {
   lengths ??= Float64Array.from({ length: tokenizer.size }, (_, id) => Math.hypot(...embedding(id)) || 1);
-  const own = Math.hypot(...vector) || 1,
-    cosines = new Float64Array(tokenizer.size),
-    C = data.config.n_embd,
-    { wte } = view.model;
+  const own = Math.hypot(...vector) || 1;
+  const cosines = new Float64Array(tokenizer.size);
+  const C = data.config.n_embd;
+  const { wte } = view.model;
   for (let id = 0; id < cosines.length; id++) {
     let sum = 0;
     for (let i = 0; i < C; i++) sum += wte[id * C + i] * vector[i];
@@ -269,8 +257,8 @@ function neighbors(id) {
     return nearest(embedding(id), 13)
       .filter((other) => other.id !== id)
       .slice(0, 12);
-  const row = view._occurring.indexOf(id),
-    size = view._nearest.shape[1];
+  const row = view._occurring.indexOf(id);
+  const size = view._nearest.shape[1];
   if (row < 0) return [];
   const all = Array.from({ length: size }, (_, i) => ({
     id: view._nearest[row * size + i],
@@ -286,12 +274,12 @@ function sum(a, b, c) {
       embedding(a).map((value, i) => value - embedding(b)[i] + embedding(c)[i]),
       10,
     );
-  const size = words.length,
-    terms = [
-      [a, 1],
-      [b, -1],
-      [c, 1],
-    ].map(([id, sign]) => [words.indexOf(id), sign * view._word_norms[words.indexOf(id)]]);
+  const size = words.length;
+  const terms = [
+    [a, 1],
+    [b, -1],
+    [c, 1],
+  ].map(([id, sign]) => [words.indexOf(id), sign * view._word_norms[words.indexOf(id)]]);
   const cosine = (i, j) => view._gram[i * size + j] / 32767;
   let square = 0;
   for (const [i, x] of terms) for (const [j, y] of terms) square += x * y * cosine(i, j);
@@ -320,18 +308,18 @@ function similarBars(list, muted = []) {
 }
 
 function renderEmbeddings() {
-  const id = state.near ?? allIds()[state.chosen],
-    found = neighbors(id);
+  const id = state.near ?? allIds()[state.chosen];
+  const found = neighbors(id);
   $("nearest-name").replaceChildren("Nearest to ", tokenElement("span", id));
   $("nearest").replaceChildren(...(found.length ? similarBars(found) : [el("li", {}, "only for tokens of the text")]));
   drawMap(id, found);
 }
 
 function drawMap(id, found) {
-  const size = widthOf($("map").parentElement, 500),
-    ctx = context($("map"), size, size);
-  const { ids, xy } = embeddings,
-    all = ids.length <= MAP_LABELS;
+  const size = widthOf($("map").parentElement, 500);
+  const ctx = context($("map"), size, size);
+  const { ids, xy } = embeddings;
+  const all = ids.length <= MAP_LABELS;
   let [left, right, top, bottom] = [Infinity, -Infinity, Infinity, -Infinity];
   for (let i = 0; i < ids.length; i++) {
     left = Math.min(left, xy[2 * i]);
@@ -339,9 +327,9 @@ function drawMap(id, found) {
     top = Math.min(top, xy[2 * i + 1]);
     bottom = Math.max(bottom, xy[2 * i + 1]);
   }
-  const pad = 24,
-    inText = new Set(view.ids),
-    near = new Set(found.slice(0, 8).map((other) => other.id));
+  const pad = 24;
+  const inText = new Set(view.ids);
+  const near = new Set(found.slice(0, 8).map((other) => other.id));
   embeddings.points = Array.from(ids, (_, i) => [
     pad + ((xy[2 * i] - left) / (right - left || 1)) * (size - 2 * pad),
     pad + ((xy[2 * i + 1] - top) / (bottom - top || 1)) * (size - 2 * pad),
@@ -360,8 +348,8 @@ function drawMap(id, found) {
     return other === id ? 3 : near.has(other) ? 2 : inText.has(other) ? 1 : 0;
   }
   for (const i of order) {
-    const [x, y] = embeddings.points[i],
-      level = rank(ids[i]);
+    const [x, y] = embeddings.points[i];
+    const level = rank(ids[i]);
     ctx.fillStyle = [colors.muted, colors.text, colors.accent, colors.warm][level];
     if (all || level) {
       if (level === 3) ctx.font = ctx.font.replace(/^\d+px/, "bold 16px");
@@ -425,11 +413,11 @@ function tableRow(id) {
 let table = null;
 function tableCanvas(size) {
   if (table) return table;
-  const V = tokenizer.size,
-    ctx = context((table = el("canvas")), V * size, V * size);
+  const V = tokenizer.size;
+  const ctx = context((table = el("canvas")), V * size, V * size);
   for (let row = 0; row < V; row++) {
-    const p = tableRow(row),
-      total = counts ? totalOf(row) : 0;
+    const p = tableRow(row);
+    const total = counts ? totalOf(row) : 0;
     for (let column = 0; column < V; column++) {
       const share = total ? counts[row * V + column] / total : p[column];
       if (share < 0.0005) continue;
@@ -443,11 +431,11 @@ function tableCanvas(size) {
 const totalOf = (row) => counts.subarray(row * tokenizer.size, (row + 1) * tokenizer.size).reduce((a, b) => a + b, 0);
 
 function drawTable() {
-  const V = tokenizer.size,
-    size = V <= 120 ? 11 : Math.max(1, Math.floor(1000 / V)),
-    margin = V <= 120 ? 18 : 0;
-  const { row, column } = cell,
-    ctx = context($("table"), margin + V * size, margin + V * size);
+  const V = tokenizer.size;
+  const size = V <= 120 ? 11 : Math.max(1, Math.floor(1000 / V));
+  const margin = V <= 120 ? 18 : 0;
+  const { row, column } = cell;
+  const ctx = context($("table"), margin + V * size, margin + V * size);
   ctx.drawImage(tableCanvas(size), margin, margin, V * size, V * size);
   ctx.font = `${size - 1}px ${mono}`;
   ctx.textAlign = "center";
@@ -465,8 +453,8 @@ function drawTable() {
   const p = tableRow(row)[column];
   let text = `After “${label(row)}”, the model gives “${label(column)}” the probability ${percent(p)}.`;
   if (counts) {
-    const times = counts[row * V + column],
-      total = totalOf(row);
+    const times = counts[row * V + column];
+    const total = totalOf(row);
     text += ` In the training text, it came ${count(times)} times of ${count(total)}${total ? ` (${percent(times / total)})` : ""}.`;
   }
   $("table-cell").textContent = text;

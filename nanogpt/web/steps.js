@@ -14,8 +14,8 @@ function phases() {
 function describeStep(name, ids) {
   const { block_size, vocab_size: V } = data.config;
   const { temperature, topK, topP } = state.sampling;
-  const N = ids.length,
-    T = isGPT ? Math.min(N, block_size) : N;
+  const N = ids.length;
+  const T = isGPT ? Math.min(N, block_size) : N;
   const cached = isGPT && N <= block_size; // model.py's KV cache holds the tokens before
   const { choices, scaled, k, kept, p } = distributionAt(isLive ? view.ids.length - 1 : N - 1);
   const kShape = shape(1, topK && topK < V ? k : V);
@@ -24,8 +24,8 @@ function describeStep(name, ids) {
     Array.from({ length: Math.min(8, size) }, (_, i) => [label(choices.ids[i]), values[i], format(values[i])]);
 
   // a draw of the page has noise that can be shown; look.py's has not
-  const isGreedy = temperature < 1e-5,
-    isDrawn = isLive && !isGreedy && ["draw", "torch.cat"].includes(name);
+  const isGreedy = temperature < 1e-5;
+  const isDrawn = isLive && !isGreedy && ["draw", "torch.cat"].includes(name);
   if (isDrawn) state.noise ??= draw(scaled, kept, random);
   const token = !isLive ? data.written_ids[state.cursor] : choices.ids[isDrawn ? state.noise.best : 0];
   const sums = isDrawn ? Float64Array.from(state.noise.noise, (noise, i) => scaled[i] + noise) : [];
@@ -136,9 +136,9 @@ function temperatureText(temperature) {
 }
 
 function renderStep() {
-  const names = phases(),
-    name = names[state.phase],
-    ids = stepIds();
+  const names = phases();
+  const name = names[state.phase];
+  const ids = stepIds();
   $("phases").replaceChildren(
     ...names.map((other) => el("li", { "aria-current": other === name ? "step" : undefined }, other)),
   );
@@ -151,9 +151,9 @@ function renderStep() {
   const step = describeStep(name, ids);
   const parts = [el("p", { class: "shapes" }, `${step.shapes[0]} `, el("b", {}, step.shapes[1])), el("p", {}, step.text)];
   if (step.chips) {
-    const shown = step.chips.slice(-40),
-      hidden = step.chips.length - shown.length,
-      row = el("div", { class: "chips" });
+    const shown = step.chips.slice(-40);
+    const hidden = step.chips.length - shown.length;
+    const row = el("div", { class: "chips" });
     if (hidden) row.append(el("span", { class: "muted small" }, `… ${count(hidden)} more`));
     shown.forEach((id, i) => {
       const classes = `${step.isNew && i === shown.length - 1 ? "new" : ""} ${hidden + i < (step.outside ?? 0) ? "outside" : ""}`;
@@ -163,9 +163,9 @@ function renderStep() {
     parts.push(row);
   }
   if (step.rows) {
-    const values = step.rows.map((row) => row[1]),
-      low = Math.min(0, ...values),
-      high = Math.max(...values) - low || 1;
+    const values = step.rows.map((row) => row[1]);
+    const low = Math.min(0, ...values);
+    const high = Math.max(...values) - low || 1;
     parts.push(
       el("ol", { class: "bars" }, ...step.rows.map(([text, value, number]) => bar(text, (value - low) / high, number))),
     );
@@ -177,15 +177,15 @@ function renderStep() {
 
 // The logits (T, V) as a picture, the last row marked.
 function heat() {
-  const rows = view.model.logits.slice(-64),
-    columns = Math.min(128, tokenizer.size);
+  const rows = view.model.logits.slice(-64);
+  const columns = Math.min(128, tokenizer.size);
   const canvas = el("canvas", {
     role: "img",
     "aria-label": `Logits of the last ${rows.length} positions; the last row is marked`,
   });
-  const width = Math.max(2, Math.floor(340 / columns)),
-    height = rows.length > 32 ? 4 : 7,
-    ctx = context(canvas, columns * width, rows.length * height + 2);
+  const width = Math.max(2, Math.floor(340 / columns));
+  const height = rows.length > 32 ? 4 : 7;
+  const ctx = context(canvas, columns * width, rows.length * height + 2);
   rows.forEach((logits, t) => {
     const p = softmax(logits);
     for (let v = 0; v < columns; v++) {
@@ -242,8 +242,8 @@ function showCode(place, name, marks) {
   const shown = [name, ...marks].join(" ");
   if (place.dataset.shown === shown) return;
   place.dataset.shown = shown;
-  const { line, text, marks: known } = data.source[name],
-    spans = marks.map((mark) => known[mark]).filter(Boolean);
+  const { line, text, marks: known } = data.source[name];
+  const spans = marks.map((mark) => known[mark]).filter(Boolean);
   const isOn = (number) => spans.some(([first, last]) => first <= number && number <= last);
   const rows = text
     .replace(/\n$/, "")
@@ -261,10 +261,10 @@ function showCode(place, name, marks) {
 
 function parts() {
   const { n_layer: L, n_head, n_embd: C, block_size, vocab_size: V, bias, gelu } = data.config;
-  const hs = C / n_head,
-    T = view.ids.length,
-    x = `(B, T, C) = ${shape(1, T, C)}`,
-    last = `(B, V) = ${shape(1, V)}`;
+  const hs = C / n_head;
+  const T = view.ids.length;
+  const x = `(B, T, C) = ${shape(1, T, C)}`;
+  const last = `(B, V) = ${shape(1, V)}`;
   const ids = {
     id: "idx",
     name: "idx",
@@ -385,11 +385,11 @@ const weightsOf = (part) => (part.weights ? Object.entries(data.parameters).filt
 const parametersOf = (part) => weightsOf(part).reduce((sum, [, sizes]) => sum + sizeOf(sizes), 0);
 
 function renderArchitecture() {
-  const diagram = $("diagram"),
-    all = parts(),
-    L = data.config.n_layer;
-  let block = null,
-    branch = null; // a branch: what is added to the residual stream, the line beside it
+  const diagram = $("diagram");
+  const all = parts();
+  const L = data.config.n_layer;
+  let block = null;
+  let branch = null; // a branch: what is added to the residual stream, the line beside it
   for (const part of all) {
     const number = part.block ? parametersOf(part) / L : parametersOf(part);
     const about = part.tied ? "tied" : number ? count(number) : "";
@@ -441,13 +441,13 @@ function showPart(id) {
 
 function renderPart() {
   if (!state.part) return;
-  const part = parts().find((other) => other.id === state.part),
-    L = data.config.n_layer;
+  const part = parts().find((other) => other.id === state.part);
+  const L = data.config.n_layer;
   for (const button of $("diagram").querySelectorAll(".part"))
     button.setAttribute("aria-pressed", button.dataset.part === state.part);
   const weights = weightsOf(part).filter(([name]) => !part.block || name.startsWith("transformer.h.0."));
-  const number = parametersOf(part),
-    share = percent(number / totalParameters);
+  const number = parametersOf(part);
+  const share = percent(number / totalParameters);
   const facts = [
     ...(part.in ? [["in", part.in]] : []),
     ["out", part.out],

@@ -64,7 +64,7 @@ class Tokenizer {
       else {
         length = 1;
         while (i + length < all.length && (all.charCodeAt(i + length) & 0xc0) === 0x80) length++;
-        missing ||= text_(all.slice(i, i + length));
+        missing ||= fromUtf8(all.slice(i, i + length));
       }
       i += length;
     }
@@ -106,4 +106,4 @@ class Tokenizer {
 
 const latin1 = (bytes) => Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
 const utf8 = (text) => latin1(new TextEncoder().encode(text));
-const text_ = (bytes) => new TextDecoder().decode(Uint8Array.from(bytes, (byte) => byte.charCodeAt(0)));
+const fromUtf8 = (bytes) => new TextDecoder().decode(Uint8Array.from(bytes, (byte) => byte.charCodeAt(0)));
