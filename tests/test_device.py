@@ -479,7 +479,7 @@ def keep_memory(start, name):
     before = page_faults()
     start()
     after = page_faults()
-    print("keep", name, device.keep_memory(), before, after)
+    sys.stdout.write(f"keep {name} {device.keep_memory()} {before} {after}\n")  # in one piece
 
 def prepare():
     device.prepare_for_generation(torch.nn.ReLU(), "cpu", torch.float32)
