@@ -26,15 +26,15 @@ quickstart: $(VENV)/installed
 	fi
 	@dataset=shakespeare_char; [ -f data/shakespeare_char/train.bin ] || dataset=python_char; \
 	echo "== training a small GPT on $$dataset, about a minute on two cores" && \
-	$(RUN) train.py config/train_shakespeare_char_cpu.py --dataset=$$dataset --out_dir=$(OUT) --log_interval=100 && \
+	$(RUN) train.py config/train_shakespeare_char_fast.py --dataset=$$dataset --out_dir=$(OUT) && \
 	echo && echo "== samples from the model" && \
 	$(RUN) sample.py --out_dir=$(OUT) --num_samples=3 --max_new_tokens=300 --device=cpu
 	@echo
-	@echo "That was a GPT with 0.8 million parameters, trained for 2,000 iterations. Next:"
+	@echo "That was a GPT with 0.8 million parameters, trained for 800 iterations. Next:"
 	@echo "  source $(VENV)/bin/activate"
 	@echo "  python sample.py --out_dir=$(OUT) --start=\"The \"                  # sample from a prompt"
 	@echo "  python look.py --out_dir=$(OUT)                                   # a page that shows the model at work"
-	@echo "  python train.py --init_from=resume --out_dir=$(OUT) --max_iters=4000 --lr_decay_iters=4000   # train longer"
+	@echo "  python train.py --init_from=resume --out_dir=$(OUT) --max_iters=1600 --lr_decay_iters=1600   # train longer"
 	@echo "  python data/text/prepare.py --input=FILE --name=mine             # use your own text"
 	@echo "  python train.py --help                                           # list all keys; see also README.md"
 

@@ -157,6 +157,7 @@ def test_quick_start_trains_on_tiny_shakespeare(ready: Path) -> None:
     train, sample = (line for line in finished.stdout.splitlines() if line.startswith(("train.py", "sample.py")))
     assert {"--dataset=shakespeare_char", "--out_dir=out-quickstart"} <= set(train.split())
     assert "--out_dir=out-quickstart" in sample.split()
+    assert train.split()[1] == "config/train_shakespeare_char_fast.py" and "log_interval" not in train
     assert (ready / "data" / "shakespeare_char" / "train.bin").is_file()
 
 
@@ -165,7 +166,7 @@ def test_quick_start_without_a_network(ready: Path, text: str) -> None:
     """Catches a quick start whose parts do not fit together, or that stops if Tiny Shakespeare cannot be downloaded."""
     (ready / "data" / "shakespeare_char" / "input.txt").unlink()
     for name, old, new in (
-        ("config/train_shakespeare_char_cpu.py", "max_iters = 2000", "max_iters = 3"),
+        ("config/train_shakespeare_char_fast.py", "max_iters = 800", "max_iters = 3"),
         ("Makefile", "--max_new_tokens=300", "--max_new_tokens=30"),
     ):
         content = (ready / name).read_text(encoding="utf-8")
