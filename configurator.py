@@ -47,7 +47,7 @@ from nanogpt.errors import UserError, one_line, rank, warn
 ROOT = Path(inspect.getfile(UserError)).resolve().parents[1]
 # what nanoGPT's config files need not import, since they run inside its train.py
 NANOGPT_IMPORTS = {"np": "numpy"} | {name: name for name in ("os", "sys", "time", "math", "pickle", "torch")}
-SPIN_TURNS = 10_000  # of a waiting thread, some 0.1 ms: longer than the next operation takes to come
+SPIN_TURNS = 2_000  # of a waiting thread before it sleeps; the next operation usually comes within that
 SYNONYMS = {  # other people's names for a key, which are never passed over: the run would not be the one that was meant
     "out_dir": "output_dir outdir output_folder",
     "dataset": "dataset_name",

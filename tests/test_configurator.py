@@ -669,7 +669,7 @@ def test_unencodable_characters_are_replaced(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("environment", "spin"),
-    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)],
 )
 def test_waiting_threads_sleep_soon(environment: dict[str, str], spin: str | None) -> None:
     """Catches threads that keep the cores of a busy machine while they wait, and a user's own choice that is overridden."""
