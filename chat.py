@@ -68,9 +68,7 @@ class Config(configurator.Config):
     top_p: Annotated[float, configurator.Range(above=0, at_most=1)] = 1.0  # nucleus sampling: total probability kept; 1: all
     seed: Seed = 1337  # the same seed and messages give the same replies
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: GenerationDtype = (
-        "auto"  # of weights. auto: the fastest for the device; int8: a quarter of the memory of float32, CPU
-    )
+    dtype: GenerationDtype = "auto"  # of weights. auto: the fastest for the device; int8: a quarter of float32's memory, CPU
     compile: Compile = False  # compile the model with torch.compile
 
     def validate(self) -> None:

@@ -51,9 +51,7 @@ class Config(configurator.Config):
     stop: str = ""  # end a sample before this string; separate several strings with |
     seed: Seed = 1337  # the same seed gives the same samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: GenerationDtype = (
-        "auto"  # of weights. auto: the fastest for the device; int8: a quarter of the memory of float32, CPU
-    )
+    dtype: GenerationDtype = "auto"  # of weights. auto: the fastest for the device; int8: a quarter of float32's memory, CPU
     compile: Compile = False  # compile the model with torch.compile
 
 
