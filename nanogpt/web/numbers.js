@@ -18,7 +18,7 @@ function unpackWeights({ whole, scales }) {
   const all = unpack(whole);
   const steps = unpack(scales);
   const size = all.length / steps.length;
-  const array = new Float32Array(all.length);
+  const array = new Float64Array(all.length);
   array.shape = whole.shape;
   for (let row = 0, i = 0; row < steps.length; row++) {
     for (const end = i + size; i < end; i++) array[i] = all[i] * steps[row];

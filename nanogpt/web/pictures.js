@@ -88,11 +88,12 @@ function renderHead() {
   ctx.font = `${Math.min(12, size + 1)}px ${mono}`;
   ctx.textBaseline = "middle";
   const short = view.ids.slice(from).every((id) => label(id).length === 1); // labels stand upright
+  ctx.imageSmoothingEnabled = false;
+  ctx.drawImage($("heads").querySelectorAll("canvas")[layer * data.config.n_head + head], margin, margin, T * size, T * size);
   for (let q = 0; q < T; q++) {
-    const row = view.attention(layer, head, from + q);
-    for (let j = 0; j <= q; j++) {
-      ctx.fillStyle = shade(0.05 + 0.95 * Math.sqrt(row[from + j]));
-      ctx.fillRect(margin + j * size, margin + q * size, size - (size > 6 ? 1 : 0), size - (size > 6 ? 1 : 0));
+    if (size > 6) {
+      ctx.clearRect(margin, margin + (q + 1) * size - 1, T * size, 1); // lines between the cells
+      ctx.clearRect(margin + (q + 1) * size - 1, margin, 1, T * size);
     }
     if (margin) {
       ctx.fillStyle = from + q === query ? color("warm", 1) : color("muted", 1);
