@@ -268,7 +268,7 @@ function neighbors(id) {
   return all.filter((other) => other.id !== id).slice(0, 12);
 }
 
-// The tokens nearest to a - b + c, each an id.
+// The tokens nearest to a - b + c, of three ids: [{id, cosine}].
 function sum(a, b, c) {
   if (isLive)
     return nearest(
