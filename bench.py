@@ -54,6 +54,7 @@ from nanogpt.device import (
     pick_generation_dtype,
     pick_loss_rows,
     prepare_for_generation,
+    prepare_for_training,
     set_up,
     synchronize,
     text_generators,
@@ -305,6 +306,8 @@ class Trainer:
         )
         self.clip = clip_gradient if way == "fast" else plain_clip
         is_compiled = pick_compile(config.compile, self.device)
+        if way == "fast":
+            prepare_for_training(self.model, self.device, self.dtype, is_compiled)
         self.network = compile_model(self.model) if is_compiled else self.model
         self.loss_rows = pick_loss_rows(
             config.loss_rows, self.device, self.batch_size * self.shape.block_size, self.shape.vocab_size

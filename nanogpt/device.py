@@ -16,7 +16,15 @@ import numpy as np
 import torch
 
 from nanogpt.errors import UserError, first_line, warn
-from nanogpt.kernels import can_pack, has_avx, pack_linear_layers, quantize_linear_layers
+from nanogpt.kernels import (
+    PREFER_ONEDNN,
+    can_pack,
+    has_avx,
+    matmul,
+    pack_linear_layers,
+    quantize_linear_layers,
+    train_by_onednn,
+)
 
 try:
     import resource
@@ -184,6 +192,12 @@ class _FailedCompilation(logging.Filter):
 _failed_compilation = _FailedCompilation()  # a single instance, so that a logger takes it once
 
 
+def prepare_for_training(model: torch.nn.Module, device: str, dtype: torch.dtype, compile: bool) -> None:
+    """Choose the library of a model's float32 products on a CPU; its parameters stay, and the compiler chooses for itself."""
+    if device == "cpu" and dtype == torch.float32 and not compile and PREFER_ONEDNN:
+        train_by_onednn(model)
+
+
 def prepare_for_generation(model: torch.nn.Module, device: str, dtype: torch.dtype, compile: bool = False) -> None:
     """Move a model to `device` and `dtype` and optimize it for inference; it cannot be trained or saved after that.
 
@@ -279,15 +293,14 @@ def measured_peak(device: str, dtype: torch.dtype) -> float:
     Draws no random numbers, so that a run stays the same.
     """
     size, largest = PRODUCT_SIZES
-    torch.mm(*_matrices(size, device, dtype))  # starts the libraries
+    matmul(*_matrices(size, device, dtype))  # starts the libraries
     rates, started = [], time.perf_counter()
     while not rates or time.perf_counter() - started < PEAK_SECONDS:
         a, b = _matrices(size, device, dtype)
-        product = a @ b
         for _ in range(3):
             synchronize(device)
             before = time.perf_counter()
-            torch.mm(a, b, out=product)
+            matmul(a, b)
             synchronize(device)
             seconds = time.perf_counter() - before
             rates.append(2 * size**3 / seconds)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import Block
 from nanogpt import errors
-from nanogpt.device import compile_model, pick_device
+from nanogpt.device import compile_model, pick_device, prepare_for_training
 from nanogpt.errors import UserError, first_line, shown
 
 RENDEZVOUS_PORT = 29500  # torchrun's default, on the first machine
@@ -198,6 +198,7 @@ def parallelize(
     """
     if activation_checkpointing:
         checkpoint_activations(model)
+    prepare_for_training(model, group.device, dtype, compile)
     if sharded:
         shard(model, group, dtype)
     else:

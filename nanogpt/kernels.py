@@ -1,4 +1,4 @@
-"""Fast paths of the model: attention on CPUs, chunked cross-entropy, linear layers with packed or quantized weights.
+"""Fast paths of the model: attention and products on CPUs, chunked cross-entropy, packed and quantized linear layers.
 
 Each computes what a line of plain PyTorch does, faster or in less memory. To understand a GPT, skip this file.
 """
@@ -50,6 +50,66 @@ def explicit_attention(qkv: torch.Tensor, dropout: float) -> torch.Tensor:
         return torch.bmm(weights, v).view(B, nh, T, hs)
 
 
+def mkl_is_slow() -> bool:
+    """Whether the CPU is AMD's, where MKL, PyTorch's library for float32 products on x86, uses no AVX-512."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return "AMD" in capabilities.get("cpu_name", "") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+PREFER_ONEDNN = mkl_is_slow()  # to MKL, for float32 products
+
+
+def by_onednn(x: torch.Tensor) -> bool:
+    """Whether oneDNN computes the products of x: in float32 on a CPU where MKL is slow."""
+    return (
+        PREFER_ONEDNN
+        and (x.dtype, x.device.type) == (torch.float32, "cpu")
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b for a (..., n) and b (n, m), by the faster library."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "") if by_onednn(a) else a @ b
+
+
+class LinearFunction(torch.autograd.Function):
+    """x @ weight.T by `matmul`, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return matmul(x, weight.T)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
+        if len(weight) > weight.size(1):  # oneDNN copies its first argument if that is transposed: take the smaller one
+            return matmul(grad, weight), matmul(rows.T, grad_rows).T
+        return matmul(grad, weight), matmul(grad_rows.T, rows)
+
+
+class OneDNNLinear(nn.Module):
+    """Linear layer for training in float32 on a CPU, with the parameters of an `nn.Linear`, by oneDNN."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = LinearFunction.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+def train_by_onednn(model: nn.Module) -> None:
+    """Replace every Linear layer of a model by a `OneDNNLinear`; the parameters stay."""
+    for parent, name, linear in children(model, nn.Linear):
+        setattr(parent, name, OneDNNLinear(linear))
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Fused linear + cross-entropy, in chunks of rows, so that the (N, V) logits never exist at once.
 
@@ -65,7 +125,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
         for i in range(0, len(x), rows):
             x_chunk, target = x[i : i + rows], targets[i : i + rows]
-            logits = x_chunk @ weight.T  # (rows, V)
+            logits = matmul(x_chunk, weight.T)  # (rows, V)
             dtype = logits.dtype  # autocast's, if it is on
             log_probs = F.log_softmax(logits.float(), dim=-1)
             del logits
@@ -75,8 +135,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 dlogits.scatter_add_(1, target.clamp(min=0)[:, None], torch.full_like(dlogits[:, :1], -1.0))
                 dlogits *= (target != -1)[:, None]
                 dlogits = dlogits.to(dtype)
-                dx[i : i + rows] = dlogits @ weight
-                dweight += dlogits.T @ x_chunk
+                dx[i : i + rows] = matmul(dlogits, weight)
+                dweight += matmul(dlogits.T, x_chunk)
                 del dlogits
             del log_probs  # before the next chunk allocates as much
         if needs_grad:

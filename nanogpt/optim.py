@@ -8,6 +8,7 @@ from model import GPT, Bigram
 from nanogpt.device import has_bfloat16_instructions
 from nanogpt.distributed import is_sharded
 from nanogpt.errors import UserError
+from nanogpt.kernels import by_onednn, matmul
 
 OptimizerName = Literal["adamw", "muon"]
 SHARDED_MUON_VERSION = "2.10"  # of PyTorch: the first whose DTensor splits a stack of shards (unbind)
@@ -122,6 +123,17 @@ def newton_schulz(x: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
     x = x.mT if is_tall else x  # makes the Gram matrix the smaller of the two
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
+        if by_onednn(x):  # whose operator takes one matrix at a time
+            x = torch.stack([quintic(matrix, a, b, c) for matrix in x])
+            continue
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
+
+
+def quintic(x: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
+    """Return (a + b G + c G^2) x for the Gram matrix G of x (rows, columns)."""
+    gram = matmul(x, x.T)
+    polynomial = gram.mul(b).add_(matmul(gram, gram), alpha=c)
+    polynomial.diagonal().add_(a)
+    return matmul(polynomial, x)

@@ -31,6 +31,7 @@ from nanogpt.device import (
     pick_generation_dtype,
     pick_loss_rows,
     prepare_for_generation,
+    prepare_for_training,
     seed_dropout,
     set_up,
     synchronize,
@@ -39,7 +40,7 @@ from nanogpt.device import (
 )
 from nanogpt.distributed import process_group
 from nanogpt.errors import UserError
-from nanogpt.kernels import PackedLinear, can_pack
+from nanogpt.kernels import OneDNNLinear, PackedLinear, can_pack
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -330,7 +331,27 @@ def test_text_generators() -> None:
     assert len({*draw(*range(100)), *draw(*range(100), seed=8)}) == 200
 
 
-# generation
+# training and generation
+
+
+@pytest.mark.parametrize(
+    ("slow_mkl", "dtype", "compile", "expected"),
+    [
+        (True, torch.float32, False, True),
+        (False, torch.float32, False, False),
+        (True, torch.bfloat16, False, False),
+        (True, torch.float32, True, False),
+    ],
+)
+def test_library_of_products(
+    slow_mkl: bool, dtype: torch.dtype, compile: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches oneDNN where it is not wanted: beside a fast MKL, in mixed precision, under the compiler."""
+    monkeypatch.setattr("nanogpt.device.PREFER_ONEDNN", slow_mkl)
+    model = gpt()
+    prepare_for_training(model, "cpu", dtype, compile)
+    assert any(isinstance(module, OneDNNLinear) for module in model.modules()) == expected
+    assert model.lm_head.weight is model.transformer.wte.weight
 
 
 def gpt(**changes) -> GPT:

@@ -46,8 +46,9 @@ def test_chunked_loss_of_ignored_targets_is_zero() -> None:
     assert x.grad.abs().sum() == weight.grad.abs().sum() == 0
 
 
-def test_chunked_loss_without_gradients() -> None:
+def test_chunked_loss_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an evaluation that fails under no_grad, computes the gradients as well, or returns another loss."""
+    monkeypatch.setattr(kernels, "PREFER_ONEDNN", False)  # whose products PyTorch does not count
     x, weight, targets = head_and_targets()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         loss = chunked_cross_entropy(x, weight, targets, rows=3)
@@ -112,10 +113,63 @@ def test_cpu_attention_matches_pytorch(T: int) -> None:
     torch.testing.assert_close(y.float(), expected, atol=0.04, rtol=0.04)
 
 
+# linear layers by oneDNN
+
+HAS_ONEDNN = kernels.can_pack(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"cpu_name": "AMD EPYC"}, HAS_ONEDNN), ({"cpu_name": "Intel(R) Xeon(R)"}, False), ({}, False), (None, False)],
+)
+def test_mkl_is_slow_on_amd(capabilities: dict | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches one answer for all CPUs, or an error on a PyTorch that cannot tell (None)."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert kernels.mkl_is_slow() == expected
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="this CPU or this PyTorch has no oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("outputs", [1, 32, 80])
+@pytest.mark.parametrize("shape", [(5, 48), (1, 1, 48), (3, 5, 48)])
+def test_training_by_onednn(shape: tuple[int, ...], outputs: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a gradient that is transposed or of other rows, a lost bias, and parameters that are not those of the model."""
+    monkeypatch.setattr(kernels, "PREFER_ONEDNN", True)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(48, outputs, bias=bias))
+    x = torch.randn(shape, requires_grad=True)
+    y = model(x)
+    weights = torch.randn_like(y)
+    expected = (y, *torch.autograd.grad(y, (x, *model.parameters()), weights))
+
+    names = list(model.state_dict())
+    kernels.train_by_onednn(model)
+
+    assert isinstance(model[0], kernels.OneDNNLinear) and list(model.state_dict()) == names
+    y = model(x)
+    torch.testing.assert_close((y, *torch.autograd.grad(y, (x, *model.parameters()), weights)), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="this CPU or this PyTorch has no oneDNN")
+def test_chunked_loss_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a chunk whose products are transposed, and mixed precision that oneDNN's float32 overrides."""
+    monkeypatch.setattr(kernels, "PREFER_ONEDNN", True)
+    x, weight, targets = head_and_targets()
+    expected = torch.autograd.grad(F.cross_entropy(x @ weight.T, targets), (x, weight))
+
+    loss = chunked_cross_entropy(x, weight, targets, rows=5)
+
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, weight)), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.matmul(x, weight.T).dtype == torch.bfloat16
+
+
 # packed linear layers
 
 
-@pytest.mark.skipif(not kernels.can_pack(torch.float32), reason="this CPU or this PyTorch cannot pack weights")
+@pytest.mark.skipif(not HAS_ONEDNN, reason="this CPU or this PyTorch cannot pack weights")
 @pytest.mark.parametrize("pack_min_weights", [0, 1 << 30])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 48), (1, 5, 48), (3, 1, 48)])
