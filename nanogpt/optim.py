@@ -122,18 +122,27 @@ def newton_schulz(x: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
     is_tall = x.size(1) > x.size(2)
     x = x.mT if is_tall else x  # makes the Gram matrix the smaller of the two
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    if x.dtype == torch.float32 and x.size(2) >= 2 * x.size(1):
+        x = torch.stack([by_gram_matrix(matrix, group) for matrix in x]) if by_onednn(x) else by_gram_matrix(x, group)
+        return x.mT if is_tall else x
     for _ in range(group["ns_steps"]):
-        if by_onednn(x):  # whose operator takes one matrix at a time
-            x = torch.stack([quintic(matrix, a, b, c) for matrix in x])
-            continue
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
 
 
-def quintic(x: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
-    """Return (a + b G + c G^2) x for the Gram matrix G of x (rows, columns)."""
-    gram = matmul(x, x.T)
-    polynomial = gram.mul(b).add_(matmul(gram, gram), alpha=c)
-    polynomial.diagonal().add_(a)
-    return matmul(polynomial, x)
+def by_gram_matrix(x: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """Return x (..., rows, columns) after the iteration, which only multiplies it by polynomials of its Gram matrix.
+
+    For a wide x these products are smaller. They square the condition number, too much for bfloat16.
+    """
+    a, b, c = group["ns_coefficients"]
+    gram = matmul(x, x.mT)
+    product = polynomial = None
+    for step in range(group["ns_steps"]):
+        if step > 0:
+            gram = matmul(matmul(polynomial, gram), polynomial)
+        polynomial = gram.mul(b).add_(matmul(gram, gram), alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = polynomial if product is None else matmul(polynomial, product)
+    return matmul(product, x)
