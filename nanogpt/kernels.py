@@ -1,4 +1,4 @@
-"""Fast paths of the model: attention and products on CPUs, chunked cross-entropy, packed and quantized linear layers.
+"""Fast paths of the model: CPU attention and products, chunked cross-entropy, linear layers with packed or quantized weights.
 
 Each computes what a line of plain PyTorch does, faster or in less memory. To understand a GPT, skip this file.
 """
