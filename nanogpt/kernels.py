@@ -80,7 +80,8 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return matmul(x, weight.T)
+        rows = matmul(x.flatten(0, -2), weight.T)
+        return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], len(weight)))  # FSDP warns of modules that return a view
 
     @staticmethod
     @torch.autograd.function.once_differentiable

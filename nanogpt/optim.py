@@ -123,7 +123,9 @@ def newton_schulz(x: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
     x = x.mT if is_tall else x  # makes the Gram matrix the smaller of the two
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=group["eps"])
     if x.dtype == torch.float32 and x.size(2) >= 2 * x.size(1):
-        x = torch.stack([by_gram_matrix(matrix, group) for matrix in x]) if by_onednn(x) else by_gram_matrix(x, group)
+        parts = x.unbind() if by_onednn(x) else [x]  # oneDNN's operator takes one matrix at a time
+        for part in parts:
+            part.copy_(by_gram_matrix(part, group))
         return x.mT if is_tall else x
     for _ in range(group["ns_steps"]):
         gram = x @ x.mT
