@@ -5,7 +5,7 @@
 #   python sample.py --out_dir=out-shakespeare-char-fast
 #
 # Expect a validation loss of about 1.61 after 42 s on one CPU core with bfloat16 instructions (docs/benchmarks.md), and after
-# twice that without. With --max_iters=2000 --lr_decay_iters=2000 it is 1.52.
+# two to three times that without. With --max_iters=2000 --lr_decay_iters=2000 it is 1.52.
 
 out_dir = "out-shakespeare-char-fast"
 eval_interval = 200
