@@ -49,6 +49,7 @@ class Live {
 
   update(ids) {
     const before = this.model.ids;
+    this.latest = null; // what choices() has returned
     this.model.forward(ids);
     this.ids = this.model.ids;
     this.start = ids.length - this.ids.length;
@@ -63,9 +64,11 @@ class Live {
   }
 
   choices(t) {
+    if (this.latest?.t === t) return this.latest;
     const logits = this.model.logits[t];
     const ids = ranked(logits);
-    return { ids, logits: Float64Array.from(ids, (id) => logits[id]), size: ids.length, rest: () => -Infinity };
+    this.latest = { t, ids, logits: Float64Array.from(ids, (id) => logits[id]), size: ids.length, rest: () => -Infinity };
+    return this.latest;
   }
 
   lens(layer, t) {

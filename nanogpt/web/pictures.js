@@ -338,26 +338,17 @@ function drawMap(id, found) {
   ctx.font = `${all ? 13 : 11}px ${mono}`;
   ctx.textAlign = "center";
   ctx.textBaseline = "middle";
-  const colors = {
-    muted: color("muted", all ? 0.95 : 0.35),
-    text: color("ink", 0.95),
-    accent: color("accent", 1),
-    warm: color("warm", 1),
-  };
-  const order = Array.from(ids.keys()).sort((a, b) => rank(ids[a]) - rank(ids[b]));
-  function rank(other) {
-    return other === id ? 3 : near.has(other) ? 2 : inText.has(other) ? 1 : 0;
-  }
-  for (const i of order) {
-    const [x, y] = embeddings.points[i];
-    const level = rank(ids[i]);
-    ctx.fillStyle = [colors.muted, colors.text, colors.accent, colors.warm][level];
-    if (all || level) {
-      if (level === 3) ctx.font = ctx.font.replace(/^\d+px/, "bold 16px");
-      ctx.fillText(label(ids[i]), x, y);
-      if (level === 3) ctx.font = ctx.font.replace(/^bold 16px/, `${all ? 13 : 11}px`);
-    } else ctx.fillRect(x - 1.5, y - 1.5, 3, 3);
-  }
+  const colors = [color("muted", all ? 0.95 : 0.35), color("ink", 0.95), color("accent", 1), color("warm", 1)];
+  const levels = Array.from(ids, (other) => (other === id ? 3 : near.has(other) ? 2 : inText.has(other) ? 1 : 0));
+  colors.forEach((style, level) => {
+    ctx.fillStyle = style; // the chosen token comes last, above the others
+    if (level === 3) ctx.font = `bold 16px ${mono}`;
+    embeddings.points.forEach(([x, y], i) => {
+      if (levels[i] !== level) return;
+      if (all || level) ctx.fillText(label(ids[i]), x, y);
+      else ctx.fillRect(x - 1.5, y - 1.5, 3, 3);
+    });
+  });
   const shares = embeddings.shares.map(percent);
   $("map-note").textContent =
     `Two principal components, ${shares[0]} and ${shares[1]} of the variance: the other ` +
