@@ -121,8 +121,10 @@ def build(
         data["weights"] = {name: pack_weights(parameter) for name, parameter in model.named_parameters()}
         if isinstance(model, GPT):
             data["embeddings"] = embedding_map(model, tokenizer.vocab_size, list(shown))
+            data["words"] = calculable(tokenizer)
     elif isinstance(model, GPT):
-        data["recorded"], ids = record(model, tokenizer, prompt_ids + written_ids)
+        data["words"] = calculable(tokenizer)
+        data["recorded"], ids = record(model, tokenizer, prompt_ids + written_ids, data["words"])
         shown = sorted(ids)
         why = f"the page of a model with more than {PAGE_PARAMETERS:,} parameters shows a text computed beforehand"
         data["tokenizer"] = {"kind": "none", "why": why, "special": special_tokens(tokenizer), "size": tokenizer.vocab_size}
@@ -240,8 +242,11 @@ def embedding_map(model: GPT, vocab_size: int, shown: list[int]) -> dict[str, An
 
 
 @torch.inference_mode()
-def record(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> tuple[dict[str, Any], set[int]]:
-    """Return what a model computes for one text of T tokens, as the page reads it, and the ids of all tokens in that."""
+def record(model: GPT, tokenizer: Tokenizer, ids: list[int], words: list[int]) -> tuple[dict[str, Any], set[int]]:
+    """Return what a model computes for one text of T tokens, as the page reads it, and the ids of all tokens in that.
+
+    `words` are the tokens for a - b + c.
+    """
     found = activations(model, ids)
     T, V = len(ids), tokenizer.vocab_size
     logits = found.logits[:, :V].cpu().double()  # Apple's GPUs have no float64
@@ -260,7 +265,7 @@ def record(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> tuple[dict[str, 
     # embeddings: nearest tokens of those in the text, cosines between words, and the map
     embeddings = model.transformer.wte.weight[:V].cpu()
     directions = F.normalize(embeddings, dim=-1)
-    occurring, words = sorted(set(ids)), calculable(tokenizer)
+    occurring = sorted(set(ids))
     cosines, nearest = (directions[occurring] @ directions.T).topk(min(NEIGHBORS + 1, V))  # each token's first is itself
     gram = directions[words] @ directions[words].T
     on_map = sorted({*words, *range(min(MAP_TOKENS, V)), *occurring, *nearest.flatten().tolist()})
@@ -278,7 +283,6 @@ def record(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> tuple[dict[str, 
         "occurring": occurring,
         "nearest": pack(nearest, "uint32"),
         "cosines": pack(cosines, "float32"),
-        "words": words,
         "word_norms": pack(embeddings[words].norm(dim=-1), "float32"),
         "gram": pack((gram * 32767).round(), "int16"),
         "map": embedding_map(model, V, on_map),
@@ -289,7 +293,7 @@ def record(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> tuple[dict[str, 
 def calculable(tokenizer: Tokenizer) -> list[int]:
     """Return the ids of the tokens for a - b + c: all of a small vocabulary, else whole words, WORDS and ANALOGY_WORDS."""
     if tokenizer.vocab_size <= SMALL_VOCABULARY:
-        return list(range(tokenizer.vocab_size))
+        return [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i)]
     wanted = {f" {word}".encode() for word in ANALOGY_WORDS}
     words = [i for i in range(tokenizer.vocab_size) if re.fullmatch(rb" [A-Za-z]{3,}", tokenizer.token_bytes(i))]
     return sorted({*words[:WORDS], *(i for i in words if tokenizer.token_bytes(i) in wanted)})

@@ -273,6 +273,11 @@ def test_recorded_numbers(show, monkeypatch):
     assert {near["id"]: near["cosine"] for near in opened.evaluate("neighbors(1)")} == pytest.approx(
         {i: cosine for i, cosine in enumerate(cosines) if i != 1}, abs=1e-4
     )
+    weight = model.transformer.wte.weight
+    wanted = F.cosine_similarity(weight[1] - weight[2] + weight[3], weight).topk(10)
+    found = opened.evaluate("sum(1, 2, 3)")
+    assert [token["id"] for token in found] == wanted.indices.tolist()
+    assert [token["cosine"] for token in found] == pytest.approx(wanted.values.tolist(), abs=1e-4)
 
 
 def test_recorded_generation(show, monkeypatch):

@@ -4,8 +4,7 @@
 const SHOWN_ATTENTION = 256; // positions, the last ones
 const LENS_PRODUCTS = 1e8; // for the table of all positions, of which a larger model shows fewer
 const MAP_LABELS = 130; // with more tokens, only some of a map have labels
-const WORDS = 600; // to calculate with
-const SMALL_VOCABULARY = 300; // with no more tokens, all of them
+const MAP_DENSE = 5000; // with more tokens, their dots are smaller and paler
 const ANALOGIES = [
   [" king", " man", " woman"],
   ["a", "A", "B"],
@@ -224,16 +223,7 @@ const embeddings = isGPT
       return { ids: unpack(map.ids), xy: unpack(map.xy), shares: map.shares, points: [] };
     })()
   : null;
-const words = isGPT ? wordChoices() : [];
-
-function wordChoices() {
-  if (!isLive) return view._words;
-  const ids = Array.from(tokenBytes.keys()).filter((id) => tokenBytes.get(id).length && !tokenizer.specialIds.has(id));
-  if (tokenizer.size <= SMALL_VOCABULARY) return ids;
-  const isWord = (id) => /^ [A-Za-z]{3,}$/.test(latin1(tokenBytes.get(id)));
-  const found = ids.filter(isWord).slice(0, WORDS);
-  return found.length >= 3 ? found : ids.slice(0, WORDS);
-}
+const words = data.words ?? [];
 
 let lengths = null;
 const embedding = (id) => view.model.wte.subarray(id * data.config.n_embd, (id + 1) * data.config.n_embd);
@@ -285,7 +275,7 @@ function sum(a, b, c) {
   let square = 0;
   for (const [i, x] of terms) for (const [j, y] of terms) square += x * y * cosine(i, j);
   const own = Math.sqrt(square);
-  const all = Array.from(words, (id, d) => ({
+  const all = words.map((id, d) => ({
     id,
     cosine: terms.reduce((total, [i, x]) => total + x * cosine(i, d), 0) / own,
   }));
@@ -338,7 +328,8 @@ function drawMap(id, found) {
   ctx.font = `${all ? 13 : 11}px ${mono}`;
   ctx.textAlign = "center";
   ctx.textBaseline = "middle";
-  const colors = [color("muted", all ? 0.95 : 0.35), color("ink", 0.95), color("accent", 1), color("warm", 1)];
+  const [pale, dot] = ids.length > MAP_DENSE ? [0.12, 2] : [0.35, 3];
+  const colors = [color("muted", all ? 0.95 : pale), color("ink", 0.95), color("accent", 1), color("warm", 1)];
   const levels = Array.from(ids, (other) => (other === id ? 3 : near.has(other) ? 2 : inText.has(other) ? 1 : 0));
   colors.forEach((style, level) => {
     ctx.fillStyle = style; // the chosen token comes last, above the others
@@ -346,7 +337,7 @@ function drawMap(id, found) {
     embeddings.points.forEach(([x, y], i) => {
       if (levels[i] !== level) return;
       if (all || level) ctx.fillText(label(ids[i]), x, y);
-      else ctx.fillRect(x - 1.5, y - 1.5, 3, 3);
+      else ctx.fillRect(x - dot / 2, y - dot / 2, dot, dot);
     });
   });
   const shares = embeddings.shares.map(percent);
@@ -361,11 +352,10 @@ function drawMap(id, found) {
 function setSums() {
   const find = (text) => words.find((id) => tokenizer.decode([id]) === text);
   const example =
-    ANALOGIES.map((three) => three.map(find)).find((three) => three.every((id) => id !== undefined)) ??
-    Array.from(words).slice(0, 3);
+    ANALOGIES.map((three) => three.map(find)).find((three) => three.every((id) => id !== undefined)) ?? words.slice(0, 3);
   ["a", "b", "c"].forEach((name, i) => {
     const select = $(`word-${name}`);
-    select.append(...Array.from(words, (id) => el("option", { value: id }, label(id))));
+    select.append(...words.map((id) => el("option", { value: id }, label(id))));
     select.value = example[i];
     select.addEventListener("change", renderSum);
   });
