@@ -221,7 +221,7 @@ class WeightOnlyLinear(nn.Module):
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, products: torch.dtype):
         super().__init__()
         weight = linear.weight.detach()  # (out, in)
-        self.bias, self.products, self.can_pack = linear.bias, products, can_pack(products)
+        self.bias, self.products = linear.bias, products
         self.scale, self.max_rows = None, 1
         if dtype == torch.int8:
             # the operator takes bfloat16 scales, so they are rounded before the weights are
@@ -234,10 +234,7 @@ class WeightOnlyLinear(nn.Module):
         rows = x.reshape(-1, x.size(-1))
         if len(rows) > self.max_rows:
             rows, weight = rows.to(self.products), self.weight.to(self.products)
-            if self.can_pack and not torch.compiler.is_compiling():  # on some CPUs twice as fast as F.linear
-                y = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "").float()
-            else:
-                y = F.linear(rows, weight).float()
+            y = matmul(rows, weight.T).float()
             if self.scale is not None:
                 y *= self.scale
         elif self.scale is None:
