@@ -129,6 +129,7 @@ class Config(configurator.Config):
     fused: bool = True  # fused AdamW, on CUDA and CPUs
     loss_rows: LossRows = "auto"  # tokens per chunk of the cross-entropy; 0: no chunks. auto: 256 on a CPU if they save memory
     keep_memory: bool = True  # on Linux CPUs: reuse freed memory instead of returning it to the system
+    onednn: bool = True  # on AMD CPUs: float32 Linear layers by oneDNN instead of MKL
 
     def validate(self) -> None:
         if self.against == "transformers" and (self.what != "generation" or not self.size.startswith("gpt2") or self.out_dir):
@@ -180,7 +181,7 @@ def plain_settings(device: str) -> dict[str, Any]:
     """
     on_cuda = device.startswith("cuda")
     dtype = "auto" if on_cuda else "float32"
-    return {"dtype": dtype, "compile": on_cuda, "fused": on_cuda, "loss_rows": 0, "keep_memory": False}
+    return {"dtype": dtype, "compile": on_cuda, "fused": on_cuda, "loss_rows": 0, "keep_memory": False, "onednn": False}
 
 
 # training
@@ -306,8 +307,7 @@ class Trainer:
         )
         self.clip = clip_gradient if way == "fast" else plain_clip
         is_compiled = pick_compile(config.compile, self.device)
-        if way == "fast":
-            prepare_for_training(self.model, self.device, self.dtype, is_compiled)
+        prepare_for_training(self.model, self.device, self.dtype, is_compiled, config.onednn)
         self.network = compile_model(self.model) if is_compiled else self.model
         self.loss_rows = pick_loss_rows(
             config.loss_rows, self.device, self.batch_size * self.shape.block_size, self.shape.vocab_size

@@ -108,6 +108,7 @@ class Config(configurator.Config):
     fused: bool = True  # fused AdamW, on CUDA and CPUs
     loss_rows: LossRows = "auto"  # tokens per chunk of the cross-entropy; 0: no chunks. auto: 256 on a CPU if they save memory
     keep_memory: bool = True  # on Linux CPUs: reuse freed memory instead of returning it to the system
+    onednn: bool = True  # on AMD CPUs: float32 Linear layers by oneDNN instead of MKL
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # torch.distributed backend; auto: nccl on CUDA, else gloo
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each process holds the whole model (ddp) or a shard of it (fsdp)
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more compute
@@ -163,7 +164,7 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
         machine = resolve_machine(config, group, ckpt, data)
         model, ckpt = load_or_init(config, data, ckpt, empty=machine.sharded and not group.is_main)  # FSDP: from rank 0
         eval_model, train_model = parallelize(  # both share the weights of model: compiled if wanted; the second in DDP
-            model, group, machine.dtype, machine.sharded, machine.compile, config.activation_checkpointing
+            model, group, machine.dtype, machine.sharded, machine.compile, config.activation_checkpointing, config.onednn
         )
         betas = (config.beta1, config.beta2)
         device_type = torch.device(group.device).type
@@ -262,7 +263,7 @@ def evaluate_only(config: Config, group: Group, ckpt: Checkpoint | None) -> None
     data = Dataset(config.dataset)
     machine = resolve_machine(config, group, ckpt, data)
     model, ckpt = load_or_init(config, data, ckpt, empty=machine.sharded and not group.is_main)
-    eval_model, _ = parallelize(model, group, machine.dtype, machine.sharded, machine.compile)
+    eval_model, _ = parallelize(model, group, machine.dtype, machine.sharded, machine.compile, onednn=config.onednn)
     options = evaluation_options(config, machine, data, group)
     evaluation = estimate_loss(eval_model, data, group, autocast(group.device, machine.dtype), Signals(), **options)
     if group.is_main:

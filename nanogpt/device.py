@@ -192,9 +192,9 @@ class _FailedCompilation(logging.Filter):
 _failed_compilation = _FailedCompilation()  # a single instance, so that a logger takes it once
 
 
-def prepare_for_training(model: torch.nn.Module, device: str, dtype: torch.dtype, compile: bool) -> None:
-    """Choose the library of a model's float32 products on a CPU; its parameters stay, and the compiler chooses for itself."""
-    if device == "cpu" and dtype == torch.float32 and not compile and PREFER_ONEDNN:
+def prepare_for_training(model: torch.nn.Module, device: str, dtype: torch.dtype, compile: bool, onednn: bool) -> None:
+    """With `onednn`, let oneDNN compute float32 Linear layers on a CPU where MKL is slow; the compiler chooses for itself."""
+    if onednn and PREFER_ONEDNN and device == "cpu" and dtype == torch.float32 and not compile:
         train_by_onednn(model)
 
 

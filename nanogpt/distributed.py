@@ -191,6 +191,7 @@ def parallelize(
     sharded: bool,
     compile: bool,
     activation_checkpointing: bool = False,
+    onednn: bool = True,
 ) -> tuple[nn.Module, nn.Module]:
     """Move a model to the ranks' devices: whole (DDP) or sharded (FSDP2).
 
@@ -198,7 +199,7 @@ def parallelize(
     """
     if activation_checkpointing:
         checkpoint_activations(model)
-    prepare_for_training(model, group.device, dtype, compile)
+    prepare_for_training(model, group.device, dtype, compile, onednn)
     if sharded:
         shard(model, group, dtype)
     else:

@@ -91,10 +91,10 @@ def test_plain_on_cuda_is_nanogpts_default(device: str, has_bfloat16: bool, monk
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_plain_elsewhere(device: str) -> None:
-    """Catches a baseline faster than nanoGPT, which has no autocast and no fused AdamW there."""
+    """Catches a baseline faster than nanoGPT, which has no autocast, no fused AdamW and no oneDNN there."""
     settings = bench.plain_settings(device)
     assert pick_dtype(settings["dtype"], device) == torch.float32
-    assert (settings["compile"], settings["fused"]) == (False, False)
+    assert (settings["compile"], settings["fused"], settings["onednn"]) == (False, False, False)
 
 
 def test_plain_generation_on_cuda_has_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,21 +335,22 @@ def test_text_generators() -> None:
 
 
 @pytest.mark.parametrize(
-    ("slow_mkl", "dtype", "compile", "expected"),
+    ("slow_mkl", "dtype", "compile", "onednn", "expected"),
     [
-        (True, torch.float32, False, True),
-        (False, torch.float32, False, False),
-        (True, torch.bfloat16, False, False),
-        (True, torch.float32, True, False),
+        (True, torch.float32, False, True, True),
+        (True, torch.float32, False, False, False),
+        (False, torch.float32, False, True, False),
+        (True, torch.bfloat16, False, True, False),
+        (True, torch.float32, True, True, False),
     ],
 )
 def test_library_of_products(
-    slow_mkl: bool, dtype: torch.dtype, compile: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+    slow_mkl: bool, dtype: torch.dtype, compile: bool, onednn: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches oneDNN where it is not wanted: beside a fast MKL, in mixed precision, under the compiler."""
+    """Catches oneDNN where it is not wanted: beside a fast MKL, in mixed precision, under the compiler, or turned off."""
     monkeypatch.setattr("nanogpt.device.PREFER_ONEDNN", slow_mkl)
     model = gpt()
-    prepare_for_training(model, "cpu", dtype, compile)
+    prepare_for_training(model, "cpu", dtype, compile, onednn)
     assert any(isinstance(module, OneDNNLinear) for module in model.modules()) == expected
     assert model.lm_head.weight is model.transformer.wte.weight
 
