@@ -54,14 +54,15 @@ from nanogpt.device import (
     pick_generation_dtype,
     pick_loss_rows,
     prepare_for_generation,
-    prepare_for_training,
     set_up,
     synchronize,
     text_generators,
     to_device,
+    uses_onednn,
 )
 from nanogpt.distributed import clip_gradient
 from nanogpt.errors import UserError, first_line
+from nanogpt.kernels import train_by_onednn
 from nanogpt.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parent
@@ -307,7 +308,9 @@ class Trainer:
         )
         self.clip = clip_gradient if way == "fast" else plain_clip
         is_compiled = pick_compile(config.compile, self.device)
-        prepare_for_training(self.model, self.device, self.dtype, is_compiled, config.onednn)
+        onednn = uses_onednn(config.onednn, device_type, self.dtype, is_compiled)
+        if onednn:
+            train_by_onednn(self.model)
         self.network = compile_model(self.model) if is_compiled else self.model
         self.loss_rows = pick_loss_rows(
             config.loss_rows, self.device, self.batch_size * self.shape.block_size, self.shape.vocab_size
@@ -319,7 +322,8 @@ class Trainer:
 
         parts = [str(self.dtype).removeprefix("torch."), "compiled" if is_compiled else "not compiled"]
         parts += ["Muon and AdamW" if muon else "fused AdamW" if config.fused else "AdamW"]
-        parts += [f"loss in chunks of {self.loss_rows}"] * (self.loss_rows > 0) + ["memory kept"] * memory_kept
+        parts += [f"loss in chunks of {self.loss_rows}"] * (self.loss_rows > 0)
+        parts += ["memory kept"] * memory_kept + ["oneDNN"] * onednn
         self.description = ", ".join(parts)
 
     def batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:

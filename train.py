@@ -48,6 +48,7 @@ from nanogpt.device import (
     seed_dropout,
     set_up,
     to_device,
+    uses_onednn,
 )
 from nanogpt.distributed import Group, clip_gradient, parallelize, process_group, share_batch
 from nanogpt.errors import UserError, warn
@@ -173,10 +174,9 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
         )
         scaler = torch.amp.GradScaler(device_type, enabled=machine.dtype == torch.float16)
         resumed = config.init_from == "resume"
-        state = TrainState()
+        state = TrainState.from_checkpoint(ckpt) if resumed else TrainState()
         if resumed:
             restore_optimizer(ckpt, optimizer, scaler)
-            state = TrainState.from_checkpoint(ckpt)
         if ckpt is not None:
             ckpt.release()  # its tensors are in the model and the optimizer now
 
@@ -267,8 +267,7 @@ def evaluate_only(config: Config, group: Group, ckpt: Checkpoint | None) -> None
     options = evaluation_options(config, machine, data, group)
     evaluation = estimate_loss(eval_model, data, group, autocast(group.device, machine.dtype), Signals(), **options)
     if group.is_main:
-        iter_num = ckpt.iter_num if config.init_from == "resume" else 0
-        print(evaluation.step_line(iter_num), evaluation.report(), sep="\n")
+        print(evaluation.step_line(ckpt.iter_num if config.init_from == "resume" else 0), evaluation.report(), sep="\n")
 
 
 def get_lr(iteration: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int) -> float:
@@ -390,6 +389,7 @@ def choices(config: Config, machine: Machine, device_type: str) -> str:
         f"Muon and {adamw}" if config.optimizer == "muon" else adamw,
         f"loss in chunks of {machine.loss_rows} tokens" if machine.loss_rows else "",
         "freed memory kept" if machine.keeps_memory else "",
+        "oneDNN" if uses_onednn(config.onednn, device_type, machine.dtype, machine.compile) else "",
         "sharded" if machine.sharded else "",
         "activation checkpointing" if config.activation_checkpointing else "",
     ]

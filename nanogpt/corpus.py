@@ -14,13 +14,15 @@ from tqdm import tqdm
 
 from nanogpt.errors import UserError, one_line
 from nanogpt.files import FolderLock, atomic_write
-from nanogpt.tokenizer import Tokenizer, to_pickle
+from nanogpt.tokenizer import CharTokenizer, JsonTokenizer, Tokenizer, longest_tokens, to_pickle
 
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 DOWNLOAD_TRIES = 3
 DOWNLOAD_TIMEOUT_SECONDS = 20  # without a byte received
+SHOWN_CHARACTERS = 200  # of a table, at most
+SHOWN_TOKENS = 12  # of a byte-pair encoding: the longest
 DOWNLOAD_CHUNK_BYTES = 1 << 16
 
 Dtype = Literal["auto", "uint8", "uint16", "uint32"]  # of a token file; auto: the smallest that holds the vocabulary
@@ -111,6 +113,16 @@ def decode_text(content: bytes) -> str:
 def fold_line_ends(text: str) -> str:
     """Return `text` with the line ends of Windows (\\r\\n) and of old Macs (\\r) as \\n: Python's universal newlines."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def show_vocabulary(tokenizer: CharTokenizer | JsonTokenizer) -> None:
+    """Print the characters of a table, or the longest tokens of a byte-pair encoding, to show what was found in a text."""
+    if isinstance(tokenizer, CharTokenizer):
+        more = tokenizer.vocab_size - SHOWN_CHARACTERS
+        characters = repr("".join(tokenizer.characters[:SHOWN_CHARACTERS])) + (f" and {more:,} more" if more > 0 else "")
+        print(one_line(f"characters: {characters}"))
+    else:
+        print(one_line(f"longest tokens: {', '.join(map(repr, longest_tokens(tokenizer, SHOWN_TOKENS)))}"))
 
 
 def read_json(line: bytes, place: str) -> Any:

@@ -23,7 +23,6 @@ from nanogpt.kernels import (
     matmul,
     pack_linear_layers,
     quantize_linear_layers,
-    train_by_onednn,
 )
 
 try:
@@ -192,10 +191,9 @@ class _FailedCompilation(logging.Filter):
 _failed_compilation = _FailedCompilation()  # a single instance, so that a logger takes it once
 
 
-def prepare_for_training(model: torch.nn.Module, device: str, dtype: torch.dtype, compile: bool, onednn: bool) -> None:
-    """With `onednn`, let oneDNN compute float32 Linear layers on a CPU where MKL is slow; the compiler chooses for itself."""
-    if onednn and PREFER_ONEDNN and device == "cpu" and dtype == torch.float32 and not compile:
-        train_by_onednn(model)
+def uses_onednn(wanted: bool, device: str, dtype: torch.dtype, compile: bool) -> bool:
+    """Whether oneDNN trains the Linear layers: if `wanted`, in float32 on a CPU where MKL is slow, unless compiled."""
+    return wanted and PREFER_ONEDNN and device == "cpu" and dtype == torch.float32 and not compile
 
 
 def prepare_for_generation(model: torch.nn.Module, device: str, dtype: torch.dtype, compile: bool = False) -> None:

@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from model import Block
 from nanogpt import errors
-from nanogpt.device import compile_model, pick_device, prepare_for_training
+from nanogpt.device import compile_model, pick_device, uses_onednn
 from nanogpt.errors import UserError, first_line, shown
+from nanogpt.kernels import train_by_onednn
 
 RENDEZVOUS_PORT = 29500  # torchrun's default, on the first machine
 
@@ -199,7 +200,8 @@ def parallelize(
     """
     if activation_checkpointing:
         checkpoint_activations(model)
-    prepare_for_training(model, group.device, dtype, compile, onednn)
+    if uses_onednn(onednn, group.device, dtype, compile):
+        train_by_onednn(model)
     if sharded:
         shard(model, group, dtype)
     else:

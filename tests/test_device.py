@@ -31,16 +31,16 @@ from nanogpt.device import (
     pick_generation_dtype,
     pick_loss_rows,
     prepare_for_generation,
-    prepare_for_training,
     seed_dropout,
     set_up,
     synchronize,
     text_generators,
     to_device,
+    uses_onednn,
 )
 from nanogpt.distributed import process_group
 from nanogpt.errors import UserError
-from nanogpt.kernels import OneDNNLinear, PackedLinear, can_pack
+from nanogpt.kernels import PackedLinear, can_pack
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -331,7 +331,7 @@ def test_text_generators() -> None:
     assert len({*draw(*range(100)), *draw(*range(100), seed=8)}) == 200
 
 
-# training and generation
+# training
 
 
 @pytest.mark.parametrize(
@@ -349,10 +349,7 @@ def test_library_of_products(
 ) -> None:
     """Catches oneDNN where it is not wanted: beside a fast MKL, in mixed precision, under the compiler, or turned off."""
     monkeypatch.setattr("nanogpt.device.PREFER_ONEDNN", slow_mkl)
-    model = gpt()
-    prepare_for_training(model, "cpu", dtype, compile, onednn)
-    assert any(isinstance(module, OneDNNLinear) for module in model.modules()) == expected
-    assert model.lm_head.weight is model.transformer.wte.weight
+    assert uses_onednn(onednn, "cpu", dtype, compile) == expected
 
 
 def gpt(**changes) -> GPT:

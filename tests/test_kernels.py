@@ -148,6 +148,9 @@ def test_training_by_onednn(shape: tuple[int, ...], outputs: int, bias: bool, mo
     kernels.train_by_onednn(model)
 
     assert isinstance(model[0], kernels.OneDNNLinear) and list(model.state_dict()) == names
+    tied = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=8))
+    kernels.train_by_onednn(tied)
+    assert tied.lm_head.weight is tied.transformer.wte.weight
     y = model(x)
     torch.testing.assert_close((y, *torch.autograd.grad(y, (x, *model.parameters()), weights)), expected, atol=1e-5, rtol=1e-4)
 

@@ -43,6 +43,7 @@ def main(config: Config) -> None:
     val = files[9::10]
     train = [file for index, file in enumerate(files) if index % 10 != 9]
     tokenizer = CharTokenizer.from_text("".join(files))
+    corpus.show_vocabulary(tokenizer)
     source = f"standard library of Python {platform.python_version()}"
     corpus.write_dataset(FOLDER, train, val, tokenizer, source, dtype=config.dtype)
 

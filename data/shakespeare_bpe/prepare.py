@@ -12,18 +12,16 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 import configurator
-from configurator import Range
 
 from nanogpt import corpus
-from nanogpt.errors import one_line
-from nanogpt.tokenizer import BYTES_VOCAB_SIZE, MAX_VOCAB_SIZE, longest_tokens, train_bpe
+from nanogpt.tokenizer import BYTES_VOCAB_SIZE, MAX_VOCAB_SIZE, train_bpe
+
+VocabSize = Annotated[int, configurator.Range(at_least=BYTES_VOCAB_SIZE, at_most=MAX_VOCAB_SIZE)]
 
 
 @dataclass(frozen=True)
 class Config(configurator.Config):
-    vocab_size: Annotated[int, Range(at_least=BYTES_VOCAB_SIZE, at_most=MAX_VOCAB_SIZE)] = (
-        2048  # 256 bytes, merges, end of text
-    )
+    vocab_size: VocabSize = 2048  # tokens: the 256 bytes, merged pairs, and the end of text
     url: str = corpus.TINY_SHAKESPEARE  # where to download input.txt from if it is not in data/shakespeare_char
 
 
@@ -31,7 +29,7 @@ def main(config: Config) -> None:
     text = corpus.tiny_shakespeare(config.url, FOLDER.parent / "shakespeare_char" / "input.txt")
     train, val = corpus.split_documents([text], val_fraction=0.1)
     tokenizer = train_bpe(train, config.vocab_size)
-    print(one_line(f"longest tokens: {', '.join(map(repr, longest_tokens(tokenizer, 12)))}"))
+    corpus.show_vocabulary(tokenizer)
     corpus.write_dataset(FOLDER, train, val, tokenizer, "Tiny Shakespeare")
 
 

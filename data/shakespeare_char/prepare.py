@@ -25,7 +25,7 @@ class Config(configurator.Config):
 def main(config: Config) -> None:
     text = corpus.tiny_shakespeare(config.url, FOLDER / "input.txt")
     tokenizer = CharTokenizer.from_text(text)
-    print(f"characters: {''.join(tokenizer.characters)!r}")
+    corpus.show_vocabulary(tokenizer)
     train, val = corpus.split_documents([text], val_fraction=0.1)
     corpus.write_dataset(FOLDER, train, val, tokenizer, "Tiny Shakespeare", dtype=config.dtype)
 

@@ -18,7 +18,7 @@ from configurator import PathStr
 
 from nanogpt import corpus
 from nanogpt.documents import find_files, report
-from nanogpt.errors import UserError, one_line
+from nanogpt.errors import UserError
 from nanogpt.tokenizer import (
     BYTES_VOCAB_SIZE,
     ENCODINGS,
@@ -27,12 +27,9 @@ from nanogpt.tokenizer import (
     CharTokenizer,
     TiktokenTokenizer,
     Tokenizer,
-    longest_tokens,
     train_bpe,
 )
 
-SHOWN_TOKENS = 12  # the longest that were learned
-SHOWN_CHARACTERS = 200  # of a character table, at most
 OUTPUTS = ("train.bin", "val.bin", "meta.json", "meta.pkl")  # not text, if the input is the dataset's own folder
 
 
@@ -83,18 +80,11 @@ def read_bpe(value: str) -> tuple[int, str] | None:
 def make_tokenizer(value: str, documents: list[str], train: list[str]) -> Tokenizer:
     """Return the tokenizer that --tokenizer names: characters are those of all documents, byte pairs those of `train`."""
     if value == "char":
-        tokenizer = CharTokenizer.from_text("".join(documents))
-        more = tokenizer.vocab_size - SHOWN_CHARACTERS
-        characters = repr("".join(tokenizer.characters[:SHOWN_CHARACTERS])) + (f" and {more:,} more" if more > 0 else "")
-        print(one_line(f"characters: {characters}"))
-        return tokenizer
+        return CharTokenizer.from_text("".join(documents))
     if value == "bytes":
         return train_bpe([], BYTES_VOCAB_SIZE)
     if bpe := read_bpe(value):
-        tokenizer = train_bpe(train, *bpe)
-        longest = ", ".join(map(repr, longest_tokens(tokenizer, SHOWN_TOKENS)))
-        print(one_line(f"longest tokens: {longest}"))
-        return tokenizer
+        return train_bpe(train, *bpe)
     if value in ENCODINGS:
         return TiktokenTokenizer(value)
     from nanogpt import huggingface  # imported here, since it imports PyTorch
@@ -148,6 +138,8 @@ def main(config: Config) -> None:
     documents, folded, left_out = read_documents(Path(config.input), config.include)
     train, val = corpus.split_documents(documents, config.val_fraction)
     tokenizer = make_tokenizer(config.tokenizer, documents, train)
+    if config.tokenizer == "char" or read_bpe(config.tokenizer):
+        corpus.show_vocabulary(tokenizer)
     source = Path(config.input).resolve().name
     folder, separate = FOLDER.parent / config.name, len(documents) > 1
     corpus.write_dataset(folder, train, val, tokenizer, source, separate, config.dtype)
