@@ -169,7 +169,9 @@ def library_of(tokens: JsonTokenizer) -> "tokenizers.Tokenizer":  # noqa: F821 (
 
 def test_bpe_merges_the_most_frequent_pairs() -> None:
     """Catches merges in another order than that of a naive count, or an end of text that is not the last token."""
-    tokens = train_bpe(["ab ab ab abc abc", "abcd abcd"], 260)
+    texts = ["ab ab ab abc abc", "abcd abcd"]
+    assert train_bpe(texts, 259).vocab_size == 259
+    tokens = train_bpe(texts, 260)
     assert [tokens.token_bytes(i) for i in range(256, 260)] == [b"ab", b" ab", b" abc", b"<|endoftext|>"]
     assert (tokens.vocab_size, tokens.model_vocab_size, tokens.end_of_text) == (260, 320, 259)
     assert tokens.encode("ab abcab<|endoftext|>") == [256, 258, 256, 259]
