@@ -38,7 +38,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from model import GPT, GPTConfig, sample_next
-from nanogpt import checkpoint, curves, gpu_benchmark, metrics, scaling, sizing
+from nanogpt import checkpoint, curves, gpu_benchmark, kernels, metrics, scaling, sizing
 from nanogpt.dataset import Dataset
 from nanogpt.device import (
     Compile,
@@ -62,7 +62,6 @@ from nanogpt.device import (
 )
 from nanogpt.distributed import clip_gradient
 from nanogpt.errors import UserError, first_line
-from nanogpt.kernels import train_by_onednn
 from nanogpt.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parent
@@ -130,7 +129,7 @@ class Config(configurator.Config):
     fused: bool = True  # fused AdamW, on CUDA and CPUs
     loss_rows: LossRows = "auto"  # tokens per chunk of the cross-entropy; 0: no chunks. auto: 256 on a CPU if they save memory
     keep_memory: bool = True  # on Linux CPUs: reuse freed memory instead of returning it to the system
-    onednn: bool = True  # on AMD CPUs: float32 Linear layers by oneDNN instead of MKL
+    onednn: bool = True  # on AMD CPUs with AVX-512: float32 Linear layers by oneDNN, not MKL
 
     def validate(self) -> None:
         if self.against == "transformers" and (self.what != "generation" or not self.size.startswith("gpt2") or self.out_dir):
@@ -279,6 +278,8 @@ class Worker:
 
 def work(pipe: Connection, kind: type["Trainer | TextGenerator"], config: Config, way: str) -> None:
     """The process of a Worker: warm up, time as many steps as it asks for, until 0, and report."""
+    if way == "plain":
+        kernels.EXPLICIT_MAX_TOKENS.clear()  # scaled_dot_product_attention always, as in nanoGPT
     subject = kind(config, way)
     pipe.send((subject.description, subject.warm_up()))
     while steps := pipe.recv():
@@ -310,7 +311,7 @@ class Trainer:
         is_compiled = pick_compile(config.compile, self.device)
         onednn = uses_onednn(config.onednn, device_type, self.dtype, is_compiled)
         if onednn:
-            train_by_onednn(self.model)
+            kernels.train_by_onednn(self.model)
         self.network = compile_model(self.model) if is_compiled else self.model
         self.loss_rows = pick_loss_rows(
             config.loss_rows, self.device, self.batch_size * self.shape.block_size, self.shape.vocab_size

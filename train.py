@@ -109,7 +109,7 @@ class Config(configurator.Config):
     fused: bool = True  # fused AdamW, on CUDA and CPUs
     loss_rows: LossRows = "auto"  # tokens per chunk of the cross-entropy; 0: no chunks. auto: 256 on a CPU if they save memory
     keep_memory: bool = True  # on Linux CPUs: reuse freed memory instead of returning it to the system
-    onednn: bool = True  # on AMD CPUs: float32 Linear layers by oneDNN instead of MKL
+    onednn: bool = True  # on AMD CPUs with AVX-512: float32 Linear layers by oneDNN, not MKL
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # torch.distributed backend; auto: nccl on CUDA, else gloo
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each process holds the whole model (ddp) or a shard of it (fsdp)
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more compute

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EXPLICIT_MAX_TOKENS = 512  # up to here explicit attention is faster on a CPU in bfloat16; its memory grows with T^2
+EXPLICIT_MAX_TOKENS = {torch.bfloat16: 512, torch.float32: 128}  # explicit attention is faster up to here; memory ~ T^2
 UNPACKED_ROW_MAX_WEIGHTS = 1 << 17  # matrices up to this size stay in the cache: a single row is faster unpacked
 INT8_MAX_ROWS = 16  # up to here PyTorch's int8 operator is faster than a product with the dequantized weight
 INT8_BLOCK = 16  # weights that it reads at a time; it does not check that they divide a row
@@ -25,12 +25,12 @@ def cpu_attention(
     dropout: float,
     is_causal: bool,
 ) -> torch.Tensor:
-    """Return `scaled_dot_product_attention(q, k, v)` for 16-bit tensors on a CPU, where PyTorch's own kernel is slow.
+    """Return `scaled_dot_product_attention(q, k, v)` on a CPU, where PyTorch's own kernel is not always the fastest.
 
     Shapes: q (B, nh, Tq, hs), k and v (B, nh, Tk, hs). `qkv`, (3, B, nh, T, hs), is the stack from which they came. Short
-    causal sequences in bfloat16 use plain matrix products, all others scaled_dot_product_attention in float32.
+    causal sequences use plain matrix products, all others scaled_dot_product_attention in float32.
     """
-    if is_causal and q.dtype == torch.bfloat16 and q.size(2) <= EXPLICIT_MAX_TOKENS:
+    if is_causal and q.size(2) <= EXPLICIT_MAX_TOKENS.get(q.dtype, 0):
         return explicit_attention(qkv, dropout)
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(
@@ -51,9 +51,10 @@ def explicit_attention(qkv: torch.Tensor, dropout: float) -> torch.Tensor:
 
 
 def mkl_is_slow() -> bool:
-    """Whether the CPU is AMD's, where MKL, PyTorch's library for float32 products on x86, uses no AVX-512."""
+    """Whether the CPU is AMD's and has AVX-512: MKL, PyTorch's library for float32 products on x86, uses Intel's only."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return "AMD" in capabilities.get("cpu_name", "") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    has_avx512_of_amd = "AMD" in capabilities.get("cpu_name", "") and capabilities.get("avx512_f", False)
+    return has_avx512_of_amd and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 PREFER_ONEDNN = mkl_is_slow()  # to MKL, for float32 products

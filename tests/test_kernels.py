@@ -89,28 +89,31 @@ def test_explicit_attention_drops_weights() -> None:
     assert y.std() > 0.05
 
 
-@pytest.mark.parametrize("T", [EXPLICIT_MAX_TOKENS, EXPLICIT_MAX_TOKENS + 1])
-def test_bfloat16_attention_on_a_cpu(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches the scores of a long context in memory at once, and flash attention in bfloat16, six times as slow."""
-    dtypes = []
+@pytest.mark.parametrize("dtype", EXPLICIT_MAX_TOKENS)
+@pytest.mark.parametrize("more", [0, 1])
+def test_attention_on_a_cpu(dtype: torch.dtype, more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the scores of a long context in memory at once, and PyTorch's kernel where it is slow: short, or in bfloat16."""
+    dtypes, T = [], EXPLICIT_MAX_TOKENS[dtype] + more
     attention = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **b: dtypes.append(q.dtype) or attention(q, *a, **b))
     model = GPT(GPTConfig(block_size=T, vocab_size=13, n_layer=1, n_head=2, n_embd=16))
     idx = torch.randint(13, (1, T))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         model(idx, idx)
-    assert dtypes == ([torch.float32] if T > EXPLICIT_MAX_TOKENS else [])
+    assert dtypes == [torch.float32] * more
 
 
-@pytest.mark.parametrize("T", [8, EXPLICIT_MAX_TOKENS + 1])
-def test_cpu_attention_matches_pytorch(T: int) -> None:
-    """Catches a result in another dtype or of another kernel's arguments, on either side of the limit."""
+@pytest.mark.parametrize("T", [8, 129, 513])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cpu_attention_matches_pytorch(dtype: torch.dtype, T: int) -> None:
+    """Catches a result in another dtype or of another kernel's arguments, on either side of the limits."""
     torch.manual_seed(1)
-    qkv = torch.randn(3, 1, 2, T, 8, dtype=torch.bfloat16)
+    qkv = torch.randn(3, 1, 2, T, 8, dtype=dtype)
     y = kernels.cpu_attention(qkv, *qkv, mask=None, dropout=0.0, is_causal=True)
     expected = F.scaled_dot_product_attention(*qkv.float(), is_causal=True)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), expected, atol=0.04, rtol=0.04)
+    assert y.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.04
+    torch.testing.assert_close(y.float(), expected, atol=tolerance, rtol=tolerance)
 
 
 # linear layers by oneDNN
@@ -120,9 +123,15 @@ HAS_ONEDNN = kernels.can_pack(torch.float32)
 
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
-    [({"cpu_name": "AMD EPYC"}, HAS_ONEDNN), ({"cpu_name": "Intel(R) Xeon(R)"}, False), ({}, False), (None, False)],
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, HAS_ONEDNN),
+        ({"cpu_name": "AMD EPYC", "avx512_f": False}, False),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True}, False),
+        ({}, False),
+        (None, False),
+    ],
 )
-def test_mkl_is_slow_on_amd(capabilities: dict | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mkl_is_slow_for_avx512_of_amd(capabilities: dict | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches one answer for all CPUs, or an error on a PyTorch that cannot tell (None)."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     if capabilities is None:
