@@ -60,7 +60,7 @@ from nanogpt.device import (
     to_device,
     uses_onednn,
 )
-from nanogpt.distributed import clip_gradient
+from nanogpt.distributed import checkpoint_activations, clip_gradient
 from nanogpt.errors import UserError, first_line
 from nanogpt.optim import build_optimizer
 
@@ -125,11 +125,12 @@ class Config(configurator.Config):
     # machine (for the fast run, as in train.py and sample.py)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: GenerationDtype = "auto"  # mixed precision; in generation, of weights (int8 only there). auto: as in those scripts
-    compile: Compile = "auto"  # compile the model with torch.compile for training. auto: on CUDA
+    compile: Compile = "auto"  # compile with torch.compile. auto: on CUDA, for training only
     fused: bool = True  # fused AdamW, on CUDA and CPUs
     loss_rows: LossRows = "auto"  # tokens per chunk of the cross-entropy; 0: no chunks. auto: 256 on a CPU if they save memory
     keep_memory: bool = True  # on Linux CPUs: reuse freed memory instead of returning it to the system
     onednn: bool = True  # on AMD CPUs with AVX-512: float32 Linear layers by oneDNN, not MKL
+    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more compute
 
     def validate(self) -> None:
         if self.against == "transformers" and (self.what != "generation" or not self.size.startswith("gpt2") or self.out_dir):
@@ -181,7 +182,8 @@ def plain_settings(device: str) -> dict[str, Any]:
     """
     on_cuda = device.startswith("cuda")
     dtype = "auto" if on_cuda else "float32"
-    return {"dtype": dtype, "compile": on_cuda, "fused": on_cuda, "loss_rows": 0, "keep_memory": False, "onednn": False}
+    same = {"loss_rows": 0, "keep_memory": False, "onednn": False, "activation_checkpointing": False}  # on every device
+    return same | {"dtype": dtype, "compile": on_cuda, "fused": on_cuda}
 
 
 # training
@@ -308,6 +310,8 @@ class Trainer:
             self.model, "muon" if muon else "adamw", 0.1, 1e-4, (0.9, 0.95), device_type, config.fused
         )
         self.clip = clip_gradient if way == "fast" else plain_clip
+        if config.activation_checkpointing:
+            checkpoint_activations(self.model)
         is_compiled = pick_compile(config.compile, self.device)
         onednn = uses_onednn(config.onednn, device_type, self.dtype, is_compiled)
         if onednn:
@@ -325,6 +329,7 @@ class Trainer:
         parts += ["Muon and AdamW" if muon else "fused AdamW" if config.fused else "AdamW"]
         parts += [f"loss in chunks of {self.loss_rows}"] * (self.loss_rows > 0)
         parts += ["memory kept"] * memory_kept + ["oneDNN"] * onednn
+        parts += ["activation checkpointing"] * config.activation_checkpointing
         self.description = ", ".join(parts)
 
     def batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -542,7 +547,8 @@ class TextGenerator:
         else:
             self.model, self.generate = GPT(shape), self.fast
             self.dtype = pick_generation_dtype(config.dtype, self.device, len(self.prompt), self.model.get_num_params())
-            prepare_for_generation(self.model, self.device, self.dtype)
+            is_compiled = config.compile is True and pick_compile(True, self.device)
+            prepare_for_generation(self.model, self.device, self.dtype, is_compiled)
         self.model.eval()
         self.description = str(self.dtype).removeprefix("torch.")
 

@@ -52,7 +52,7 @@ class Config(configurator.Config):
     seed: Seed = 1337  # the same seed gives the same samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: GenerationDtype = "auto"  # of weights. auto: the fastest for the device; int8: a quarter of float32's memory, CPU
-    compile: Compile = False  # compile the model with torch.compile
+    compile: Compile = False  # compile the decoding of a token with torch.compile; on CUDA, replay it as a CUDA graph
 
 
 @explain_out_of_memory("lower --num_samples or --max_new_tokens, set --dtype=bfloat16, or use a smaller model")

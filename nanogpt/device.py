@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from model import GPT
+from nanogpt.decoding import decode, decode_by
 from nanogpt.errors import UserError, first_line, warn
 from nanogpt.kernels import (
     PREFER_ONEDNN,
@@ -213,8 +215,8 @@ def prepare_for_generation(model: torch.nn.Module, device: str, dtype: torch.dty
         quantize_linear_layers(model, dtype, torch.bfloat16 if has_bfloat16 and dtype == torch.int8 else torch.float32)
     elif device == "cpu" and not compile and can_pack(dtype):  # torch.compile cannot trace packed weights
         pack_linear_layers(model)
-    if compile:
-        model.compile()
+    if compile and isinstance(model, GPT):
+        decode_by(model, compile_model(decode), device.startswith("cuda"))
 
 
 def to_device(tensors: tuple[torch.Tensor, ...], device: str) -> tuple[torch.Tensor, ...]:

@@ -22,6 +22,9 @@ TRAINING = "bench.py --size=gpt2 --batch_size=32 --real_data=False"
 GENERATION = "bench.py --what=generation --size=gpt2"
 RECIPE = "train.py config/train_shakespeare_char.py --max_iters=2500"  # the first half, with the learning rates of the whole
 RECIPE_SEEDS = (1, 2, 3, 4, 5)  # trained at the same time, to save time: their speeds say nothing
+MUON = "train.py config/train_shakespeare_char.py --optimizer=muon --max_iters=1500 --lr_decay_iters=1500"
+MUON_RATES = (3e-3, 1e-2)
+MEMORY = "bench.py --against=nothing --batch_size=8 --real_data=False --compile=False --rounds=1 --steps=3"
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,23 @@ class Measurement:
 MEASUREMENTS = (  # the most important ones first, in case that the time does not suffice
     Measurement("training, 124M", TRAINING),
     Measurement("generation, 1 text", f"{GENERATION} --against=transformers"),
+    Measurement("generation, 1 text, compiled", f"{GENERATION} --against=plain --compile=True"),
     Measurement("Shakespeare in characters", RECIPE, RECIPE_SEEDS),
-    Measurement("generation, 1 text", f"{GENERATION} --against=plain"),
-    Measurement("generation, 16 texts", f"{GENERATION} --batch_size=16 --against=transformers"),
-    Measurement("generation, 64 texts", f"{GENERATION} --batch_size=64 --against=transformers"),
+    Measurement("generation, 16 texts, compiled", f"{GENERATION} --batch_size=16 --against=transformers --compile=True"),
+    Measurement("generation, 64 texts, compiled", f"{GENERATION} --batch_size=64 --against=transformers --compile=True"),
+    *(
+        Measurement(f"Shakespeare in characters, Muon at {rate}", f"{MUON} --learning_rate={rate}", (1, 2))
+        for rate in MUON_RATES
+    ),
     Measurement("training, 124M, not compiled", f"{TRAINING} --against=nothing --compile=False"),
     Measurement("training, 124M, loss in chunks", f"{TRAINING} --against=nothing --loss_rows=4096"),
     Measurement("training, 124M, Muon", f"{TRAINING} --against=nothing --optimizer=muon"),
+    *(
+        Measurement(f"memory, {size}, activation checkpointing {checkpointing}", command)
+        for size in ("gpt2-xl", "gpt2-large", "gpt2-medium", "gpt2")
+        for checkpointing in (False, True)
+        for command in [f"{MEMORY} --size={size} --activation_checkpointing={checkpointing}"]
+    ),
 )
 
 

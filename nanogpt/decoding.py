@@ -1,0 +1,84 @@
+"""Decoding with fixed shapes: one function for every new token, which can be compiled, and recorded as a CUDA graph.
+
+`prepare_for_generation` sets it up for --compile=True. Without it, `GPT.forward` decodes, over a cache that grows.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from model import GPT, KVCache
+
+WARMUP_RUNS = 3  # before a CUDA graph is recorded: they compile the kernels and allocate their workspaces
+
+Step = Callable[[GPT, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def decode(model: GPT, idx: torch.Tensor, layers: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Return the logits (B, 1, V) for one new token in each row, and add its keys and values to the cache.
+
+    Shapes: idx (B, 1) and position (1,), int64 on the model's device; layers (n_layer, 2, B, nh, max_tokens, hs), as in
+    KVCache. Unlike `GPT.forward`, it attends to all of the cache, and hides what is after `position` by a mask, so that
+    neither a shape nor an address changes from token to token.
+    """
+    visible = torch.arange(layers.size(4), device=idx.device) <= position  # (max_tokens,)
+    x = model.transformer.wte(idx) + model.transformer.wpe(position)  # (B, 1, C)
+    B, _, C = x.shape
+    for block, past in zip(model.transformer.h, layers, strict=True):
+        q, k, v = block.attn.c_attn(block.ln_1(x)).view(B, 3, model.config.n_head, 1, -1).unbind(1)  # (B, nh, 1, hs)
+        past[0].index_copy_(2, position, k)
+        past[1].index_copy_(2, position, v)
+        y = F.scaled_dot_product_attention(q, past[0], past[1], attn_mask=visible[None])
+        x = x + block.attn.c_proj(y.reshape(B, 1, C))
+        x = x + block.mlp(block.ln_2(x))
+    return model.lm_head(model.transformer.ln_f(x))
+
+
+class CudaGraph:
+    """A step over one cache, recorded once and replayed for every token: one launch in place of hundreds."""
+
+    def __init__(self, step: Step, model: GPT, cache: KVCache, idx: torch.Tensor, position: torch.Tensor):
+        """Record `step` for the token idx (B, 1) at `position`, whose entry in the cache it writes."""
+        self.idx, self.position = idx.clone(), position.clone()
+        arguments = (model, self.idx, cache.layers, self.position)
+        side_stream = torch.cuda.Stream()  # on which PyTorch wants a step to run before it is recorded
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            for _ in range(WARMUP_RUNS):
+                step(*arguments)
+        torch.cuda.current_stream().wait_stream(side_stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = step(*arguments)
+
+    def __call__(self, idx: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, 1, V) for idx (B, 1) at position (1,)."""
+        self.idx.copy_(idx)
+        self.position.copy_(position)
+        self.graph.replay()
+        return self.logits.clone()  # the next replay overwrites them
+
+
+def decode_by(model: GPT, step: Step, on_cuda: bool) -> None:
+    """Let a model decode by `step`: `decode`, perhaps compiled. On CUDA, record it as a graph for each cache.
+
+    Prompts, and windows longer than the context, run as before.
+    """
+    prefill, graph, current = model.forward, None, None
+
+    def forward(
+        idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None, loss_rows: int = 0
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        nonlocal graph, current
+        if cache is None or cache.length == 0 or idx.size(1) > 1:
+            return prefill(idx, targets, cache, loss_rows)
+        position = torch.tensor([cache.length], device=idx.device)
+        if cache is not current:
+            cache.layers[..., cache.length :, :] = 0  # was not initialized: a NaN behind the mask would show
+            graph, current = CudaGraph(step, model, cache, idx, position) if on_cuda else None, cache
+        logits = graph(idx, position) if on_cuda else step(model, idx, cache.layers, position)
+        cache.length += 1
+        return logits, None
+
+    model.forward = forward
