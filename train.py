@@ -94,7 +94,7 @@ class Config(configurator.Config):
     learning_rate: PositiveFloat = 6e-4  # maximum learning rate
     max_iters: NonNegativeInt = 600000  # total number of updates
     weight_decay: NonNegativeFloat = 1e-1  # weight decay, of matrices and embeddings only
-    beta1: Probability = 0.9  # AdamW's decay rate for the mean of gradients
+    beta1: Probability = 0.9  # AdamW's decay rate for the mean of gradients, and Muon's momentum
     beta2: Probability = 0.95  # AdamW's decay rate for the mean of squared gradients
     grad_clip: NonNegativeFloat = 1.0  # clip the gradient to this norm; 0: no clipping
     # learning rate schedule

@@ -23,7 +23,7 @@ def build_optimizer(
     device_type: str,
     fused: bool = True,
 ) -> "torch.optim.AdamW | MuonWithAdamW":
-    """Return the optimizer of a model: "adamw", or "muon" for the matrices of its blocks, at the same learning rate.
+    """Return the optimizer of a model: "adamw", or "muon" for the matrices of its blocks, with the same learning rate and momentum.
 
     Raises UserError if this PyTorch is too old for Muon with FSDP.
     """
@@ -39,7 +39,8 @@ def build_optimizer(
     hidden = set(matrices)
     for group in adamw.param_groups:
         group["params"] = [p for p in group["params"] if p not in hidden]
-    return MuonWithAdamW(Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
+    muon = Muon(matrices, learning_rate, weight_decay, momentum=betas[0], adjust_lr_fn="match_rms_adamw")
+    return MuonWithAdamW(muon, adamw)
 
 
 class MuonWithAdamW:

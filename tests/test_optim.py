@@ -76,6 +76,13 @@ def test_muon_matches_a_reference(monkeypatch: pytest.MonkeyPatch, dtype: str) -
             torch.testing.assert_close(p, q, rtol=0, atol=tolerance)
 
 
+def test_muon_has_adamws_momentum() -> None:
+    """Catches a beta1 that changes one part of the optimizer only."""
+    optimizer = build_optimizer(GPT(SHAPE), "muon", 0.1, 1e-2, (0.8, 0.95), "cpu")
+    muon, adamw = (optimizer.parts[name].param_groups[0] for name in ("muon", "adamw"))
+    assert (muon["momentum"], adamw["betas"]) == (0.8, (0.8, 0.95))
+
+
 @pytest.mark.parametrize("has_instructions", [True, False])
 def test_update_is_nearly_orthogonal(monkeypatch: pytest.MonkeyPatch, has_instructions: bool) -> None:
     """Catches a Newton-Schulz iteration that does not converge, in bfloat16 or float32."""
