@@ -23,7 +23,7 @@ def build_optimizer(
     device_type: str,
     fused: bool = True,
 ) -> "torch.optim.AdamW | MuonWithAdamW":
-    """Return the optimizer of a model: "adamw", or "muon" for the matrices of its blocks, with the same learning rate and momentum.
+    """Return the optimizer of a model: "adamw", or "muon" for the matrices of its blocks, at the same rate and momentum.
 
     Raises UserError if this PyTorch is too old for Muon with FSDP.
     """
