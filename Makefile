@@ -25,7 +25,7 @@ quickstart: $(VENV)/installed
 		}; \
 	fi
 	@dataset=shakespeare_char; [ -f data/shakespeare_char/train.bin ] || dataset=python_char; \
-	echo "== training a small GPT on $$dataset, about a minute on two cores" && \
+	echo "== training a small GPT on $$dataset, one to three minutes on two cores" && \
 	$(RUN) train.py config/train_shakespeare_char_fast.py --dataset=$$dataset --out_dir=$(OUT) && \
 	echo && echo "== samples from the model" && \
 	$(RUN) sample.py --out_dir=$(OUT) --num_samples=3 --max_new_tokens=300 --device=cpu
