@@ -1,6 +1,7 @@
 """bench.py: its measurements run, its arithmetic is right, and the two ways are what their names say."""
 
 import json
+import multiprocessing
 import re
 import shlex
 import statistics
@@ -53,6 +54,22 @@ def test_training(run: Callable[..., dict], dataset: Path, tmp_path: Path) -> No
     assert found["fast_megabytes"] > 50
     assert f"data: {dataset}" in found["lines"]
     assert json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+
+
+@pytest.mark.parametrize("way", ["fast", "plain"])
+def test_baseline_has_nanogpts_attention(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a baseline that is faster than nanoGPT, since it shares this repo's attention."""
+    monkeypatch.setattr(bench.kernels, "EXPLICIT_MAX_TOKENS", {torch.float32: 128})
+    pipe, other = multiprocessing.Pipe()
+    other.send(0)  # no rounds
+    bench.work(pipe, bench.Trainer, parse(bench.Config, [*TINY, "--real_data=False", "--keep_memory=False"]), way)
+    assert bool(bench.kernels.EXPLICIT_MAX_TOKENS) == (way == "fast")
+
+
+def test_shortest_run_has_half_the_batch() -> None:
+    """Catches a run "as long" as the baseline that takes another time: it counts on this."""
+    recipe = parse(train.Config, [bench.FAST_RECIPE])
+    assert 2 * bench.SHORTEST["batch_size"] == recipe.batch_size
 
 
 def test_real_data(dataset: Path) -> None:
