@@ -548,8 +548,7 @@ class TextGenerator:
         else:
             self.model, self.generate = GPT(shape), self.fast
             self.dtype = pick_generation_dtype(config.dtype, self.device, len(self.prompt), self.model.get_num_params())
-            is_compiled = config.compile is True and pick_compile(True, self.device)
-            prepare_for_generation(self.model, self.device, self.dtype, is_compiled)
+            prepare_for_generation(self.model, self.device, self.dtype, config.compile is True)
         self.model.eval()
         self.description = str(self.dtype).removeprefix("torch.")
 

@@ -80,7 +80,7 @@ class CausalSelfAttention(nn.Module):
         if queries > 1 and position > 0:  # query i is at position + i, which is_causal cannot express
             mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device).tril(position)
         dropout = self.dropout if self.training else 0.0
-        if q.device.type == "cpu":
+        if q.device.type == "cpu":  # the same, by the fastest way there
             y = kernels.cpu_attention(qkv, q, k, v, mask, dropout, is_causal)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)

@@ -4,12 +4,15 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 from model import GPT, KVCache
+from nanogpt.errors import warn
 
+TOLERANCE = 0.05  # of the largest logit, for the rounding of 16-bit weights
 WARMUP_RUNS = 3  # before a CUDA graph is recorded: they compile the kernels and allocate their workspaces
 
 Step = Callable[[GPT, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -63,22 +66,29 @@ class CudaGraph:
 def decode_by(model: GPT, step: Step, on_cuda: bool) -> None:
     """Let a model decode by `step`: `decode`, perhaps compiled. On CUDA, record it as a graph for each cache.
 
-    Prompts, and windows longer than the context, run as before.
+    Prompts, and windows longer than the context, run as before. So does the first token for each cache; if `step` computes
+    other logits for it, since somebody has changed model.py, all the others do, too, with a warning.
     """
-    prefill, graph, current = model.forward, None, None
+    forward_of_model, run, current = model.forward, None, None
 
     def forward(
         idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None, loss_rows: int = 0
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        nonlocal graph, current
+        nonlocal run, current
         if cache is None or cache.length == 0 or idx.size(1) > 1:
-            return prefill(idx, targets, cache, loss_rows)
+            return forward_of_model(idx, targets, cache, loss_rows)
         position = torch.tensor([cache.length], device=idx.device)
-        if cache is not current:
-            cache.layers[..., cache.length :, :] = 0  # was not initialized: a NaN behind the mask would show
-            graph, current = CudaGraph(step, model, cache, idx, position) if on_cuda else None, cache
-        logits = graph(idx, position) if on_cuda else step(model, idx, cache.layers, position)
-        cache.length += 1
-        return logits, None
+        if cache is current:
+            cache.length += 1
+            return run(idx, position=position), None
+
+        cache.layers[..., cache.length :, :] = 0  # was not initialized: a NaN behind the mask would show
+        run = CudaGraph(step, model, cache, idx, position) if on_cuda else partial(step, model, layers=cache.layers)
+        current, logits = cache, run(idx, position=position)
+        expected, _ = forward_of_model(idx, cache=cache)
+        if not (logits - expected).abs().max() <= TOLERANCE * expected.abs().max():  # NaN is not, either
+            warn("--compile=True is ignored: nanogpt/decoding.py computes other logits than model.py; change it likewise")
+            model.forward = forward_of_model
+        return expected, None
 
     model.forward = forward

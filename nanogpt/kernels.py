@@ -10,12 +10,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EXPLICIT_MAX_TOKENS = {torch.bfloat16: 512}  # up to here explicit attention is faster on a CPU; its memory grows with T^2
-if torch.backends.cpu.get_cpu_capability() != "AVX512":
-    EXPLICIT_MAX_TOKENS[torch.float32] = 128
 UNPACKED_ROW_MAX_WEIGHTS = 1 << 17  # matrices up to this size stay in the cache: a single row is faster unpacked
 INT8_MAX_ROWS = 16  # up to here PyTorch's int8 operator is faster than a product with the dequantized weight
 INT8_BLOCK = 16  # weights that it reads at a time; it does not check that they divide a row
+
+
+def explicit_max_tokens() -> dict[torch.dtype, int]:
+    """Return the context up to which explicit attention is faster on this CPU, by dtype; its memory grows with T^2."""
+    return {torch.bfloat16: 512} | ({} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {torch.float32: 128})
+
+
+EXPLICIT_MAX_TOKENS = explicit_max_tokens()
 
 
 def cpu_attention(

@@ -66,6 +66,25 @@ def test_baseline_has_nanogpts_attention(way: str, monkeypatch: pytest.MonkeyPat
     assert bool(bench.kernels.EXPLICIT_MAX_TOKENS) == (way == "fast")
 
 
+def test_fast_way_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches --activation_checkpointing or --compile in generation without effect, or a baseline that has them, too."""
+    config = parse(bench.Config, [*TINY, "--activation_checkpointing=True", "--real_data=False", "--compile=True"])
+    compiled = []
+    monkeypatch.setattr(bench, "prepare_for_generation", lambda model, device, dtype, compile: compiled.append(compile))
+    for way in ("fast", "plain"):
+        bench.TextGenerator(config, way)
+    assert compiled == [True]
+
+    config = config.replace(compile=False)
+    saved = {}
+    for way, settings in (("fast", {}), ("plain", bench.plain_settings("cpu"))):
+        trainer, count = bench.Trainer(config.replace(**settings), way), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, count=count: count.append(tensor) or tensor, lambda x: x):
+            trainer.model(*trainer.batch(0))
+        saved[way] = len(count)
+    assert saved["fast"] < saved["plain"] / 2
+
+
 def test_shortest_run_has_half_the_batch() -> None:
     """Catches a run "as long" as the baseline that takes another time: it counts on this."""
     recipe = parse(train.Config, [bench.FAST_RECIPE])

@@ -98,6 +98,18 @@ def test_same_logits_by_a_graph(bias: bool, fake_cuda: None) -> None:
     assert [graph.runs for graph in FakeGraph.recorded] == [12, 2]  # and another for the next
 
 
+def test_changed_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches another text than that of the model, after somebody has changed model.py only."""
+    expected, model = two_models()
+    for network in (expected, model):
+        network.transformer.h[1].forward = lambda x, *arguments: x[:, -1:]  # no second block
+    decode_by(model, decode, on_cuda=False)
+    prompt = torch.randint(50, (2, 4))
+    for _ in range(2):
+        assert torch.equal(model.generate(prompt, 6, temperature=0), expected.generate(prompt, 6, temperature=0))
+    assert capsys.readouterr().err.count("--compile=True is ignored") == 1
+
+
 def test_compile_is_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a --compile=True of sample.py that compiles nothing, or every new length of the cache."""
     compiled = []

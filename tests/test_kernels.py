@@ -104,6 +104,13 @@ def test_attention_on_a_cpu(dtype: torch.dtype, limit: int, more: int, monkeypat
     assert dtypes == [torch.float32] * more
 
 
+@pytest.mark.parametrize(("capability", "expected"), [("AVX512", 0), ("AVX2", 128)])
+def test_float32_attention_by_cpu(capability: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches explicit attention in float32 where PyTorch's kernel is faster: on CPUs with AVX-512."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert kernels.explicit_max_tokens().get(torch.float32, 0) == expected
+
+
 @pytest.mark.parametrize("T", [8, 129, 513])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cpu_attention_matches_pytorch(dtype: torch.dtype, T: int) -> None:
