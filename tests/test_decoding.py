@@ -66,12 +66,13 @@ def two_models(dtype: torch.dtype = torch.float32, **changes) -> tuple[GPT, GPT]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
-def test_same_text(dtype: torch.dtype) -> None:
+def test_same_text(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a key at another position, a mask that hides a token or shows memory, and a window that does not slide."""
     expected, model = two_models(dtype)
     decode_by(model, decode, on_cuda=False)
     for prompt in (torch.randint(50, (3, 5)), torch.randint(50, (1, 1)), torch.randint(50, (2, 40))):
         assert torch.equal(model.generate(prompt, 50, temperature=0), expected.generate(prompt, 50, temperature=0))
+    assert not capsys.readouterr().err  # no warning: it was this file's way
 
 
 @pytest.mark.parametrize("bias", [True, False])
