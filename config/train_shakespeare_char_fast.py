@@ -4,7 +4,7 @@
 #   python train.py config/train_shakespeare_char_fast.py
 #   python sample.py --out_dir=out-shakespeare-char-fast
 #
-# Expect a validation loss of about 1.60 after 33 s on two CPU cores with bfloat16 instructions, and after some three
+# Expect a validation loss of about 1.60 after 33 s on two CPU cores with bfloat16 instructions, and after three to four
 # times that without (docs/benchmarks.md). With --max_iters=2000 --lr_decay_iters=2000 it is 1.52.
 
 out_dir = "out-shakespeare-char-fast"
