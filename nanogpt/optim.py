@@ -11,6 +11,7 @@ from nanogpt.errors import UserError
 from nanogpt.kernels import by_onednn, matmul
 
 OptimizerName = Literal["adamw", "muon"]
+ONEDNN_MIN_ROWS = 128  # of a Gram matrix: below this, many at once by the other library are faster
 SHARDED_MUON_VERSION = "2.10"  # of PyTorch: the first whose DTensor splits a stack of shards (unbind)
 
 
@@ -25,7 +26,8 @@ def build_optimizer(
 ) -> "torch.optim.AdamW | MuonWithAdamW":
     """Return the optimizer of a model: "adamw", or "muon" for the matrices of its blocks, at the same rate and momentum.
 
-    Raises UserError if this PyTorch is too old for Muon with FSDP.
+    Each head's query, key and value are matrices of their own for Muon. Raises UserError if this PyTorch is too old for Muon
+    with FSDP.
     """
     adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type, fused)
     if name == "adamw":
@@ -39,7 +41,8 @@ def build_optimizer(
     hidden = set(matrices)
     for group in adamw.param_groups:
         group["params"] = [p for p in group["params"] if p not in hidden]
-    muon = Muon(matrices, learning_rate, weight_decay, momentum=betas[0], adjust_lr_fn="match_rms_adamw")
+    heads = {block.attn.c_attn.weight: 3 * block.attn.n_head for block in model.transformer.h}
+    muon = Muon(matrices, heads, lr=learning_rate, weight_decay=weight_decay, momentum=betas[0], adjust_lr_fn="match_rms_adamw")
     return MuonWithAdamW(muon, adamw)
 
 
@@ -72,19 +75,25 @@ class MuonWithAdamW:
 class Muon(torch.optim.Muon):
     """torch.optim.Muon, with all matrices of one shape orthogonalised in one batched product.
 
-    Same updates, state and settings as PyTorch's, except that CPUs without bfloat16 instructions compute in float32.
-    Source: "Muon is Scalable for LLM Training" (Liu et al. 2025), section 2.
+    `stacked` maps parameters that are several matrices, one on top of the other, to their number: each of these is updated as
+    a matrix of its own. State, settings and all other updates are those of PyTorch's Muon, except that CPUs without bfloat16
+    instructions compute in float32. Sources: "Muon is Scalable for LLM Training" (Liu et al. 2025), section 2; one matrix per
+    head: "GLM-5" (Zeng et al. 2026), Muon Split.
     """
+
+    def __init__(self, params: list[torch.nn.Parameter], stacked: dict[torch.nn.Parameter, int] | None = None, **settings: Any):
+        super().__init__(params, **settings)
+        self.stacked = stacked or {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+            by_shape: dict[tuple[torch.Size, int], list[torch.Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, parameters in by_shape.items():
+                    by_shape.setdefault((p.shape, self.stacked.get(p, 1)), []).append(p)
+            for ((rows, columns), count), parameters in by_shape.items():
                 updates = []
                 for p in parameters:
                     if not self.state[p]:
@@ -92,46 +101,47 @@ class Muon(torch.optim.Muon):
                     momentum = self.state[p]["momentum_buffer"]
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum)
-                scaled_lr = 0.2 * max(shape) ** 0.5 * group["lr"]  # gives updates the RMS of AdamW's
-                for p, update in zip(parameters, orthogonalize(updates, group), strict=True):
+                scaled_lr = 0.2 * max(rows // count, columns) ** 0.5 * group["lr"]  # gives updates the RMS of AdamW's
+                for p, update in zip(parameters, orthogonalize(updates, count, group), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-scaled_lr)
 
 
-def orthogonalize(matrices: list[torch.Tensor], group: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """Return matrices of one shape with their singular values near 1, by the Newton-Schulz iteration.
+def orthogonalize(updates: list[torch.Tensor], count: int, group: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Return updates of one shape, each a stack of `count` matrices, with the singular values of every matrix near 1.
 
-    `group` is one of Muon's parameter groups. Under FSDP, where each rank holds some rows of every matrix, each rank
-    orthogonalizes some whole matrices, so that the work is shared.
+    `group` is one of Muon's parameter groups. Under FSDP, where each rank holds some rows of every update, each rank
+    orthogonalizes some whole updates, so that the work is shared.
     """
-    in_bfloat16 = matrices[0].device.type != "cpu" or has_bfloat16_instructions()
-    stack = torch.stack(matrices).to(torch.bfloat16 if in_bfloat16 else torch.float32)  # (n, rows, columns)
+    in_bfloat16 = updates[0].device.type != "cpu" or has_bfloat16_instructions()
+    stack = torch.stack(updates).to(torch.bfloat16 if in_bfloat16 else torch.float32)  # (n, rows, columns)
     if not hasattr(stack, "redistribute"):
-        return newton_schulz(stack, group).unbind()
+        return newton_schulz(stack, count, group).unbind()
 
     from torch.distributed.tensor import DTensor, Shard  # already imported if there are DTensors
 
-    by_matrix = stack.redistribute(placements=[Shard(0)])
-    local = newton_schulz(by_matrix.to_local(), group).contiguous()
-    result = DTensor.from_local(local, by_matrix.device_mesh, [Shard(0)], shape=by_matrix.shape, stride=by_matrix.stride())
+    whole = stack.redistribute(placements=[Shard(0)])
+    local = newton_schulz(whole.to_local(), count, group).contiguous()
+    result = DTensor.from_local(local, whole.device_mesh, [Shard(0)], shape=whole.shape, stride=whole.stride())
     return result.redistribute(placements=stack.placements).unbind()
 
 
-def newton_schulz(x: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-    """Quintic Newton-Schulz iteration: x (n, rows, columns) -> the same shape, singular values near 1."""
+def newton_schulz(stack: torch.Tensor, count: int, group: dict[str, Any]) -> torch.Tensor:
+    """Quintic Newton-Schulz iteration of the `count` matrices in each update: stack (n, rows, columns) -> the same shape."""
     a, b, c = group["ns_coefficients"]
+    x = stack.unflatten(1, (count, -1)).flatten(0, 1)  # (n * count, rows / count, columns)
     is_tall = x.size(1) > x.size(2)
     x = x.mT if is_tall else x  # makes the Gram matrix the smaller of the two
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=group["eps"])
     if x.dtype == torch.float32 and x.size(2) >= 2 * x.size(1):
-        parts = x.unbind() if by_onednn(x) else [x]  # oneDNN's operator takes one matrix at a time
-        for part in parts:
+        one_by_one = by_onednn(x) and x.size(1) >= ONEDNN_MIN_ROWS  # its operator takes one matrix at a time
+        for part in x.unbind() if one_by_one else [x]:
             part.copy_(by_gram_matrix(part, group))
-        return x.mT if is_tall else x
-    for _ in range(group["ns_steps"]):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if is_tall else x
+    else:
+        for _ in range(group["ns_steps"]):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).reshape(stack.shape)
 
 
 def by_gram_matrix(x: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:

@@ -76,6 +76,32 @@ def test_muon_matches_a_reference(monkeypatch: pytest.MonkeyPatch, dtype: str) -
             torch.testing.assert_close(p, q, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("in_bfloat16", [True, False])
+@pytest.mark.parametrize("rows", [4, 24])
+def test_stacked_matrices_are_updated_one_by_one(monkeypatch: pytest.MonkeyPatch, in_bfloat16: bool, rows: int) -> None:
+    """Catches heads that share one orthogonalization or step size, and rows that end up in another head."""
+    monkeypatch.setattr("nanogpt.optim.has_bfloat16_instructions", lambda: in_bfloat16)
+    torch.manual_seed(1)
+    stack = torch.nn.Parameter(torch.randn(3 * rows, 16))
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in stack.chunk(3)]
+    muon, reference = Muon([stack], {stack: 3}, **SETTINGS), torch.optim.Muon(alone, **SETTINGS)
+    for _ in range(3):
+        stack.grad = torch.randn(stack.shape) * torch.tensor([1.0, 10.0, 100.0]).repeat_interleave(rows)[:, None]
+        for p, gradient in zip(alone, stack.grad.chunk(3), strict=True):
+            p.grad = gradient.clone()
+        muon.step()
+        reference.step()
+    largest_update = 0.02 * 0.2 * max(rows, 16) ** 0.5
+    torch.testing.assert_close(stack, torch.cat(alone), rtol=0, atol=largest_update * 0.05)
+
+
+def test_heads_are_stacked_matrices() -> None:
+    """Catches a query, key or value matrix that is orthogonalized with those of other heads, in any layer."""
+    model = GPT(SHAPE)
+    muon = muon_with_adamw(model).parts["muon"]
+    assert muon.stacked == {model.transformer.h[layer].attn.c_attn.weight: 6 for layer in range(2)}
+
+
 def test_muon_has_adamws_momentum() -> None:
     """Catches a beta1 that changes one part of the optimizer only."""
     optimizer = build_optimizer(GPT(SHAPE), "muon", 0.1, 1e-2, (0.8, 0.95), "cpu")
