@@ -84,8 +84,8 @@ SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 # time_to_loss: nanoGPT's hyperparameters, and the same model with the fast recipe, once as short as the target allows
 BASELINE_RECIPE, FAST_RECIPE = "config/train_shakespeare_char_cpu.py", "config/train_shakespeare_char_fast.py"
-SHORTEST = {"batch_size": 16, "learning_rate": 1.6e-2, "min_lr": 2e-3, "beta1": 0.85, "beta2": 0.98, "warmup_iters": 0}
-SHORTEST |= {"max_iters": 310, "lr_decay_iters": 310, "eval_interval": 31}
+SHORTEST = {"batch_size": 12, "learning_rate": 1.5e-2, "min_lr": 1e-3, "beta1": 0.85, "beta2": 0.98, "warmup_iters": 0}
+SHORTEST |= {"max_iters": 330, "lr_decay_iters": 330, "eval_interval": 33}
 
 
 @dataclass(frozen=True)

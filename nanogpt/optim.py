@@ -75,10 +75,10 @@ class MuonWithAdamW:
 class Muon(torch.optim.Muon):
     """torch.optim.Muon, with all matrices of one shape orthogonalised in one batched product.
 
-    `stacked` maps parameters that are several matrices, one on top of the other, to their number: each of these is updated as
-    a matrix of its own. State, settings and all other updates are those of PyTorch's Muon, except that CPUs without bfloat16
-    instructions compute in float32. Sources: "Muon is Scalable for LLM Training" (Liu et al. 2025), section 2; one matrix per
-    head: "GLM-5" (Zeng et al. 2026), Muon Split.
+    Parameters in `stacked` are several matrices, one on top of the other, each updated as a matrix of its own; the value is
+    their number. Otherwise updates, state and settings are PyTorch's, except that CPUs without bfloat16 instructions compute
+    in float32. Sources: "Muon is Scalable for LLM Training" (Liu et al. 2025), section 2; for heads, Muon Split in "GLM-5:
+    from Vibe Coding to Agentic Engineering" (2026).
     """
 
     def __init__(self, params: list[torch.nn.Parameter], stacked: dict[torch.nn.Parameter, int] | None = None, **settings: Any):
