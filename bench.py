@@ -447,7 +447,7 @@ def time_to_loss(config: Config) -> None:
     """
     plain = timed_run("plain", config, BASELINE_RECIPE, plain_settings("cpu") | {"eval_interval": 250})
     fast = timed_run("fast", config, FAST_RECIPE, SHORTEST)
-    steps = int(plain[-1][0] * fast[-1][1] / fast[-1][0]) // 2  # the recipe's batches are twice as large as the shortest run's
+    steps = int(plain[-1][0] * fast[-1][1] / fast[-1][0]) // 2  # an update of the recipe takes up to twice as long
     keys = {"max_iters": steps, "lr_decay_iters": steps, "eval_interval": steps}
     longest = timed_run("as long", config, FAST_RECIPE, keys)
     result: dict[str, Any] = {"what": "time_to_loss", "target": config.target}

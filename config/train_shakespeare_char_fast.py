@@ -4,8 +4,8 @@
 #   python train.py config/train_shakespeare_char_fast.py
 #   python sample.py --out_dir=out-shakespeare-char-fast
 #
-# Expect a validation loss of about 1.60 after 33 s on two CPU cores with bfloat16 instructions, and after three to four
-# times that without (docs/benchmarks.md). With --max_iters=2000 --lr_decay_iters=2000 it is 1.52.
+# Expect a validation loss of about 1.59 after 30 to 70 s on two CPU cores with bfloat16 instructions, and after some two
+# minutes without (docs/benchmarks.md). With --max_iters=2000 --lr_decay_iters=2000 it is 1.50.
 
 out_dir = "out-shakespeare-char-fast"
 eval_interval = 200
@@ -18,7 +18,7 @@ wandb_run_name = "mini-gpt-fast"
 
 dataset = "shakespeare_char"
 gradient_accumulation_steps = 1
-batch_size = 32  # 32 x 64 = 2,048 tokens per iteration, over which the 7 ms of a Muon step are spread
+batch_size = 32  # 32 x 64 = 2,048 tokens per iteration, over which the 7 to 11 ms of a Muon step are spread
 block_size = 64
 
 n_layer = 4
