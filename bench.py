@@ -548,7 +548,7 @@ class TextGenerator:
         else:
             self.model, self.generate = GPT(shape), self.fast
             self.dtype = pick_generation_dtype(config.dtype, self.device, len(self.prompt), self.model.get_num_params())
-            prepare_for_generation(self.model, self.device, self.dtype, config.compile is True)
+            prepare_for_generation(self.model, self.device, self.dtype, len(self.prompt), config.compile is True)
         self.model.eval()
         self.description = str(self.dtype).removeprefix("torch.")
 

@@ -87,7 +87,7 @@ def main(config: Config) -> None:
     chat_format = choose_format(config, ckpt.chat_format, tokenizer)
     n_params = model.get_num_params()
     dtype = pick_generation_dtype(config.dtype, device, 1, n_params)
-    prepare_for_generation(model, device, dtype, pick_compile(config.compile, device))
+    prepare_for_generation(model, device, dtype, compile=pick_compile(config.compile, device))
 
     # read messages and commands, print replies
     chat = Chat(model, tokenizer, chat_format, config, device)

@@ -65,7 +65,7 @@ def main(config: Config) -> None:
     prompt, prompt_ids = read_prompt(config.start, "start" in config.given, tokenizer)
     if len(prompt_ids) > model.config.block_size:
         errors.warn(f"the model sees only the last {model.config.block_size:,} of the prompt's {len(prompt_ids):,} tokens")
-    prepare_for_generation(model, device, dtype, pick_compile(config.compile, device))
+    prepare_for_generation(model, device, dtype, config.num_samples, pick_compile(config.compile, device))
 
     # sample batch by batch
     started, total_tokens = time.perf_counter(), 0

@@ -198,8 +198,12 @@ def uses_onednn(wanted: bool, device: str, dtype: torch.dtype, compile: bool) ->
     return wanted and PREFER_ONEDNN and device == "cpu" and dtype == torch.float32 and not compile
 
 
-def prepare_for_generation(model: torch.nn.Module, device: str, dtype: torch.dtype, compile: bool = False) -> None:
+def prepare_for_generation(
+    model: torch.nn.Module, device: str, dtype: torch.dtype, texts: int = 1, compile: bool = False
+) -> None:
     """Move a model to `device` and `dtype` and optimize it for inference; it cannot be trained or saved after that.
+
+    `texts` is the number of texts to generate at a time.
 
     Generating a token reads every weight once, so memory bandwidth is the limit: half the bytes, half the time. On a CPU
     without matrix instructions for `dtype`, only the weights have it, and the rest is float32.
@@ -214,7 +218,7 @@ def prepare_for_generation(model: torch.nn.Module, device: str, dtype: torch.dty
     if is_weight_only:
         quantize_linear_layers(model, dtype, torch.bfloat16 if has_bfloat16 and dtype == torch.int8 else torch.float32)
     elif device == "cpu" and not compile and can_pack(dtype):  # torch.compile cannot trace packed weights
-        pack_linear_layers(model)
+        pack_linear_layers(model, texts)
     if compile and isinstance(model, GPT):
         decode_by(model, compile_model(decode), device.startswith("cuda"))
 

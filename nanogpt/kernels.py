@@ -186,6 +186,32 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
+class RowLinear(nn.Module):
+    """Linear layer for generating one text in bfloat16 on a CPU of Zen 4, where oneDNN reads the weight for one row slowly."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() > x.size(-1):  # prefill
+            return F.linear(x, self.weight, self.bias)
+        is_enabled = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)  # of oneDNN, once MKL-DNN: PyTorch then multiplies by code of its own
+        try:
+            y = torch.mv(self.weight, x.flatten())
+        finally:
+            torch._C._set_mkldnn_enabled(is_enabled)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
+def is_zen4() -> bool:
+    """Whether the CPU is AMD's Zen 4, by its instructions: it has those for bfloat16, but not AVX-VNNI as Zen 5 has."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    is_amd = "AMD" in capabilities.get("cpu_name", "")
+    return is_amd and capabilities.get("avx512_bf16", False) and not capabilities.get("avx_vnni", True)
+
+
 def has_avx() -> bool:
     """Whether PyTorch uses the AVX2 or AVX-512 instructions of this CPU."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX")
@@ -203,10 +229,15 @@ def can_pack(dtype: torch.dtype) -> bool:
     )
 
 
-def pack_linear_layers(model: nn.Module) -> None:
-    """Replace every Linear layer of a model by a `PackedLinear`; it cannot be trained or saved after that."""
+def pack_linear_layers(model: nn.Module, texts: int) -> None:
+    """Replace every Linear layer of a model by a `PackedLinear`, or by a `RowLinear` if that generates `texts` texts faster.
+
+    The model cannot be trained or saved after that.
+    """
+    by_row = texts == 1 and is_zen4()
     for parent, name, linear in children(model, nn.Linear):
-        setattr(parent, name, PackedLinear(linear))
+        is_bfloat16 = linear.weight.dtype == torch.bfloat16
+        setattr(parent, name, RowLinear(linear) if by_row and is_bfloat16 else PackedLinear(linear))
 
 
 def children(model: nn.Module, kind: type[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:

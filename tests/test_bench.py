@@ -70,7 +70,7 @@ def test_fast_way_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches --activation_checkpointing or --compile in generation without effect, or a baseline that has them, too."""
     config = parse(bench.Config, [*TINY, "--activation_checkpointing=True", "--real_data=False", "--compile=True"])
     compiled = []
-    monkeypatch.setattr(bench, "prepare_for_generation", lambda model, device, dtype, compile: compiled.append(compile))
+    monkeypatch.setattr(bench, "prepare_for_generation", lambda model, device, dtype, texts, compile: compiled.append(compile))
     for way in ("fast", "plain"):
         bench.TextGenerator(config, way)
     assert compiled == [True]

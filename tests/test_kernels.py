@@ -203,9 +203,52 @@ def test_packed_linear_is_linear(
     x = torch.randn(shape)
     expected = model(x).detach()
     with torch.no_grad():
-        kernels.pack_linear_layers(model)
+        kernels.pack_linear_layers(model, texts=1)
         torch.testing.assert_close(model(x), expected)
     assert isinstance(model[0], kernels.PackedLinear)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 48), (1, 5, 48), (48,)])
+def test_row_linear_is_linear(shape: tuple[int, ...], bias: bool) -> None:
+    """Catches a lost bias or shape, a weight that is not the model's own, and oneDNN left off afterwards."""
+    torch.manual_seed(1)
+    linear = nn.Linear(48, 32, bias=bias).bfloat16()
+    x = torch.randn(shape).bfloat16()
+    expected = nn.functional.linear(*(t.detach().float() for t in (x, *linear.parameters())))
+    was_enabled = torch.backends.mkldnn.enabled
+    row_linear = kernels.RowLinear(linear)
+    with torch.no_grad():
+        y = row_linear(x)
+    torch.testing.assert_close(y, expected.bfloat16(), rtol=0.01, atol=0.01)
+    assert row_linear.weight is linear.weight and torch.backends.mkldnn.enabled == was_enabled
+
+
+ZEN4 = {"cpu_name": "AMD EPYC", "avx512_bf16": True, "avx_vnni": False}
+
+
+@pytest.mark.parametrize(
+    "capabilities, texts, dtype, expected",
+    [
+        (ZEN4, 1, torch.bfloat16, True),
+        (ZEN4, 2, torch.bfloat16, False),
+        (ZEN4, 1, torch.float32, False),
+        (ZEN4 | {"avx_vnni": True}, 1, torch.bfloat16, False),  # Zen 5
+        (ZEN4 | {"avx512_bf16": False}, 1, torch.bfloat16, False),  # Zen 3
+        (ZEN4 | {"cpu_name": "Intel Xeon"}, 1, torch.bfloat16, False),
+        ({}, 1, torch.bfloat16, False),
+        (None, 1, torch.bfloat16, False),
+    ],
+)
+def test_rows_on_zen4(capabilities: dict | None, texts: int, dtype: torch.dtype, expected: bool, monkeypatch) -> None:
+    """Catches unpacked weights on another CPU, for several texts or in float32; None: a PyTorch that cannot tell."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(kernels, "PackedLinear", nn.Identity)  # needs oneDNN
+    model = nn.Sequential(nn.Linear(48, 32).to(dtype))
+    kernels.pack_linear_layers(model, texts)
+    assert isinstance(model[0], kernels.RowLinear) == expected
 
 
 # weights in 16 or 8 bits
