@@ -214,6 +214,16 @@ def test_seed(out_dir, texts):
     assert first[0] != first[1]
 
 
+def test_layers_are_chosen_for_the_number_of_texts(out_dir, texts, monkeypatch):
+    """Catches layers for one text where several are sampled at a time, and the other way round."""
+    monkeypatch.setattr("nanogpt.device.can_pack", lambda dtype: True)
+    counts = []
+    monkeypatch.setattr("nanogpt.device.pack_linear_layers", lambda model, texts: counts.append(texts))
+    for num_samples in (1, 3):
+        texts(out_dir=out_dir, num_samples=num_samples, max_new_tokens=1, device="cpu")
+    assert counts == [1, 3]
+
+
 def test_batch_size_does_not_change_samples(out_dir, texts, monkeypatch):
     """Catches a sample that depends on how many are asked for, or on the batch size."""
     flags = {"out_dir": out_dir, "start": "ab", "max_new_tokens": 40}
