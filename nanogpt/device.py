@@ -21,6 +21,7 @@ from nanogpt.errors import UserError, first_line, warn
 from nanogpt.kernels import (
     PREFER_ONEDNN,
     can_pack,
+    cpu_capabilities,
     has_avx,
     matmul,
     pack_linear_layers,
@@ -111,7 +112,7 @@ def has_bfloat16_instructions() -> bool:
     """Whether this CPU has matrix instructions for bfloat16 and oneDNN may use them; False if PyTorch cannot tell."""
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISAS_WITHOUT_BFLOAT16:
         return False
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = cpu_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 

@@ -57,9 +57,14 @@ def explicit_attention(qkv: torch.Tensor, dropout: float) -> torch.Tensor:
         return torch.bmm(weights, v).view(B, nh, T, hs)
 
 
+def cpu_capabilities() -> dict[str, Any]:
+    """Return PyTorch's names of this CPU's instruction sets, and "cpu_name"; empty if PyTorch cannot tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def mkl_is_slow() -> bool:
     """Whether the CPU is AMD's and has AVX-512: MKL, PyTorch's library for float32 products on x86, uses Intel's only."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = cpu_capabilities()
     has_avx512_of_amd = "AMD" in capabilities.get("cpu_name", "") and capabilities.get("avx512_f", False)
     return has_avx512_of_amd and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -207,7 +212,7 @@ class RowLinear(nn.Module):
 
 def is_zen4() -> bool:
     """Whether the CPU is AMD's Zen 4, by its instructions: it has those for bfloat16, but not AVX-VNNI as Zen 5 has."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = cpu_capabilities()
     is_amd = "AMD" in capabilities.get("cpu_name", "")
     return is_amd and capabilities.get("avx512_bf16", False) and not capabilities.get("avx_vnni", True)
 
