@@ -265,6 +265,15 @@ def test_indivisible_micro_batches_are_refused(dataset: Path, tmp_path: Path) ->
 
 
 @needs_fork
+def test_evaluation_has_no_micro_batches(dataset: Path, tmp_path: Path) -> None:
+    """Catches an evaluation that is refused for the size of a training batch."""
+    flags = [*FLAGS.split(), f"--dataset={dataset}", f"--out_dir={tmp_path}", "--gradient_accumulation_steps=3"]
+    finished = train(2, *flags, "--eval_only=True")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert "step 0: train loss" in finished.stdout
+
+
+@needs_fork
 def test_folder_in_use_is_refused_by_all_ranks(dataset: Path, tmp_path: Path) -> None:
     """Catches ranks that wait for rank 0 although it was refused, or that end with a traceback."""
     with lock_folder(tmp_path / "out", Group()):
