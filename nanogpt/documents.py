@@ -31,7 +31,8 @@ class Source:
     files: list[str]  # paths, or URLs on the Hub
     sizes: list[int]  # bytes
     identity: str  # a digest that changes when the files do
-    left_out: dict[str, str] = field(default_factory=dict)  # other files in the folder -> why they are not read
+    left_out: dict[str, str] = field(default_factory=dict)  # other files in the folder -> why they are not read; `read` adds
+    folder: str = ""  # to which the names in left_out are relative; empty for a single file and for the Hub
 
 
 def find_files(top: Path) -> tuple[list[Path], dict[str, str]]:
@@ -107,7 +108,8 @@ def local(path: str) -> Source:
     states = [file.stat() for file in files]
     identity = [[str(file.resolve()), state.st_size, state.st_mtime_ns] for file, state in zip(files, states, strict=True)]
     sizes = [state.st_size for state in states]
-    return Source(top.resolve().name, list(map(str, files)), sizes, _digest(identity), left_out)
+    folder = str(top) if top.is_dir() else ""
+    return Source(top.resolve().name, list(map(str, files)), sizes, _digest(identity), left_out, folder)
 
 
 def hub(path: str, name: str, revision: str) -> Source:
@@ -135,7 +137,8 @@ def hub(path: str, name: str, revision: str) -> Source:
 def read(source: Source, position: Position) -> Iterator[tuple[Position, int, str]]:
     """Yield (position after it, bytes read so far, text) for each document from `position` on.
 
-    Raises UserError with the file and the line or row if a document is damaged.
+    A text file of a folder that is in an unknown encoding is added to `source.left_out`. Raises UserError with the file and
+    the line or row if another document is damaged.
     """
     first, start = position
     for index in range(first, len(source.files)):
@@ -144,8 +147,12 @@ def read(source: Source, position: Position) -> Iterator[tuple[Position, int, st
         try:
             for place, done, text in reader(file, start if index == first else None, source.sizes[index]):
                 yield [index, place], before + done, text
-        except UserError:
-            raise
+        except UserError as error:
+            if reader is not _text:
+                raise
+            if not source.folder:
+                raise UserError(f"{file}: {error}") from error
+            source.left_out[os.path.relpath(file, source.folder)] = str(error)
         except Exception as error:  # nor do the errors of gzip, pyarrow and the network share a base class
             advice = "; run the same command again to continue" if "://" in file else ""
             raise UserError(f"{file}: cannot be read ({type(error).__name__}: {first_line(error)}){advice}") from error
@@ -192,9 +199,9 @@ def _jsonl(file: str, start: list[int] | None, size: int) -> Iterator[tuple[list
 
 
 def _text(file: str, start: bool | None, size: int) -> Iterator[tuple[bool, int, str]]:
-    """Read a text file as one document; a place is whether it has been read."""
+    """Read a text file as one document; a place is whether it has been read. Raises UserError if it is no text."""
     if not start:
-        yield True, size, corpus.read_text(Path(file))
+        yield True, size, corpus.fold_line_ends(corpus.decode_text(Path(file).read_bytes()))
 
 
 def _open(file: str) -> BinaryIO:

@@ -108,6 +108,7 @@ def _prepare(
     # 1) tokenize
     recipe = {"files": source.identity, "tokenizer": _identity(tokenizer), "max_tokens": max_tokens}
     state = _load_progress(folder, file, recipe, dtype)
+    source.left_out.update(state.get("left_out", {}))
     _tokenize(folder, file, state, source, tokenizer, dtype, workers)
 
     # 2) split
@@ -143,7 +144,7 @@ def _identity(tokenizer: Tokenizer) -> str:
 
 def _load_progress(folder: Path, file: BinaryIO, recipe: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
     """Return the state that an earlier call with the same recipe has saved, or a fresh one; cut `file` to its tokens."""
-    state = {"recipe": recipe, "tokens": 0, "position": documents.BEGINNING}
+    state = {"recipe": recipe, "tokens": 0, "position": documents.BEGINNING, "left_out": {}}
     if (folder / PROGRESS).exists():
         saved = None
         with suppress(ValueError):  # damaged, as by a power failure
@@ -179,7 +180,8 @@ def _tokenize(
                 # append, up to the limit
                 ids = ids[: limit - state["tokens"]] if limit else ids
                 file.write(ids)
-                state = state | {"tokens": state["tokens"] + len(ids), "position": position}
+                tokens = state["tokens"] + len(ids)
+                state = state | {"tokens": tokens, "position": position, "left_out": source.left_out}
 
                 # progress bar: estimate the total from the bytes read so far
                 expected = state["tokens"] * sum(source.sizes) // max(1, read)

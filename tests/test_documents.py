@@ -173,6 +173,16 @@ def test_report_is_short(capsys: pytest.CaptureFixture) -> None:
     assert rows == [f"  {i:04} [2J  a broken link" for i in range(20)]
 
 
+def test_text_in_an_unknown_encoding_is_left_out(tmp_path: Path) -> None:
+    """Catches one file of thousands that ends the run, or that leaves the table of what was not read."""
+    (tmp_path / "in").mkdir()
+    for name, content in (("a.txt", b"one"), ("in/b.TXT", b"caf\xe9"), ("c.txt", b"two")):
+        (tmp_path / name).write_bytes(content)
+    source = documents.local(str(tmp_path))
+    assert texts_of(source) == ["one", "two"]
+    assert source.left_out == {os.path.join("in", "b.TXT"): "not UTF-8 text (byte 3); convert it to UTF-8 first"}
+
+
 def test_lone_surrogate_is_read(tmp_path: Path) -> None:
     """Catches a lone surrogate, possible in JSON but not in UTF-8, that ends a long run."""
     (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud800b"}', encoding="utf-8")

@@ -372,6 +372,34 @@ def test_finished_work_is_not_repeated(
     assert len(joined(TOKENS[-len(encoded) :])) == len(joined(TOKENS)) - done
 
 
+def test_continued_run_knows_what_was_left_out(
+    tmp_path: Path, tokenizer: TiktokenTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a table at the end that lacks the files from before the interruption."""
+    folder, texts = tmp_path / "in", ["one " * 500, "two " * 500, "three " * 500]
+    folder.mkdir()
+    (folder / "0.txt").write_bytes(b"caf\xe9")
+    for number, text in enumerate(texts, 1):
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+
+    def call() -> dict[str, str]:
+        found = documents.local(str(folder))
+        large_corpus.prepare(tmp_path / "out", found, tokenizer, lambda count: (np.arange(2), np.arange(2, count)), workers=1)
+        return found.left_out
+
+    def encode_but_the_last(self: TiktokenTokenizer, text: str) -> np.ndarray:
+        if text == texts[-1]:
+            raise KeyboardInterrupt
+        return encode(self, text)
+
+    encode = TiktokenTokenizer.encode_array
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(TiktokenTokenizer, "encode_array", encode_but_the_last)
+        call()
+    assert json.loads((tmp_path / "out" / large_corpus.PROGRESS).read_text(encoding="utf-8"))["tokens"] > 0
+    assert call() == {"0.txt": "not UTF-8 text (byte 3); convert it to UTF-8 first"}
+
+
 @pytest.mark.parametrize("change", ["max_tokens", "tokenizer", "file", "progress", "tokens"])
 def test_other_settings_start_over(
     change: str, tmp_path: Path, source: documents.Source, tokenizer: TiktokenTokenizer, capsys: pytest.CaptureFixture
