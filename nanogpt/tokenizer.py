@@ -38,6 +38,7 @@ ENCODING_SIZES = {  # tokens of tiktoken's encodings, known here so that trainin
     "o200k_harmony": 201088,
 }
 ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")  # those that a prepare.py offers
+DOWNLOAD_TIMEOUT_SECONDS = 10  # without a byte received
 BYTES_VOCAB_SIZE = 257  # each byte, and the end of text
 PATTERNS = {  # what splits a text into words before byte pairs are merged, by name; None is the library's own, GPT-2's
     "gpt2": None,
@@ -204,7 +205,9 @@ class TiktokenTokenizer:
     @functools.cached_property
     def _encoding(self) -> "tiktoken.Encoding":  # noqa: F821 (imported where it is used)
         import tiktoken
+        import tiktoken.load
 
+        tiktoken.load.read_file = _download  # its own has no time limit: behind some firewalls it waits for minutes
         if self.name not in tiktoken.list_encoding_names():
             names = ", ".join(tiktoken.list_encoding_names())
             raise UserError(f"unknown encoding {shown(self.name)}; tiktoken has {names}")
@@ -254,6 +257,15 @@ class TiktokenTokenizer:
 
     def __str__(self) -> str:
         return f"{self.name} encoding, {self.vocab_size:,} tokens"
+
+
+def _download(url: str) -> bytes:
+    """Return a file of a vocabulary. Raises requests.RequestException, an OSError, if the server does not answer."""
+    import requests  # slow, and only needed until the file is in tiktoken's cache
+
+    response = requests.get(url, timeout=DOWNLOAD_TIMEOUT_SECONDS)
+    response.raise_for_status()
+    return response.content
 
 
 class JsonTokenizer:

@@ -7,12 +7,14 @@ import os
 import pickle
 import random
 import re
+import socket
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -333,6 +335,22 @@ def test_vocabulary_that_cannot_be_loaded(failure: Exception, monkeypatch: pytes
     with pytest.raises(UserError, match=r"'gpt2' cannot be loaded.*TIKTOKEN_CACHE_DIR"):
         TiktokenTokenizer("gpt2")
     assert TiktokenTokenizer("gpt2", 50257).model_vocab_size == 50304
+
+
+def test_vocabulary_behind_a_firewall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that waits for minutes at its start, since the server does not answer."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/vocabulary"
+
+        def constructor() -> dict[str, Any]:
+            tiktoken.load.read_file_cached(url)
+            raise AssertionError("got an answer")
+
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+        monkeypatch.setitem(tiktoken.registry.ENCODING_CONSTRUCTORS, "silent", constructor)
+        monkeypatch.setattr(tokenizer, "DOWNLOAD_TIMEOUT_SECONDS", 0.1)
+        with pytest.raises(UserError, match=r"'silent' cannot be loaded \(ReadTimeout\)"):
+            TiktokenTokenizer("silent")
 
 
 # streams
