@@ -23,6 +23,7 @@ from nanogpt.kernels import (
     can_pack,
     cpu_capabilities,
     has_avx,
+    has_fast_float16,
     matmul,
     pack_linear_layers,
     quantize_linear_layers,
@@ -97,7 +98,7 @@ def pick_generation_dtype(name: GenerationDtype, device: str, texts: int, n_para
     """Return the dtype of weights for generating `texts` texts at a time; "auto" is the fastest one.
 
     For one text, reading the weights takes most of the time: with "auto", an x86 CPU without bfloat16 instructions reads those
-    of a large model in float16. Raises UserError for int8 on a GPU.
+    of a large model in float16; if it multiplies by them fast, for several texts, too. Raises UserError for int8 on a GPU.
     """
     if name == "int8":
         if device != "cpu":
@@ -105,7 +106,8 @@ def pick_generation_dtype(name: GenerationDtype, device: str, texts: int, n_para
         return torch.int8
     dtype = pick_dtype(name, device)
     is_slow = name == "auto" and device == "cpu" and dtype == torch.float32
-    return torch.float16 if is_slow and texts == 1 and n_params > LARGE_MODEL_PARAMS and has_avx() else dtype
+    gains = n_params > LARGE_MODEL_PARAMS and has_avx() and (texts == 1 or has_fast_float16())
+    return torch.float16 if is_slow and gains else dtype
 
 
 def has_bfloat16_instructions() -> bool:

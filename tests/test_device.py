@@ -123,21 +123,24 @@ def test_pick_dtype(monkeypatch: pytest.MonkeyPatch, name: str, device: str, bfl
 
 
 @pytest.mark.parametrize(
-    "name, device, bfloat16, texts, n_params, expected",
+    "name, device, fast, texts, n_params, expected",
     [
-        ("auto", "cpu", True, 1, 124e6, torch.bfloat16),
-        ("auto", "cpu", False, 1, 124e6, torch.float16),
-        ("auto", "cpu", False, 2, 124e6, torch.float32),
-        ("auto", "cpu", False, 1, 0.8e6, torch.float32),
-        ("float32", "cpu", False, 1, 124e6, torch.float32),
-        ("int8", "cpu", True, 10, 0.8e6, torch.int8),
-        ("auto", "cuda", False, 1, 124e6, torch.float16),
-        ("auto", "mps", False, 1, 124e6, torch.float32),
+        ("auto", "cpu", "bfloat16", 1, 124e6, torch.bfloat16),
+        ("auto", "cpu", "", 1, 124e6, torch.float16),
+        ("auto", "cpu", "", 2, 124e6, torch.float32),
+        ("auto", "cpu", "float16", 2, 124e6, torch.float16),
+        ("auto", "cpu", "float16", 1, 0.8e6, torch.float32),
+        ("float32", "cpu", "float16", 1, 124e6, torch.float32),
+        ("int8", "cpu", "bfloat16", 10, 0.8e6, torch.int8),
+        ("auto", "cuda", "", 1, 124e6, torch.float16),
+        ("auto", "mps", "", 1, 124e6, torch.float32),
     ],
 )
-def test_pick_generation_dtype(monkeypatch, name, device, bfloat16, texts, n_params, expected) -> None:
-    """Catches 16-bit weights for a batch or a small model, slower there, or an ignored choice."""
+def test_pick_generation_dtype(monkeypatch, name, device, fast, texts, n_params, expected) -> None:
+    """Catches 16-bit weights for a batch or a small model where they are slower, or an ignored choice."""
+    bfloat16 = fast == "bfloat16"
     monkeypatch.setattr("nanogpt.device.has_bfloat16_instructions", lambda: bfloat16)
+    monkeypatch.setattr("nanogpt.device.has_fast_float16", lambda: fast == "float16")
     monkeypatch.setattr("nanogpt.device.has_avx", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16)
     assert pick_generation_dtype(name, device, texts, n_params) is expected

@@ -273,9 +273,33 @@ def test_int8_linear(shape: tuple[int, ...], bias: bool, channels: int, products
     assert ((y - expected).abs() <= limit + 1e-9).all()
 
 
+HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
+
+
+@pytest.mark.skipif(not HAS_FBGEMM, reason="this PyTorch has no FBGEMM")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (3, 40)])
+def test_float16_linear(shape: tuple[int, ...], bias: bool) -> None:
+    """Catches a bias left out, rows that are mixed up, and inputs or sums that are rounded to float16."""
+    torch.manual_seed(1)
+    linear = nn.Linear(48, 9, bias=bias).requires_grad_(False)
+    x = torch.randn(*shape, 48) * 1e5  # beyond float16
+    expected = F.linear(x, linear.weight.half().float(), linear.bias)
+    torch.testing.assert_close(kernels.Float16Linear(linear)(x), expected, atol=1.0, rtol=1e-5)  # of 1e5
+
+
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
+def test_fast_float16(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches FBGEMM where it has not been measured, or where it is missing, as on an ARM CPU."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert kernels.has_fast_float16() == (HAS_FBGEMM and capability == "AVX2")
+
+
+@pytest.mark.parametrize("packs", [pytest.param(True, marks=pytest.mark.skipif(not HAS_FBGEMM, reason="no FBGEMM")), False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
-def test_tied_embedding(dtype: torch.dtype) -> None:
+def test_tied_embedding(dtype: torch.dtype, packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an embedding with other rows than the head's, or scaled by those of another token."""
+    monkeypatch.setattr(kernels, "has_fast_float16", lambda: packs)
     torch.manual_seed(1)
     model = nn.ModuleDict({"wte": nn.Embedding(30, 16), "other": nn.Embedding(30, 16), "head": nn.Linear(16, 30, bias=False)})
     model["head"].weight = model["wte"].weight
@@ -284,6 +308,7 @@ def test_tied_embedding(dtype: torch.dtype) -> None:
     with torch.no_grad():
         kernels.quantize_linear_layers(model, dtype, torch.float32)
         x = model["wte"](idx)
+    assert isinstance(model["head"], kernels.Float16Linear) == (packs and dtype == torch.float16)
     assert model["other"] is other
     assert x.dtype == torch.float32
     torch.testing.assert_close(x, expected, atol=0.02, rtol=0.01)
