@@ -4,6 +4,7 @@ Each computes what a line of plain PyTorch does, faster or in less memory. To un
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -120,8 +121,7 @@ class OneDNNLinear(nn.Module):
 
 def train_by_onednn(model: nn.Module) -> None:
     """Replace every Linear layer of a model by a `OneDNNLinear`; the parameters stay."""
-    for parent, name, linear in children(model, nn.Linear):
-        setattr(parent, name, OneDNNLinear(linear))
+    replace_linear_layers(model, OneDNNLinear)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -240,9 +240,17 @@ def pack_linear_layers(model: nn.Module, texts: int) -> None:
     The model cannot be trained or saved after that.
     """
     by_row = texts == 1 and is_zen4()
-    for parent, name, linear in children(model, nn.Linear):
-        is_bfloat16 = linear.weight.dtype == torch.bfloat16
-        setattr(parent, name, RowLinear(linear) if by_row and is_bfloat16 else PackedLinear(linear))
+    replace_linear_layers(
+        model, lambda linear: (RowLinear if by_row and linear.weight.dtype == torch.bfloat16 else PackedLinear)(linear)
+    )
+
+
+def replace_linear_layers(model: nn.Module, new: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replace every Linear layer of a model by new(layer), one after the other: memory holds one of them twice, not all."""
+    layers = children(model, nn.Linear)
+    while layers:
+        parent, name, linear = layers.pop(0)  # the previous layer is freed here
+        setattr(parent, name, new(linear))
 
 
 def children(model: nn.Module, kind: type[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -330,10 +338,13 @@ def quantize_linear_layers(model: nn.Module, dtype: torch.dtype, products: torch
     """
     embeddings = children(model, nn.Embedding)
     packs = dtype == torch.float16 and has_fast_float16()
-    for parent, name, linear in children(model, nn.Linear):
-        quantized = Float16Linear(linear) if packs else WeightOnlyLinear(linear, dtype, products)
-        setattr(parent, name, quantized)
+
+    def quantized(linear: nn.Linear) -> nn.Module:
+        layer = Float16Linear(linear) if packs else WeightOnlyLinear(linear, dtype, products)
         for owner, tied, embedding in embeddings:
             if embedding.weight is linear.weight:
-                weight, scale = (linear.weight.detach().half(), None) if packs else (quantized.weight, quantized.scale)
+                weight, scale = (linear.weight.detach().half(), None) if packs else (layer.weight, layer.scale)
                 setattr(owner, tied, TiedEmbedding(weight, scale))
+        return layer
+
+    replace_linear_layers(model, quantized)

@@ -1,5 +1,7 @@
 """The fast paths against the plain PyTorch that they replace: chunked cross-entropy, CPU attention, linear layers."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -187,6 +189,20 @@ def test_chunked_loss_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # packed linear layers
+
+
+def test_layers_are_replaced_one_by_one() -> None:
+    """Catches a model that is in memory twice while its weights are packed."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+    weights = [weakref.ref(parameter) for name, parameter in model.named_parameters() if name.endswith("weight")]
+    alive = []
+
+    def new(linear: nn.Linear) -> nn.Module:
+        alive.append(sum(weight() is not None for weight in weights))
+        return nn.Identity()
+
+    kernels.replace_linear_layers(model, new)
+    assert alive == [3, 2, 1]
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="this CPU or this PyTorch cannot pack weights")
