@@ -114,7 +114,10 @@ class Dataset:
             expected = counts.get(split, self.tokens[split])
             if expected != self.tokens[split]:
                 expected = f"{expected:,}" if isinstance(expected, int) else shown(expected)
-                raise self._damaged(f"{split}.bin", f"it has {self.tokens[split]:,} tokens, but meta.json says {expected}")
+                raise UserError(
+                    f"{self.folder / split}.bin is damaged or of another dataset (it has {self.tokens[split]:,} tokens, but "
+                    f"meta.json says {expected}); prepare it again, or if nanoGPT's prepare.py wrote it, remove meta.json"
+                )
 
         # loss masks
         self._masks: dict[Split, MappedFile] = {}

@@ -230,6 +230,18 @@ def test_meta_json_wins_over_a_pickle(tmp_path: Path) -> None:
 # damaged and missing datasets
 
 
+def test_files_of_nanogpt_in_a_folder_of_ours(tmp_path: Path) -> None:
+    """Catches nanoGPT's token files beside our meta.json that are only called damaged, and a remedy that does not work."""
+    folder = write(tmp_path, [1] * 30, [1] * 20)
+    for split in ("train", "val"):
+        (folder / f"{split}.bin").write_bytes(np.arange(9, dtype="<u2").tobytes())
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 9}))
+    with pytest.raises(UserError, match=r"train\.bin .* 18 tokens, but meta\.json says 30.* remove meta\.json$"):
+        Dataset(str(folder))
+    (folder / "meta.json").unlink()
+    assert Dataset(str(folder)).tokens == {"train": 9, "val": 9}
+
+
 @pytest.mark.parametrize(("split", "train", "val"), [("train", 8, 50), ("val", 50, 8)])
 def test_split_shorter_than_block_size(tmp_path: Path, split: str, train: int, val: int) -> None:
     """Catches a split without a single window that fails in mid-run, or a remedy that does not work."""
