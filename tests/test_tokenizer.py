@@ -9,6 +9,7 @@ import random
 import re
 import socket
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -349,8 +350,11 @@ def test_vocabulary_behind_a_firewall(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
         monkeypatch.setitem(tiktoken.registry.ENCODING_CONSTRUCTORS, "silent", constructor)
         monkeypatch.setattr(tokenizer, "DOWNLOAD_TIMEOUT_SECONDS", 0.1)
+        hang_up = threading.Timer(5, silent.close)  # so that this test fails without a time limit, instead of waiting as well
+        hang_up.start()
         with pytest.raises(UserError, match=r"'silent' cannot be loaded \(ReadTimeout\)"):
             TiktokenTokenizer("silent")
+        hang_up.cancel()
 
 
 # streams
