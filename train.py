@@ -341,14 +341,14 @@ def resolve_machine(config: Config, group: Group, ckpt: Checkpoint | None, data:
         raise UserError("--parallel=fsdp has no loss scaling for float16; use --dtype=bfloat16 or --dtype=float32")
     set_up(group.device, config.seed)
     vocab_size = data.tokenizer.model_vocab_size if ckpt is None else ckpt.model_args["vocab_size"]
-    steps, tokens = (group.size, 0) if config.eval_only else (config.gradient_accumulation_steps, config.batch_tokens)
+    batch = (config.gradient_accumulation_steps, config.batch_tokens, config.batch_size, config.block_size, group.size)
     return Machine(
         dtype=dtype,
         compile=pick_compile(config.compile, group.device),
         loss_rows=pick_loss_rows(config.loss_rows, group.device, config.batch_size * config.block_size, vocab_size),
         keeps_memory=config.keep_memory and group.device == "cpu" and keep_memory(),
         sharded=sharded,
-        micro_batches=share_batch(steps, tokens, config.batch_size, config.block_size, group.size),
+        micro_batches=0 if config.eval_only else share_batch(*batch),
     )
 
 

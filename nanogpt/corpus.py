@@ -14,13 +14,19 @@ from tqdm import tqdm
 
 from nanogpt.errors import UserError, one_line
 from nanogpt.files import FolderLock, atomic_write
-from nanogpt.tokenizer import CharTokenizer, JsonTokenizer, Tokenizer, longest_tokens, to_pickle
+from nanogpt.tokenizer import (
+    DOWNLOAD_TIMEOUT_SECONDS,
+    CharTokenizer,
+    JsonTokenizer,
+    Tokenizer,
+    longest_tokens,
+    to_pickle,
+)
 
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 DOWNLOAD_TRIES = 3
-DOWNLOAD_TIMEOUT_SECONDS = 20  # without a byte received
 SHOWN_CHARACTERS = 200  # of a table, at most
 SHOWN_TOKENS = 12  # of a byte-pair encoding: the longest
 DOWNLOAD_CHUNK_BYTES = 1 << 16

@@ -31,7 +31,7 @@ class Source:
     files: list[str]  # paths, or URLs on the Hub
     sizes: list[int]  # bytes
     identity: str  # a digest that changes when the files do
-    left_out: dict[str, str] = field(default_factory=dict)  # other files in the folder -> why they are not read; `read` adds
+    left_out: dict[str, str] = field(default_factory=dict)  # other files of the folder -> why; `read` adds to it
     folder: str = ""  # to which the names in left_out are relative; empty for a single file and for the Hub
 
 
@@ -148,11 +148,9 @@ def read(source: Source, position: Position) -> Iterator[tuple[Position, int, st
             for place, done, text in reader(file, start if index == first else None, source.sizes[index]):
                 yield [index, place], before + done, text
         except UserError as error:
-            if reader is not _text:
+            if reader is not _text or not source.folder:
                 raise
-            if not source.folder:
-                raise UserError(f"{file}: {error}") from error
-            source.left_out[os.path.relpath(file, source.folder)] = str(error)
+            source.left_out[os.path.relpath(file, source.folder)] = str(error).removeprefix(f"{file}: ")
         except Exception as error:  # nor do the errors of gzip, pyarrow and the network share a base class
             advice = "; run the same command again to continue" if "://" in file else ""
             raise UserError(f"{file}: cannot be read ({type(error).__name__}: {first_line(error)}){advice}") from error
@@ -199,9 +197,9 @@ def _jsonl(file: str, start: list[int] | None, size: int) -> Iterator[tuple[list
 
 
 def _text(file: str, start: bool | None, size: int) -> Iterator[tuple[bool, int, str]]:
-    """Read a text file as one document; a place is whether it has been read. Raises UserError if it is no text."""
+    """Read a text file as one document; a place is whether it has been read."""
     if not start:
-        yield True, size, corpus.fold_line_ends(corpus.decode_text(Path(file).read_bytes()))
+        yield True, size, corpus.read_text(Path(file))
 
 
 def _open(file: str) -> BinaryIO:

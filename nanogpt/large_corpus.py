@@ -144,7 +144,7 @@ def _identity(tokenizer: Tokenizer) -> str:
 
 def _load_progress(folder: Path, file: BinaryIO, recipe: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
     """Return the state that an earlier call with the same recipe has saved, or a fresh one; cut `file` to its tokens."""
-    state = {"recipe": recipe, "tokens": 0, "position": documents.BEGINNING, "left_out": {}}
+    state = {"recipe": recipe, "tokens": 0, "position": documents.BEGINNING}
     if (folder / PROGRESS).exists():
         saved = None
         with suppress(ValueError):  # damaged, as by a power failure
