@@ -27,9 +27,16 @@ TINY = "--size=laptop --device=cpu --batch_size=2 --block_size=8".split()
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., dict]:
-    """A function that runs bench.py with these flags in `tmp_path`; returns its line of JSON, and all "lines"."""
+    """A function that runs bench.py with these flags in `tmp_path`; returns its line of JSON, and all "lines".
+
+    Its processes are forks of one that has imported PyTorch, where the system has that.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["torch", "torch._dynamo"])
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
 
     def call(*flags: str) -> dict:
         bench.main(parse(bench.Config, [*flags]))
