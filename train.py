@@ -141,7 +141,7 @@ def main(config: Config) -> None:
     ckpt = None
     if config.init_from != "scratch":
         with explain_out_of_memory("start from a smaller model"):
-            ckpt = open_checkpoint(config.init_from, config.out_dir, newest_state=True)
+            ckpt = open_checkpoint(config.init_from, config.out_dir, newest_state=not config.eval_only)
     config = resolve_config(config, ckpt)
     steps = f" and raise --gradient_accumulation_steps (now {config.gradient_accumulation_steps}) to match"
     advice = (
@@ -267,7 +267,7 @@ def evaluate_only(config: Config, group: Group, ckpt: Checkpoint | None) -> None
     options = evaluation_options(config, machine, data, group)
     evaluation = estimate_loss(eval_model, data, group, autocast(group.device, machine.dtype), Signals(), **options)
     if group.is_main:
-        print(evaluation.step_line(ckpt.iter_num if config.init_from == "resume" else 0), evaluation.report(), sep="\n")
+        print(evaluation.step_line(max(ckpt.iter_num, 0) if config.init_from == "resume" else 0), evaluation.report(), sep="\n")
 
 
 def get_lr(iteration: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int) -> float:

@@ -352,6 +352,16 @@ def test_eval_only_writes_nothing(flags: list[str], out_dir: Path, capsys: pytes
     assert before == {path.name: path.read_bytes() for path in out_dir.iterdir()}
 
 
+def test_eval_only_takes_the_checkpoint_of_sample(flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an evaluation of other weights than those that sample.py, and nanoGPT's --eval_only, load."""
+    run(*flags, "--max_iters=3", "--always_save_checkpoint=False")
+    run("--init_from=resume", f"--out_dir={out_dir}", "--max_iters=6", "--learning_rate=3", "--decay_lr=False")
+    assert (out_dir / "last.pt").exists()
+    capsys.readouterr()
+    run("--init_from=resume", f"--out_dir={out_dir}", "--eval_only=True")
+    assert capsys.readouterr().out.startswith("step 3: train loss ")
+
+
 def test_nan_loss_stops_the_run_before_the_update(flags: list[str], out_dir: Path) -> None:
     """Catches a run that goes on with NaN weights, or saves them."""
     run(*flags, "--max_iters=5")
