@@ -338,8 +338,8 @@ class Trainer:
         B, T, vocab_size = self.batch_size, self.shape.block_size, self.shape.vocab_size
         if self.data is None:
             return torch.randint(vocab_size, (2, B, T), generator=self.generator).unbind()
-        positions = self.data.draw("train", "train", self.config.seed, number, B, T)
-        return self.data.windows("train", positions, T, vocab_size)
+        starts = self.data.draw("train", "train", self.config.seed, number, B, T)
+        return self.data.windows("train", starts, T, vocab_size)
 
     def step(self, number: int) -> None:
         """Do one update: forward, backward, clip, optimizer step."""

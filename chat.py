@@ -25,7 +25,7 @@ from configurator import NonNegativeFloat, NonNegativeInt, PathStr, PositiveInt,
 import torch
 
 from model import GPT, Bigram
-from nanogpt import checkpoint, conversation, corpus, errors
+from nanogpt import checkpoint, conversation, corpus
 from nanogpt.conversation import ChatFormat
 from nanogpt.device import (
     Compile,
@@ -38,7 +38,7 @@ from nanogpt.device import (
     set_up,
     text_generators,
 )
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, one_line, shown, warn, write
 from nanogpt.tokenizer import StreamDecoder, Tokenizer
 
 SETTABLE = ("temperature", "top_k", "top_p", "max_new_tokens")  # keys that /set may change
@@ -75,7 +75,7 @@ class Config(configurator.Config):
         for key in ("user_name", "assistant_name"):
             name = getattr(self, key)
             if not name.strip() or not name.isprintable():
-                raise UserError(f"--{key} must be one line of text and not empty, got {errors.shown(name)}")
+                raise UserError(f"--{key} must be one line of text and not empty, got {shown(name)}")
 
 
 @explain_out_of_memory("set --dtype=bfloat16, or use a smaller model")
@@ -92,9 +92,9 @@ def main(config: Config) -> None:
     # read messages and commands, print replies
     chat = Chat(model, tokenizer, chat_format, config, device)
     if sys.stdout.isatty():
-        context = model.config.block_size
-        model_line = f"{ckpt.path}: {n_params / 1e6:.2f}M parameters, context {context:,}, format {chat_format.name}"
-        print(errors.one_line(model_line))
+        block_size = model.config.block_size
+        model_line = f"{ckpt.path}: {n_params / 1e6:.2f}M parameters, context {block_size:,}, format {chat_format.name}"
+        print(one_line(model_line))
         print("/help lists the commands, Ctrl-D leaves")
     for message in messages(config.user_name):
         try:
@@ -103,7 +103,7 @@ def main(config: Config) -> None:
             else:
                 show(chat.send(message.removeprefix("/")), config.assistant_name)
         except UserError as error:
-            note(errors.one_line(str(error)))
+            note(one_line(str(error)))
         for text in chat.notes:
             note(text)
         chat.notes.clear()
@@ -125,7 +125,7 @@ def choose_format(config: Config, trained: ChatFormat | None, tokenizer: Tokeniz
             conversation.encode_prompt_turn(plain, "", tokenizer)
         except UserError:
             if conversation.separator(tokenizer):  # it can write a line break
-                errors.warn(f"the model's {tokenizer} cannot write {user!r}; each message is a line (--chat_format=lines)")
+                warn(f"the model's {tokenizer} cannot write {user!r}; each message is a line (--chat_format=lines)")
                 return conversation.LINES
     return plain
 
@@ -148,11 +148,11 @@ class Chat:
         Raises UserError if the context leaves no room for a conversation, or the tokenizer lacks one of its characters.
         """
         self.model, self.tokenizer, self.chat_format, self.config, self.device = model, tokenizer, chat_format, config, device
-        context = config.context
-        if context.startswith("FILE:"):
-            context = corpus.read_text(Path(context.removeprefix("FILE:"))).strip()
+        system = config.context
+        if system.startswith("FILE:"):
+            system = corpus.read_text(Path(system.removeprefix("FILE:"))).strip()
         try:
-            self.opening = conversation.encode_opening(chat_format, tokenizer, context)
+            self.opening = conversation.encode_opening(chat_format, tokenizer, system)
             smallest = len(self.opening) + len(conversation.encode_prompt_turn(chat_format, "", tokenizer)) + 1
         except UserError as error:
             other = "--chat_format=lines" if conversation.separator(tokenizer) and chat_format.name != "lines" else "sample.py"
@@ -256,9 +256,9 @@ class Chat:
         A new reply gets room for `max_new_tokens` or a quarter of the context, whichever is smaller; a reply that has
         filled the context gets room for at least one more token.
         """
-        context, turns = self.model.config.block_size, len(self.turns)
-        wanted = 1 if self.turns[-1].reply else min(self.config.max_new_tokens, context // 4)
-        while len(self._ids()) + wanted > context and len(self.turns) > 1:
+        block_size, turns = self.model.config.block_size, len(self.turns)
+        wanted = 1 if self.turns[-1].reply else min(self.config.max_new_tokens, block_size // 4)
+        while len(self._ids()) + wanted > block_size and len(self.turns) > 1:
             self.turns.pop(0)
         if len(self.turns) < turns and not self.outgrown:
             self.outgrown = True
@@ -292,19 +292,19 @@ def messages(name: str) -> Iterator[str]:
             readline.parse_and_bind("set enable-bracketed-paste on")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    typed, shown = sys.stdin.isatty(), sys.stdout.isatty()
+    typed, on_terminal = sys.stdin.isatty(), sys.stdout.isatty()
 
     def read(prompt: str) -> str:
         """Read a line. Raises EOFError at the end of the input."""
         if typed:
-            return input(prompt if shown else "")
+            return input(prompt if on_terminal else "")
         if line := sys.stdin.readline():
             return line.removesuffix("\n")
         raise EOFError
 
     while True:
-        if shown:
-            errors.write("\n")
+        if on_terminal:
+            write("\n")
         try:
             message = read(f"{name}: ")
             with contextlib.suppress(EOFError):  # the end of the input also ends the message
@@ -312,18 +312,18 @@ def messages(name: str) -> Iterator[str]:
                     message = message[:-1] + "\n"
                     message += read("... ")
         except EOFError:
-            errors.write("\n" if shown else "")
+            write("\n" if on_terminal else "")
             return
         except KeyboardInterrupt:
-            errors.write("\n")
+            write("\n")
             note("Ctrl-D leaves")
             continue
         message = message.strip()
         if message in ("/exit", "/quit"):
             return
         if message:
-            if shown and not typed:
-                errors.write(f"{name}: {message}\n")
+            if on_terminal and not typed:
+                write(f"{name}: {message}\n")
             yield message
 
 
@@ -361,7 +361,7 @@ def set_key(assignment: str, chat: Chat) -> None:
 def show(pieces: Generator[str, None, None], name: str) -> None:
     """Print a reply as it is generated, without surrounding whitespace; Ctrl-C stops it."""
     if sys.stdout.isatty():
-        errors.write(f"{name}: ")
+        write(f"{name}: ")
     begun, held = False, ""
     try:
         for piece in pieces:
@@ -369,11 +369,11 @@ def show(pieces: Generator[str, None, None], name: str) -> None:
             visible = text.rstrip()  # hold back trailing whitespace until more text follows
             held = text[len(visible) :]
             begun = begun or bool(visible)
-            errors.write(visible)
+            write(visible)
     except KeyboardInterrupt:
         pieces.close()
-        errors.write(" ...")
-    errors.write("\n")
+        write(" ...")
+    write("\n")
 
 
 def note(text: str) -> None:

@@ -20,10 +20,10 @@ from configurator import NonNegativeFloat, NonNegativeInt, PathStr, PromptStr, S
 import torch
 
 from model import GPT, Bigram
-from nanogpt import checkpoint, conversation, errors, page
+from nanogpt import checkpoint, conversation, page
 from nanogpt.conversation import read_prompt
 from nanogpt.device import explain_out_of_memory, pick_device, set_up, text_generators
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, one_line, shown, warn
 from nanogpt.files import atomic_write
 
 
@@ -44,7 +44,7 @@ class Config(configurator.Config):
 
     def validate(self) -> None:
         if self.out and not self.out.endswith(".html"):
-            raise UserError(f"--out must end in .html, got {errors.shown(self.out)}; try --out=look.html")
+            raise UserError(f"--out must end in .html, got {shown(self.out)}; try --out=look.html")
 
 
 @explain_out_of_memory("use a smaller model, or --device=cpu")
@@ -80,7 +80,7 @@ def main(config: Config) -> None:
 
     # the page
     about = {
-        "title": errors.one_line(str(ckpt.path)),
+        "title": one_line(str(ckpt.path)),
         "tokenizer_name": str(tokenizer),
         "prompt": prompt,
         "empty_ids": conversation.separator(tokenizer) or [0],
@@ -98,7 +98,7 @@ def main(config: Config) -> None:
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written ({error.strerror})") from error
     seconds = time.perf_counter() - started
-    print(errors.one_line(f"wrote {out} ({len(html) / 1e6:.1f} MB) in {seconds:.1f} s; open it in a browser:"))
+    print(one_line(f"wrote {out} ({len(html) / 1e6:.1f} MB) in {seconds:.1f} s; open it in a browser:"))
     print(out.resolve().as_uri())
 
 
@@ -115,7 +115,7 @@ def fit(prompt_ids: list[int], max_new_tokens: int, model: GPT | Bigram) -> list
             f"--max_new_tokens must be below {page.recorded_tokens(model)} for a model of this size, got {max_new_tokens}"
         )
     if len(prompt_ids) > room:
-        errors.warn(f"the page shows the model only the last {room} of the prompt's {len(prompt_ids):,} tokens")
+        warn(f"the page shows the model only the last {room} of the prompt's {len(prompt_ids):,} tokens")
     return prompt_ids[-room:]
 
 

@@ -75,12 +75,12 @@ class CausalSelfAttention(nn.Module):
         if last_only:
             q = q[:, :, -1:]
 
-        queries, mask = q.size(2), None  # a single query is the last one, and attends to every key
-        is_causal = queries > 1 and position == 0  # query i attends to keys 0 to i
-        if queries > 1 and position > 0:  # query i is at position + i, which is_causal cannot express
-            mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device).tril(position)
+        mask, is_single = None, q.size(2) == 1  # a single query is the last one, and attends to every key
+        is_causal = not is_single and position == 0  # query i attends to keys 0 to i
+        if not is_single and position > 0:  # query i is at position + i, which is_causal cannot express
+            mask = torch.ones(T, position + T, dtype=torch.bool, device=x.device).tril(position)  # (T, position + T)
         dropout = self.dropout if self.training else 0.0
-        if q.device.type == "cpu":  # the same, by the fastest way there
+        if q.device.type == "cpu":  # the same result by the fastest kernel
             y = kernels.cpu_attention(qkv, q, k, v, mask, dropout, is_causal)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
@@ -155,11 +155,11 @@ class LanguageModel(nn.Module):
             cache = self.new_cache(idx.size(0), min(idx.size(1) + max_new_tokens, block_size))
         stopped = torch.zeros_like(idx[:, :1], dtype=torch.bool)  # rows that have had a stop token
         for _ in range(max_new_tokens):
-            if cache is None or idx.size(1) > block_size:  # longer than the context: the window slides, recompute all of it
-                logits, _ = self(idx[:, -block_size:])
+            if cache is None or idx.size(1) > block_size:  # no cache (bigram), or the window slides: recompute it
+                logits, _ = self(idx[:, -block_size:])  # (B, 1, V)
             else:  # 1) prefill: what the cache lacks of the prompt; 2) decode: the newest token
                 cache.length = min(cache.length, idx.size(1) - 1)  # the last token must run, for its logits
-                logits, _ = self(idx[:, cache.length :], cache=cache)
+                logits, _ = self(idx[:, cache.length :], cache=cache)  # (B, 1, V)
             token = sample_next(logits[:, -1, :vocab_size], temperature, top_k, top_p, generators)
             token = torch.where(stopped, idx[:, -1:], token)  # a finished row repeats its stop token
             yield token
@@ -167,7 +167,7 @@ class LanguageModel(nn.Module):
                 stopped = stopped | torch.isin(token, torch.tensor(stop_tokens, device=token.device))
                 if stopped.all():
                     return
-            idx = torch.cat((idx, token), dim=1)
+            idx = torch.cat((idx, token), dim=1)  # (B, T + 1)
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return idx (B, T) with a sampled continuation, (B, T + max_new_tokens) at most; the arguments are `stream`'s."""
@@ -253,7 +253,7 @@ class GPT(LanguageModel):
             raise ValueError(f"{position + T} tokens are more than the context of block_size={self.config.block_size}")
 
         # embed tokens and positions
-        positions = torch.arange(position, position + T, device=idx.device)
+        positions = torch.arange(position, position + T, device=idx.device)  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
 

@@ -19,7 +19,7 @@ from configurator import NonNegativeFloat, NonNegativeInt, PathStr, PositiveInt,
 import torch
 
 from model import GPT, Bigram
-from nanogpt import checkpoint, errors
+from nanogpt import checkpoint
 from nanogpt.conversation import read_prompt
 from nanogpt.device import (
     Compile,
@@ -32,6 +32,7 @@ from nanogpt.device import (
     set_up,
     text_generators,
 )
+from nanogpt.errors import warn, write
 from nanogpt.tokenizer import StreamDecoder, Tokenizer
 
 CACHE_BYTES = 2 << 30  # limit of a batch's KV cache; samples that do not fit go into another batch
@@ -64,7 +65,7 @@ def main(config: Config) -> None:
     dtype = pick_generation_dtype(config.dtype, device, config.num_samples, model.get_num_params())
     prompt, prompt_ids = read_prompt(config.start, "start" in config.given, tokenizer)
     if len(prompt_ids) > model.config.block_size:
-        errors.warn(f"the model sees only the last {model.config.block_size:,} of the prompt's {len(prompt_ids):,} tokens")
+        warn(f"the model sees only the last {model.config.block_size:,} of the prompt's {len(prompt_ids):,} tokens")
     prepare_for_generation(model, device, dtype, config.num_samples, pick_compile(config.compile, device))
 
     # sample batch by batch
@@ -72,11 +73,11 @@ def main(config: Config) -> None:
     batch_size = max_batch_size(model, len(prompt_ids) + config.max_new_tokens)
     for first in range(0, config.num_samples, batch_size):
         numbers = range(first, min(first + batch_size, config.num_samples))
-        errors.write(prompt)
-        texts, tokens = sample(model, tokenizer, prompt_ids, config, numbers, device, errors.write)
-        errors.write("\n---------------\n")
+        write(prompt)
+        texts, tokens = sample(model, tokenizer, prompt_ids, config, numbers, device, write)
+        write("\n---------------\n")
         for text in texts[1:]:
-            errors.write(f"{prompt}{text}\n---------------\n")
+            write(f"{prompt}{text}\n---------------\n")
         total_tokens += tokens
 
     seconds = time.perf_counter() - started

@@ -194,7 +194,7 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
         batches = training_batches(data, config, machine, group, state.iter_num, model.config.vocab_size)
 
         # training loop
-        x, y, weight = next(batches)  # (B, T) each, and a number
+        x, y, weight = next(batches)  # x, y (B, T); weight is 1 without a loss mask
         while True:
             # set the learning rate for this iteration
             lr = config.learning_rate
@@ -232,11 +232,10 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
                     train_model.require_backward_grad_sync = micro_batch + group.size >= machine.micro_batches
                 with mixed_precision:
                     _, micro_loss = train_model(x, y, loss_rows=machine.loss_rows)
-                micro_loss = micro_loss * weight  # its share of the learned targets; 1 without a loss mask
+                micro_loss = micro_loss * weight / machine.micro_batches  # its part of the loss of the global batch
                 x, y, weight = next(batches)  # prefetch while the device computes
-                loss += micro_loss.detach() / machine.micro_batches  # to log
-                # to differentiate: times size, since DDP and FSDP average gradients over ranks
-                scaler.scale(micro_loss * group.size / machine.micro_batches).backward()
+                loss += micro_loss.detach()
+                scaler.scale(micro_loss * group.size).backward()  # times size: DDP and FSDP average gradients over ranks
 
             # clip the gradient; all ranks agree on the loss, on saving and on stopping; save if due
             scaler.unscale_(optimizer)
@@ -288,8 +287,8 @@ def training_batches(
     Each iteration draws one global batch and splits it, so that the batches do not depend on the number of ranks. The mean
     of weight x loss over all micro-batches is the loss of the global batch.
     """
+    count, block_size = machine.micro_batches * config.batch_size, config.block_size
     for iteration in itertools.count(first_iter):
-        count, block_size = machine.micro_batches * config.batch_size, config.block_size
         starts = data.draw("train", "train", config.seed, iteration, count, block_size).reshape(machine.micro_batches, -1)
         weights = data.loss_weights("train", starts, block_size)
         for micro_batch in range(group.rank, machine.micro_batches, group.size):

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt import errors, metrics
-from nanogpt.errors import UserError, one_line
+from nanogpt import metrics
+from nanogpt.errors import UserError, one_line, warn
 from nanogpt.files import atomic_write
 
 # printed lines of train.py and of nanoGPT
@@ -87,7 +87,7 @@ class Curves:
             pass
         except Exception as error:
             if not self._has_failed:
-                errors.warn(f"{self._out_dir / 'loss.png'} is not drawn: {error or type(error).__name__}")
+                warn(f"{self._out_dir / 'loss.png'} is not drawn: {error or type(error).__name__}")
             self._has_failed = True
         self._expected = time.perf_counter() - started
         self._spent += self._expected

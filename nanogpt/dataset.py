@@ -28,51 +28,6 @@ Stream = Literal["train", "eval_train", "eval_val"]
 STREAMS = {"train": 0, "eval_train": 1, "eval_val": 2}
 
 
-class FileLost(UserError):
-    """A token file has disappeared or changed since the dataset was opened."""
-
-
-class MappedFile:
-    """A memory-mapped array in a file that must not change while it is open."""
-
-    def __init__(self, path: Path, dtype: np.dtype):
-        self._path, self._dtype = path, dtype
-        with open(path, "rb") as file:
-            self._version = _version(os.fstat(file.fileno()))
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""  # an empty map is an error
-        if self.size and hasattr(mmap, "MADV_RANDOM"):  # do not read ahead, which may be megabytes for each window
-            self._map.madvise(mmap.MADV_RANDOM)
-
-    @property
-    def size(self) -> int:
-        """Bytes in the file when it was opened."""
-        return self._version[0]
-
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Copy windows of `length` items: (len(starts), length).
-
-        Raises FileLost if the file has changed. One that is truncated while this reads it ends the process (SIGBUS).
-        """
-        self._require_unchanged()
-        items = np.frombuffer(self._map, self._dtype)
-        rows = np.empty((len(starts), length), self._dtype)
-        for row, start in zip(rows, starts.tolist(), strict=True):
-            row[:] = items[start : start + length]
-        if hasattr(mmap, "MADV_DONTNEED"):  # release the pages, or the process would grow to the size of the file
-            self._map.madvise(mmap.MADV_DONTNEED)
-        self._require_unchanged()
-        return rows
-
-    def _require_unchanged(self) -> None:
-        """Raise FileLost unless the file at the path is the mapped one: a map keeps a file that was removed or replaced."""
-        try:
-            version = _version(os.stat(self._path))
-        except OSError as error:
-            raise FileLost(f"{self._path} can no longer be read ({error.strerror})") from error
-        if version != self._version:
-            raise FileLost(f"{self._path} has changed during the run: do not prepare a dataset that a run uses")
-
-
 class Dataset:
     """A prepared dataset: the token files of its two splits, its tokenizer and its chat format."""
 
@@ -128,6 +83,47 @@ class Dataset:
                 if mask.size != count:
                     raise self._damaged(path.name, f"it has {mask.size:,} flags for {count:,} tokens")
 
+    def draw(self, split: Split, stream: Stream, seed: int, iteration: int, count: int, block_size: int) -> np.ndarray:
+        """Return the starts of `count` random windows of `block_size` + 1 tokens: (count,) int64.
+
+        Uses the counter-based generator Philox (Salmon et al. 2011): any iteration can be drawn without those before it.
+        """
+        philox = np.random.Philox(key=[seed, STREAMS[stream]], counter=[0, 0, iteration, 0])
+        starts = philox.random_raw(count) % np.uint64(self.tokens[split] - block_size)
+        return starts.astype(np.int64)
+
+    def windows(self, split: Split, starts: np.ndarray, length: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and targets, each (len(starts), length) int64; targets are the inputs shifted by one token.
+
+        Targets that the loss mask leaves out are -1. Raises UserError if an id is not below `vocab_size`.
+        """
+        rows = self._ids[split].windows(starts, length + 1)  # (B, T + 1)
+        self._check_ids(split, rows, vocab_size)
+        inputs, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+        if split in self._masks:
+            targets[~self._unmasked(split, starts, length)] = -1
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def consecutive(self, split: Split, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield (starts, length) of batches that cover each target of a split once; only the last window is shorter."""
+        targets = self.tokens[split] - 1
+        starts = np.arange(0, targets - block_size + 1, block_size)
+        for i in range(0, len(starts), batch_size):
+            yield starts[i : i + batch_size], block_size
+        if targets % block_size:
+            yield np.array([targets - targets % block_size]), targets % block_size
+
+    def loss_weights(self, split: Split, starts: np.ndarray, length: int) -> list[float]:
+        """Return a weight for the mean loss of each micro-batch of windows: starts (micro-batches, B).
+
+        It is the micro-batch's share of the unmasked targets times the number of micro-batches: 1 without a loss mask. So the
+        mean of the weighted losses is the mean over all unmasked targets.
+        """
+        if split not in self._masks:
+            return [1.0] * len(starts)
+        unmasked = self._unmasked(split, starts.reshape(-1), length).reshape(len(starts), -1).sum(1)  # (micro-batches,)
+        return (unmasked * len(starts) / max(1, unmasked.sum())).tolist()
+
     def check(self, block_size: int, vocab_size: int) -> None:
         """Raise UserError if a split is too short for `block_size`, or has ids that are not below `vocab_size`.
 
@@ -150,49 +146,8 @@ class Dataset:
         formats = {} if self.chat_format is None else {"chat_format": conversation.to_dict(self.chat_format)}
         return {"tokenizer": self.tokenizer.to_dict(), **formats}
 
-    def draw(self, split: Split, stream: Stream, seed: int, iteration: int, count: int, block_size: int) -> np.ndarray:
-        """Return the starts of `count` random windows of `block_size` + 1 tokens: (count,) int64.
-
-        Uses the counter-based generator Philox (Salmon et al. 2011): any iteration can be drawn without those before it.
-        """
-        philox = np.random.Philox(key=[seed, STREAMS[stream]], counter=[0, 0, iteration, 0])
-        starts = philox.random_raw(count) % np.uint64(self.tokens[split] - block_size)
-        return starts.astype(np.int64)
-
-    def consecutive(self, split: Split, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield (starts, length) of batches that cover each target of a split once; only the last window is shorter."""
-        targets = self.tokens[split] - 1
-        starts = np.arange(0, targets - block_size + 1, block_size)
-        for i in range(0, len(starts), batch_size):
-            yield starts[i : i + batch_size], block_size
-        if targets % block_size:
-            yield np.array([targets - targets % block_size]), targets % block_size
-
-    def windows(self, split: Split, starts: np.ndarray, length: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs and targets, each (len(starts), length) int64; targets are the inputs shifted by one token.
-
-        Targets that the loss mask leaves out are -1. Raises UserError if an id is not below `vocab_size`.
-        """
-        rows = self._ids[split].windows(starts, length + 1)  # (B, T + 1)
-        self._check_ids(split, rows, vocab_size)
-        inputs, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
-        if split in self._masks:
-            targets[~self._learned(split, starts, length)] = -1
-        return torch.from_numpy(inputs), torch.from_numpy(targets)
-
-    def loss_weights(self, split: Split, starts: np.ndarray, length: int) -> list[float]:
-        """Return a weight for the mean loss of each micro-batch of windows: starts (micro-batches, B).
-
-        It is the micro-batch's share of the learned targets times the number of micro-batches: 1 without a loss mask. So the
-        mean of the weighted losses is the mean over all learned targets.
-        """
-        if split not in self._masks:
-            return [1.0] * len(starts)
-        learned = self._learned(split, starts.reshape(-1), length).reshape(len(starts), -1).sum(1)  # (micro-batches,)
-        return (learned * len(starts) / max(1, learned.sum())).tolist()
-
-    def _learned(self, split: Split, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return which targets of some windows are learned: (len(starts), length) bool."""
+    def _unmasked(self, split: Split, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return which targets count in the loss, by the loss mask: (len(starts), length) bool."""
         return self._masks[split].windows(starts, length + 1)[:, 1:] != 0
 
     def _check_ids(self, split: Split, ids: np.ndarray, vocab_size: int) -> None:
@@ -204,6 +159,51 @@ class Dataset:
 
     def _damaged(self, file: str, why: str) -> UserError:
         return UserError(f"{self.folder / file} is damaged ({why}); prepare the dataset again")
+
+
+class FileLost(UserError):
+    """A token file has disappeared or changed since the dataset was opened."""
+
+
+class MappedFile:
+    """A memory-mapped array in a file that must not change while it is open."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self._path, self._dtype = path, dtype
+        with open(path, "rb") as file:
+            self._version = _version(os.fstat(file.fileno()))
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""  # an empty map is an error
+        if self.size and hasattr(mmap, "MADV_RANDOM"):  # do not read ahead, which may be megabytes for each window
+            self._map.madvise(mmap.MADV_RANDOM)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file when it was opened."""
+        return self._version[0]
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Copy windows of `length` items: (len(starts), length).
+
+        Raises FileLost if the file has changed. One that is truncated while this reads it ends the process (SIGBUS).
+        """
+        self._require_unchanged()
+        items = np.frombuffer(self._map, self._dtype)
+        rows = np.empty((len(starts), length), self._dtype)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            row[:] = items[start : start + length]
+        if hasattr(mmap, "MADV_DONTNEED"):  # release the pages, or the process would grow to the size of the file
+            self._map.madvise(mmap.MADV_DONTNEED)
+        self._require_unchanged()
+        return rows
+
+    def _require_unchanged(self) -> None:
+        """Raise FileLost unless the file at the path is the mapped one: a map keeps a file that was removed or replaced."""
+        try:
+            version = _version(os.stat(self._path))
+        except OSError as error:
+            raise FileLost(f"{self._path} can no longer be read ({error.strerror})") from error
+        if version != self._version:
+            raise FileLost(f"{self._path} has changed during the run: do not prepare a dataset that a run uses")
 
 
 def _version(stat: os.stat_result) -> tuple[int, ...]:

@@ -53,8 +53,8 @@ def estimate_loss(
             is_mine = group.rank < len(batches)
             if interrupted or not (is_mine or sharded):
                 break
-            positions, length = batches[group.rank if is_mine else -1]  # one too many is run, but not counted
-            x, y = data.windows(split, positions, length, model.config.vocab_size)
+            starts, length = batches[group.rank if is_mine else -1]  # one too many is run, but not counted
+            x, y = data.windows(split, starts, length, model.config.vocab_size)
             learned = y[y != -1].numpy() if is_mine else np.empty(0, np.int64)  # (n,) token ids
             x, y = to_device((x, y), group.device)
             with autocast:
@@ -94,7 +94,7 @@ def count_token_bytes(tokenizer: Tokenizer, group: Group) -> np.ndarray:
 def _batches(
     data: Dataset, split: Split, seed: int, eval_iters: int, batch_size: int, block_size: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (positions, length) of each batch of windows in an evaluation of `split`."""
+    """Yield (starts, length) of each batch of windows in an evaluation of `split`."""
     if eval_iters == 0:
         yield from data.consecutive(split, block_size, batch_size)
     stream = "eval_train" if split == "train" else "eval_val"

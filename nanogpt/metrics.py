@@ -14,7 +14,7 @@ metrics.csv has a row for each evaluation (the columns train_... and val_...) an
     mfu                  model FLOPs utilization, running average; -1 if not known yet
     peak_memory_mb       10^6 bytes; of tensors on a CUDA device, elsewhere of the process
     train_bits_per_byte, val_bits_per_byte
-                         bits of the evaluation's losses for each UTF-8 byte that the learned tokens stand for
+                         bits of the evaluation's losses for each UTF-8 byte of the tokens that count in them
 
 Numbers that are not finite or not known are left empty. Weights & Biases gets each row as it is written, under nanoGPT's names
 where those exist (iter, train/loss, val/loss, lr; mfu in percent), plus the best validation loss with each evaluation.

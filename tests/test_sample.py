@@ -19,7 +19,7 @@ import export
 import sample
 import train
 from model import GPT, Bigram, GPTConfig
-from nanogpt import checkpoint, errors
+from nanogpt import checkpoint
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import CharTokenizer, IdTokenizer, TableTokenizer, TiktokenTokenizer, Tokenizer
 
@@ -238,7 +238,7 @@ def test_batch_size_does_not_change_samples(out_dir, texts, monkeypatch):
 def test_first_text_streams(out_dir, monkeypatch):
     """Catches a screen that stays empty until the last token."""
     shown: list[str] = []
-    monkeypatch.setattr(errors, "write", shown.append)
+    monkeypatch.setattr(sample, "write", shown.append)
     flags = [f"--out_dir={out_dir}", "--start=abc", "--max_new_tokens=20", "--num_samples=2", "--device=cpu"]
     sample.main(configurator.parse(sample.Config, flags))
     assert shown[0] == "abc" and [len(piece) for piece in shown[1:21]] == [1] * 20
