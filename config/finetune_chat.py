@@ -25,7 +25,7 @@ wandb_run_name = "ft-chat"
 dataset = "chat"
 init_from = "gpt2"  # 124M parameters; gpt2-medium, gpt2-large and gpt2-xl are better but need more memory
 
-# 4 windows x 8 micro-batches x 256 tokens = 8,192 tokens per iteration. The model's context is cropped to this block_size:
+# 4 sequences x 8 micro-batches x 256 tokens = 8,192 tokens per iteration. The model's context is cropped to this block_size:
 # take --block_size=1024 for longer conversations (prepare.py prints the longest), or to keep GPT-2's whole context.
 batch_size = 4
 gradient_accumulation_steps = 8

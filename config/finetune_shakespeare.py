@@ -21,7 +21,7 @@ init_from = "gpt2-xl"  # the largest; gpt2, gpt2-medium and gpt2-large need less
 
 always_save_checkpoint = False  # it overfits within a few iterations: keep the best checkpoint
 
-# 1 window x 32 micro-batches x 1,024 tokens = 32,768 tokens per iteration; train.bin has 301,966, so an epoch is 9.2 iterations
+# 1 sequence x 32 micro-batches x 1,024 tokens = 32,768 tokens per iteration; an epoch of 301,966 is 9.2 iterations
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20

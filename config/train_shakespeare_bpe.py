@@ -1,11 +1,11 @@
-# Train the small GPT of train_shakespeare_char_fast.py on byte pairs instead of characters.
+# Train the small GPT of train_shakespeare_char_fast.py on tokens of a byte-pair encoding (BPE) instead of characters.
 #
 #   python data/shakespeare_bpe/prepare.py
 #   python train.py config/train_shakespeare_bpe.py
 #   python sample.py --out_dir=out-shakespeare-bpe
 #
 # Expect a validation loss of 3.84, and 2.18 bits per byte of the whole split, after 46 to 94 s on two CPU cores with bfloat16
-# instructions. In the same time, characters reach some 0.1 and GPT-2's encoding 0.2 bits per byte more (docs/benchmarks.md).
+# instructions. In the same time, characters end 0.1 and GPT-2's encoding 0.2 bits per byte worse (docs/benchmarks.md).
 # Losses per token cannot be compared: a token is 2.6 characters here.
 
 out_dir = "out-shakespeare-bpe"

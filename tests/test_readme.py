@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_train
 from launcher import TIMEOUT_SECONDS, run_commands
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,6 +134,19 @@ def test_commands_run(ready: Path) -> None:
     assert len(commands) >= 20
     run_commands(commands, ready, typed="Hello.\n")
     assert (ready / "out-mine" / "ckpt.pt").is_file()
+
+
+def test_use_from_python(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an example in the guide that fails when a user copies it."""
+    shape = "--n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=2 --gradient_accumulation_steps=1 --device=cpu"
+    run_train(*shape.split(), f"--dataset={dataset}", f"--out_dir={tmp_path / 'out-shakespeare-char-cpu'}", "--max_iters=1")
+    (block,) = re.findall(r"^```python\n(.*?)^```", PAGES["docs/guide.md"], re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(block.replace("ROMEO:", "1 plus"), {})
+    assert len(capsys.readouterr().out.removeprefix("1 plus")) == 100 + len("\n")
 
 
 def make(project: Path, python: str, **environment: str) -> subprocess.CompletedProcess:
