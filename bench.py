@@ -298,8 +298,8 @@ class Trainer:
         """Set up the "fast" or the "plain" way with the settings of `config`."""
         self.config, self.way = config, way
         self.device = pick_device(config.device)
-        self.dtype = pick_dtype(config.dtype, self.device)
         set_up(self.device, config.seed)
+        self.dtype = pick_dtype(config.dtype, self.device)
         memory_kept = config.keep_memory and self.device == "cpu" and keep_memory()
 
         # model and optimizer

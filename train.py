@@ -332,13 +332,13 @@ def resolve_config(config: Config, ckpt: Checkpoint | None) -> Config:
 
 def resolve_machine(config: Config, group: Group, ckpt: Checkpoint | None, data: Dataset) -> Machine:
     """Resolve what depends on this machine, and set up PyTorch. Raises UserError if the keys do not fit it."""
+    set_up(group.device, config.seed)
     dtype = pick_dtype(config.dtype, group.device)
     sharded = config.parallel == "fsdp" and group.launched
     if sharded and config.sample_interval:
         raise UserError("--sample_interval needs the whole model on one process, but --parallel=fsdp shards it; set it to 0")
     if sharded and dtype == torch.float16:
         raise UserError("--parallel=fsdp has no loss scaling for float16; use --dtype=bfloat16 or --dtype=float32")
-    set_up(group.device, config.seed)
     vocab_size = data.tokenizer.model_vocab_size if ckpt is None else ckpt.model_args["vocab_size"]
     batch = (config.gradient_accumulation_steps, config.batch_tokens, config.batch_size, config.block_size, group.size)
     return Machine(

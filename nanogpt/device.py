@@ -90,7 +90,7 @@ def pick_dtype(name: Dtype, device: str) -> torch.dtype:
     if name == "auto":
         if not device.startswith("cuda"):
             return torch.bfloat16 if device == "cpu" and has_bfloat16_instructions() else torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
@@ -245,9 +245,11 @@ def synchronize(device: str) -> None:
 
 
 def set_up(device: str, seed: int) -> None:
-    """Seed PyTorch, and allow TensorFloat-32 for float32 matrix products on CUDA, as nanoGPT does."""
+    """Seed PyTorch, make a CUDA device the current one, and allow TensorFloat-32 for its float32 products, as nanoGPT does."""
     torch.manual_seed(seed)
     if device.startswith("cuda"):
+        if ":" in device:
+            torch.cuda.set_device(device)  # CUDA graphs, streams and queries of capabilities go to the current one
         torch.set_float32_matmul_precision("high")
 
 

@@ -118,7 +118,7 @@ def test_missing_device_is_refused(machine: Callable[..., None], name: str, gpus
 def test_pick_dtype(monkeypatch: pytest.MonkeyPatch, name: str, device: str, bfloat16: bool, expected: torch.dtype) -> None:
     """Catches bfloat16 on a CPU that must emulate it, float16 on a GPU that has bfloat16, an ignored choice."""
     monkeypatch.setattr("nanogpt.device.has_bfloat16_instructions", lambda: bfloat16)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bfloat16)
     assert pick_dtype(name, device) is expected
 
 
@@ -142,7 +142,7 @@ def test_pick_generation_dtype(monkeypatch, name, device, fast, texts, n_params,
     monkeypatch.setattr("nanogpt.device.has_bfloat16_instructions", lambda: bfloat16)
     monkeypatch.setattr("nanogpt.device.has_fast_float16", lambda: fast == "float16")
     monkeypatch.setattr("nanogpt.device.has_avx", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bfloat16)
     assert pick_generation_dtype(name, device, texts, n_params) is expected
 
 
@@ -309,6 +309,16 @@ def test_set_up_seeds_the_weights() -> None:
     first = torch.rand(3)
     set_up("cpu", 5)
     assert torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.parametrize("device, chosen", [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_set_up_makes_a_gpu_the_current_one(monkeypatch: pytest.MonkeyPatch, device: str, chosen: list[str]) -> None:
+    """Catches a CUDA graph that is recorded on the first GPU, and so is empty, for a model on the second."""
+    made_current: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    set_up(device, 5)
+    assert made_current == chosen
 
 
 def test_dropout_seeds() -> None:
