@@ -10,6 +10,7 @@ A checkpoint is nanoGPT's dictionary, so that files pass both ways: `model`, `op
     scaler           state of the GradScaler, empty without one
     evaluated        iteration of the last evaluation, which a resumed run does not repeat
     stale            evaluations since the best one, for early stopping
+    ckpt_val_loss    validation loss of the weights in ckpt.pt, if it is known
     wandb            id of the Weights & Biases run, if there is one
 """
 
@@ -38,6 +39,7 @@ from nanogpt.weights import HEAD, WPE, WTE, bare_name, checked, is_stored, read_
 BEST = "ckpt.pt"  # the best state; the newest with always_save_checkpoint
 LAST = "last.pt"  # the newest state, only there if it is newer than BEST
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+RETRY_SECONDS = 60.0  # from a save that failed to the next attempt
 MODELS = {"gpt": GPT, "bigram": Bigram}
 MAX_ITERS = (1 << 63) - 1
 SHOWN_RUNS = 8  # that an error lists
@@ -105,38 +107,46 @@ class Saver:
         each save; an OSError that it raises is one of writing.
         """
         self._check_folder = check_folder
-        self.failure = ""  # why the newest state is not on the disk
+        self.failure = ""  # why the newest state is not on the disk; empty if it is
         self._out_dir, self._description, self._config, self._is_main = out_dir, description, config, is_main
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._saved, self._saved_at = saved, time.perf_counter()
 
     def is_due(self, iter_num: int, interval: int, minutes: float) -> bool:
-        """Return whether to save now: every `interval` iterations, and `minutes` after the last save; 0 means never."""
+        """Return whether to save now: every `interval` iterations, and `minutes` after the last save; 0 means never.
+
+        After a save that failed, also RETRY_SECONDS later.
+        """
         if not self._is_main or iter_num in (0, self._saved[0]):
             return False
         elapsed = time.perf_counter() - self._saved_at
-        return (interval > 0 and iter_num % interval == 0) or (0 < 60 * minutes <= elapsed)
+        retry = bool(self.failure) and elapsed >= RETRY_SECONDS
+        return retry or (interval > 0 and iter_num % interval == 0) or (0 < 60 * minutes <= elapsed)
 
-    def save(self, iter_num: int, best_val_loss: float, extra: dict[str, Any], is_best: bool) -> None:
-        """Write the state after `iter_num` updates unless it is written already; a full disk is a warning and a `failure`."""
+    def save(self, iter_num: int, best_val_loss: float, extra: dict[str, Any], is_best: bool) -> bool:
+        """Write the state after `iter_num` updates unless it is written already; return whether this has written it.
+
+        A full disk is a warning and a `failure`.
+        """
         if self._saved == (iter_num, extra["evaluated"]) or not (self._is_main or is_sharded(self._model)):
-            return
+            return False
         self._saved, self.failure = (iter_num, extra["evaluated"]), ""
         extra = {**self._description, "scaler": self._scaler.state_dict(), **extra}
         state = pack(self._model, self._optimizer, iter_num, best_val_loss, self._config, extra)
         if not self._is_main:
-            return
+            return False
+        is_written = False
         try:
             self._check_folder()
+            save(self._out_dir / (BEST if is_best else LAST), state)
+            is_written = True
             if is_best:
-                save(self._out_dir / BEST, state)
                 (self._out_dir / LAST).unlink(missing_ok=True)  # older now; if the process is killed before, see `newest`
-            else:
-                save(self._out_dir / LAST, state)
         except OSError as error:
             self.failure = f"{error.filename or self._out_dir}: {error.strerror}"
             warn(f"could not save iteration {iter_num} ({self.failure}); the earlier checkpoints are whole")
         self._saved_at = time.perf_counter()
+        return is_written
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -550,6 +560,8 @@ def _check_extra(checkpoint: Checkpoint) -> None:
     for name in ("evaluated", "stale"):
         if type(extra.get(name, 0)) is not int:
             raise UserError(f"{path}: damaged: '{name}' is {shown(extra[name])}")
+    if type(extra.get("ckpt_val_loss", 0.0)) is not float:
+        raise UserError(f"{path}: damaged: its ckpt_val_loss is {shown(extra['ckpt_val_loss'])}")
     if type(extra.get("wandb", "")) is not str:
         raise UserError(f"{path}: damaged: its wandb is {shown(extra['wandb'])}")
     scaler = extra.get("scaler", {})

@@ -112,7 +112,8 @@ class Metrics:
         self._iterations = self._clipped = 0  # since the last logged iteration
         self._wandb = wandb_run
         self._path = out_dir / "metrics.csv"
-        rows = [row for row in read_rows(self._path) if _was_before(row, first_iter, last_eval)] if first_iter else []
+        is_resumed = first_iter > 0 or last_eval == 0  # also right after the first evaluation
+        rows = [row for row in read_rows(self._path) if _was_before(row, first_iter, last_eval)] if is_resumed else []
         self._file: io.FileIO | None = None  # opened once the rows to keep are in it
         self._unwritten = HEADER + "".join(map(_line, rows)).encode()
         self._is_failing, self._status = False, ""

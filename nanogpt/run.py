@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from model import GPT, Bigram
-from nanogpt.checkpoint import BEST, LAST, Checkpoint, Optimizer, Saver, remove_older
+from nanogpt.checkpoint import BEST, LAST, Checkpoint, Optimizer, Saver, load, newest, remove_older
 from nanogpt.curves import Curves
 from nanogpt.dataset import Dataset, FileLost
 from nanogpt.device import describe, find_peak, peak_memory, synchronize
 from nanogpt.distributed import Group, how_to_launch, is_sharded
 from nanogpt.errors import UserError, rank, warn
 from nanogpt.files import FolderLock, atomic_write
-from nanogpt.metrics import Evaluation, Metrics, SilentMetrics, in_bits, start_wandb
+from nanogpt.metrics import Evaluation, Metrics, SilentMetrics, in_bits, read_rows, start_wandb
 
 CONFIG, METRICS, CURVES = "config.json", "metrics.csv", "loss.png"
 RUN_FILES = (CURVES, "bits_per_byte.png", CONFIG, METRICS, BEST, LAST)  # in the order in which they are set aside
@@ -50,14 +50,16 @@ class TrainState:
     best_val_loss: float = math.inf
     last_eval: int = -1  # iteration of the last evaluation
     evals_since_best: int = 0
+    ckpt_val_loss: float | None = None  # of the weights in ckpt.pt; None: not known, or no such file
     wandb_id: str | None = None
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> "TrainState":
         """Return the state in a checkpoint, where last_eval is called "evaluated" and evals_since_best "stale"."""
-        extra = checkpoint.extra
+        extra, best = checkpoint.extra, checkpoint.best_val_loss
         last_eval, evals_since_best = extra.get("evaluated", -1), extra.get("stale", 0)
-        return cls(checkpoint.iter_num, checkpoint.best_val_loss, last_eval, evals_since_best, extra.get("wandb"))
+        ckpt_val_loss = extra.get("ckpt_val_loss", best if evals_since_best == 0 else None)  # earlier versions do not store it
+        return cls(checkpoint.iter_num, best, last_eval, evals_since_best, ckpt_val_loss, extra.get("wandb"))
 
     def eval_due(self, eval_interval: int, max_iters: int) -> bool:
         """Whether to evaluate now: every `eval_interval` iterations and at the end, but not twice (after a resume)."""
@@ -94,8 +96,7 @@ class Run:
         self._stop_agreed = False
         self._skipped_steps = 0  # in a row, by the GradScaler
         self._evaluation: Evaluation | None = None  # the last one of this process
-        self._ckpt_val_loss: float | None = None  # of the weights in ckpt.pt; None: not known
-        self._ckpt_bits_per_byte: float | None = None  # the same
+        self._ckpt_bits_per_byte: float | None = None  # of the weights in ckpt.pt; None: not known
         self._saver: Saver | None = None
         self._open_parts = contextlib.ExitStack()  # closed in reverse: curves, signals, log, lock
 
@@ -119,10 +120,12 @@ class Run:
 
         `description` is the dataset's tokenizer and chat format, stored in checkpoints. `config` holds the keys of train.py;
         it is stored in checkpoints and config.json, and sets the intervals of logging and saving. `dtype` is that of matrix
-        products, for the MFU.
+        products, for the MFU. Raises UserError, on all ranks, if one of them resumes from another state than the newest.
         """
         self.state, self._model, self._scaler, self._config = state, model, scaler, config
         self._sequences_per_iter = sequences_per_iter
+        if resumed:
+            require_newest(state.iter_num, self.out_dir, self.group)
         self.group.sum(0)  # all ranks measure their peak at once, since they may share cores
         peak, self._peak_source = find_peak(self.group.device, dtype)
         (self._peak_flops,) = self.group.sum(peak)
@@ -143,8 +146,6 @@ class Run:
             log = Metrics(self.out_dir, config["max_iters"], tokens_per_iter, state.iter_num, state.last_eval, wandb_run)
         else:
             log = SilentMetrics()
-        if resumed and (state.evals_since_best == 0 or not config["always_save_checkpoint"]):
-            self._ckpt_val_loss = state.best_val_loss
         saved = (state.iter_num, state.last_eval) if resumed else (-1, -1)  # the state on the disk; -1: none
         is_main = self.group.is_main
         self._saver = Saver(
@@ -264,14 +265,14 @@ class Run:
         state = self.state
         if state.iter_num == 0 and not self._stop_agreed:
             return
+        ckpt_val_loss = self._evaluation.losses["val"] if best else state.ckpt_val_loss
         extra = {"evaluated": state.last_eval, "stale": state.evals_since_best}
-        if state.wandb_id is not None:
-            extra["wandb"] = state.wandb_id
-        if best:
-            self._ckpt_val_loss = self._evaluation.losses["val"]
-            self._ckpt_bits_per_byte = self._evaluation.bits_per_byte["val"]
+        extra |= {} if ckpt_val_loss is None else {"ckpt_val_loss": ckpt_val_loss}
+        extra |= {} if state.wandb_id is None else {"wandb": state.wandb_id}
         self._log.sync()
-        self._saver.save(state.iter_num, state.best_val_loss, extra, best)
+        is_written = self._saver.save(state.iter_num, state.best_val_loss, extra, best)
+        if best and is_written:
+            state.ckpt_val_loss, self._ckpt_bits_per_byte = ckpt_val_loss, self._evaluation.bits_per_byte["val"]
 
     def _make_folder_again(self) -> None:
         """If the folder was deleted or moved, make and lock it again, with config.json and metrics.csv; on rank 0.
@@ -311,12 +312,15 @@ class Run:
                 print(f"ignored: {', '.join(ignored)}")
             if (self.out_dir / CURVES).exists():
                 print(f"curves in {self.out_dir / CURVES}")
+            loss, bits = state.ckpt_val_loss, in_bits(self._ckpt_bits_per_byte)
+            is_best = loss == state.best_val_loss
+            best = "" if is_best or math.isinf(state.best_val_loss) else f" (best val loss so far: {state.best_val_loss:.4f})"
             if (self.out_dir / BEST).exists():
-                loss, bits = self._ckpt_val_loss, in_bits(self._ckpt_bits_per_byte)
                 result = f"val loss {loss:.4f}{bits}; " if loss is not None else ""
-                is_best = loss == state.best_val_loss
-                best = "" if is_best else f" (best val loss so far: {state.best_val_loss:.4f})"
                 print(f"{'best ' * is_best}{result}checkpoint in {self.out_dir / BEST}{best}")
+            elif (self.out_dir / LAST).exists():  # nothing was better than the weights that it began with
+                print(f"newest state in {self.out_dir / LAST}{best}")
+            if (self.out_dir / BEST).exists() or (self.out_dir / LAST).exists():
                 print(f"next: python {next_script} --out_dir={out_dir}")
             if state.out_of_patience(config["patience"]):
                 print(f"stopped early: {state.evals_since_best} evaluations without a better validation loss;", end=" ")
@@ -353,12 +357,29 @@ def lock_folder(out_dir: Path, group: Group) -> Iterator[FolderLock | None]:
         yield lock
 
 
+def require_newest(iter_num: int, out_dir: Path, group: Group) -> None:
+    """Raise UserError, on all ranks, unless each has read the newest state in rank 0's folder, after `iter_num` updates.
+
+    One has not if its machine has an older copy of the folder, or if another run saved between its reading and its lock.
+    """
+    (newest_iter,) = group.sum(load(newest(out_dir), mmap=True).iter_num if group.is_main else 0)
+    (others,) = group.sum(float(iter_num != newest_iter))
+    if others:
+        raise UserError(
+            f"--out_dir={out_dir}: {others:.0f} of {group.size} processes read an older state than the newest, after "
+            f"{newest_iter:,.0f} iterations; start again, and on several machines give each the same copy of the folder"
+        )
+
+
 def set_aside(out_dir: Path) -> None:
     """Move an earlier run's files into `out_dir`/previous, or previous-2, previous-3 ... if there are such folders already.
 
     The folder gets its name once it is complete; see `undo_set_aside` for a move that is interrupted.
     """
-    if not any((out_dir / name).exists() for name in (BEST, LAST)):
+    if not any((out_dir / name).exists() for name in (BEST, LAST)) and not any(
+        row["loss"]
+        for row in read_rows(out_dir / METRICS)  # of a run that failed before it saved
+    ):
         return
     part = out_dir / f"{PREVIOUS}.part"
     part.mkdir(exist_ok=True)

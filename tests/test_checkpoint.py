@@ -385,6 +385,21 @@ def test_newest_state_is_in_one_file(tmp_path: Path, is_best: bool, files: list[
     assert checkpoint.load(tmp_path / files[-1]).iter_num == 3
 
 
+def test_failed_save_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a disk that is full for a moment, and a run that then saves nothing until its next evaluation."""
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now[0])
+    saver = checkpoint.Saver(tmp_path / "gone", model := new_model(), adamw(model), no_scaler(), {}, {})
+    assert not saver.save(3, 2.5, {"evaluated": 3}, True)
+    assert not saver.is_due(4, interval=0, minutes=0)
+    now[0] += checkpoint.RETRY_SECONDS
+    assert saver.is_due(4, interval=0, minutes=0)
+    (tmp_path / "gone").mkdir()
+    assert saver.save(4, 2.5, {"evaluated": 3}, False)
+    now[0] += checkpoint.RETRY_SECONDS
+    assert not saver.is_due(5, interval=0, minutes=0)
+
+
 # finding
 
 

@@ -226,6 +226,15 @@ def test_seconds_continue_after_a_resume(tmp_path, clock):
     assert [float(row["seconds"]) for row in rows(tmp_path)] == [10, 20, 27]
 
 
+def test_evaluation_before_the_first_update_is_kept(tmp_path):
+    """Catches a row that a run loses if it is stopped and resumed right after its first evaluation."""
+    log = Metrics(tmp_path, 100, 64)
+    log.evaluation(0, EVALUATION, 1e-3, -1.0, 2.5)
+    log.close()
+    log_run(tmp_path, 0, 2, last_eval=0)
+    assert order(tmp_path) == [(0, True), (0, False), (1, False)]
+
+
 def test_incomplete_row_is_not_read(tmp_path):
     """Catches a number that a killed run has cut short, read as a whole one."""
     path = tmp_path / "metrics.csv"

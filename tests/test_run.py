@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,7 @@ from nanogpt.checkpoint import BEST, LAST
 from nanogpt.device import explain_out_of_memory
 from nanogpt.distributed import Group
 from nanogpt.errors import UserError
-from nanogpt.run import RUN_FILES, SIGNALS, Signals, lock_folder, set_aside, undo_set_aside
+from nanogpt.run import METRICS, RUN_FILES, SIGNALS, Signals, lock_folder, set_aside, undo_set_aside
 
 ALONE = Group()
 
@@ -107,6 +108,38 @@ def test_kill_while_a_run_is_set_aside(newest: str, tmp_path: Path) -> None:
         assert [path.name for path in folder.iterdir()] == ["previous"]
         assert {path.name for path in (folder / "previous").iterdir()} == names
     assert step == len(names) + 1
+
+
+def test_rows_of_a_run_without_a_checkpoint_are_kept(tmp_path: Path) -> None:
+    """Catches the gradient norms of a run that became NaN, overwritten by the next attempt; nothing is kept of no updates."""
+    rows = (("0", "2.5", ""), ("0", "", "2.5"))  # iteration, validation loss, loss
+    for number, (iteration, val_loss, loss) in enumerate(rows):
+        line = f"iteration,tokens,seconds,val_loss,loss\n{iteration},0,1,{val_loss},{loss}\n"
+        (tmp_path / METRICS).write_text(line, encoding="utf-8")
+        set_aside(tmp_path)
+        assert (tmp_path / "previous" / METRICS).exists() == bool(number)
+
+
+@pytest.mark.parametrize("found, refused", [([5, 5, 5], 0), ([5, 3, 5], 1), ([3, 5, 5], 2)])
+def test_all_ranks_resume_from_the_newest_state(monkeypatch, found: list[int], refused: int) -> None:
+    """Catches ranks that go on from different iterations, since one has an older copy of the folder or came too early."""
+    monkeypatch.setattr(run, "newest", lambda out_dir: out_dir / LAST)
+    monkeypatch.setattr(run, "load", lambda path, mmap: SimpleNamespace(iter_num=found[0]))
+    for rank, iter_num in enumerate(found):
+        sums = iter([[found[0]], [sum(other != found[0] for other in found)]])
+        monkeypatch.setattr(Group, "sum", lambda group, number, sums=sums: next(sums))
+        words = rf"{refused} of 3 processes read an older state than the newest, after {found[0]} iterations"
+        with pytest.raises(UserError, match=words) if refused else contextlib.nullcontext():
+            run.require_newest(iter_num, Path("out"), Group(rank=rank, size=3))
+
+
+def test_state_saved_between_reading_and_locking(tmp_path: Path, monkeypatch) -> None:
+    """Catches a run that goes on from an older state, and deletes the newer one."""
+    monkeypatch.setattr(run, "newest", lambda out_dir: out_dir / LAST)
+    monkeypatch.setattr(run, "load", lambda path, mmap: SimpleNamespace(iter_num=40))
+    run.require_newest(40, tmp_path, ALONE)
+    with pytest.raises(UserError, match="1 of 1 processes read an older state"):
+        run.require_newest(20, tmp_path, ALONE)
 
 
 # signals

@@ -66,9 +66,10 @@ def test_state_from_checkpoint() -> None:
     """Catches a resumed run that forgets its last evaluation, its patience or its Weights & Biases run."""
     state = TrainState.from_checkpoint(checkpoint({"evaluated": 10, "stale": 3, "wandb": "abc"}))
     assert state == TrainState(iter_num=20, best_val_loss=1.5, last_eval=10, evals_since_best=3, wandb_id="abc")
+    assert TrainState.from_checkpoint(checkpoint({"stale": 3, "ckpt_val_loss": 2.5})).ckpt_val_loss == 2.5
 
 
 def test_state_from_nanogpts_checkpoint() -> None:
     """Catches a KeyError for a checkpoint of nanoGPT, which has no `extra`."""
-    assert TrainState.from_checkpoint(checkpoint({})) == TrainState(iter_num=20, best_val_loss=1.5)
+    assert TrainState.from_checkpoint(checkpoint({})) == TrainState(iter_num=20, best_val_loss=1.5, ckpt_val_loss=1.5)
     assert (TrainState().iter_num, TrainState().last_eval, TrainState().best_val_loss) == (0, -1, math.inf)

@@ -295,8 +295,24 @@ def test_ending_names_the_loss_of_the_saved_weights(
     best = min(float(row["val_loss"]) for row in rows(out_dir) if row["val_loss"])
     ending = f"checkpoint in {out_dir / 'ckpt.pt'} (best val loss so far: {best:.4f})\n"
     assert f"\nval loss {last:.4f}, {last / math.log(2):.4f} bits per byte; {ending}" in capsys.readouterr().out
-    run(*resume)  # no iterations left: the loss of the weights is not known to this process
-    assert f"\n{ending}" in capsys.readouterr().out
+    run(*resume)  # no iterations left; the bits per byte are not known to this process
+    assert f"\nval loss {last:.4f}; {ending}" in capsys.readouterr().out
+    run(*resume, "--max_iters=25", "--always_save_checkpoint=False", "--decay_lr=False")  # keeps ckpt.pt as it is
+    assert f"\nval loss {last:.4f}; {ending}" in capsys.readouterr().out
+
+
+def test_ending_of_a_run_that_never_improves(
+    flags: list[str], out_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches finetuning that only makes a model worse, and does not say where its weights are and how good it was."""
+    run(*flags, "--learning_rate=1e-2")
+    capsys.readouterr()
+    worse = tmp_path / "worse"
+    flags = [*flags, f"--init_from={out_dir}", f"--out_dir={worse}", "--learning_rate=3", "--decay_lr=False"]
+    run(*flags, "--always_save_checkpoint=False")
+    assert sorted(path.name for path in worse.glob("*.pt")) == ["last.pt"]
+    ending = f"\nnewest state in {worse / 'last.pt'} (best val loss so far: {float(rows(worse)[0]['val_loss']):.4f})\nnext: "
+    assert ending in capsys.readouterr().out
 
 
 def test_finetuning_starts_from_the_weights(flags: list[str], out_dir: Path, tmp_path: Path) -> None:
