@@ -15,6 +15,7 @@ header is learned too, and so is the separator before the next conversation.
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,16 +200,24 @@ def template(chat_format: ChatFormat, tokenizer: Tokenizer) -> str:
     )
 
 
-def marks(chat_format: ChatFormat) -> list[str]:
-    """Return the strings at which a byte-pair encoding must split a rendered conversation to give `encode`'s ids.
+def marks(chat_format: ChatFormat) -> str:
+    """Return the regex at which a byte-pair encoding must split a rendered conversation to give `encode`'s ids; "" for none.
 
-    They are the format's own, the longest first. A format with a lead needs none: its messages start at a space.
+    It matches the format's own strings, the longest first. If there is a lead, a message starts at a space, and only what ends
+    it is matched: before a header, and at the end of the text.
     """
     if chat_format.lead:
-        return []
+        ends = sorted({_escaped(chat_format.user_end), _escaped(chat_format.assistant_end)})
+        followers = (_escaped(chat_format.user), _escaped(chat_format.assistant), r"(?![\s\S])")
+        return f"(?:{'|'.join(ends)})(?={'|'.join(followers)})"
     strings = (chat_format.user, chat_format.user_end, chat_format.user_end + chat_format.assistant, chat_format.assistant_end)
     parts = {part for string in strings for part in string.split(END_OF_TEXT) if part}
-    return sorted(parts, key=lambda part: (-len(part), part))
+    return "|".join(map(_escaped, sorted(parts, key=lambda part: (-len(part), part))))
+
+
+def _escaped(text: str) -> str:
+    r"""Return the regex that matches `text`. JavaScript, in which others read tokenizer.json, refuses re.escape's `\ `."""
+    return re.sub(r"[\\^$.*+?()[\]{}|]", r"\\\g<0>", text)
 
 
 def _around(chat_format: ChatFormat) -> dict[str, tuple[str, str]]:

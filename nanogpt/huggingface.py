@@ -721,7 +721,7 @@ def _tokenizer_files(tokenizer: Tokenizer, block_size: int, chat_format: ChatFor
         about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         files = {}
     elif isinstance(tokenizer, TiktokenTokenizer) and tokenizer.name == "gpt2":
-        marks = conversation.marks(chat_format) if chat_format else []
+        marks = conversation.marks(chat_format) if chat_format and not chat_format.lead else ""  # a lead suits GPT-2's words
         description, files = _byte_pairs(tokenizer, marks)
         about = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
         if marks:  # this class reads all of tokenizer.json; GPT2Tokenizer reads only the vocabulary and the merges
@@ -729,7 +729,7 @@ def _tokenizer_files(tokenizer: Tokenizer, block_size: int, chat_format: ChatFor
         about |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     elif isinstance(tokenizer, JsonTokenizer):
         description, files = json.loads(tokenizer.to_dict()["content"]), {}
-        if marks := conversation.marks(chat_format) if chat_format else []:
+        if marks := conversation.marks(chat_format) if chat_format else "":
             steps = [_split(marks), *([description["pre_tokenizer"]] if description["pre_tokenizer"] else [])]
             description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
         about = {"tokenizer_class": "PreTrainedTokenizerFast"} | tokenizer.special
@@ -760,10 +760,10 @@ def _character_table(tokenizer: CharTokenizer) -> dict[str, Any]:
     }
 
 
-def _byte_pairs(tokenizer: TiktokenTokenizer, marks: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def _byte_pairs(tokenizer: TiktokenTokenizer, marks: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the parts of tokenizer.json for GPT-2's encoding, and the older vocab.json and merges.txt.
 
-    Text is split at each of `marks` before it is encoded.
+    Text is split at each match of the regex `marks` before it is encoded, unless that is "".
     """
     end = tokenizer.end_of_text  # loads the encoding, with a UserError if that fails
     import tiktoken
@@ -792,9 +792,9 @@ def _byte_pairs(tokenizer: TiktokenTokenizer, marks: list[str]) -> tuple[dict[st
     return description, files
 
 
-def _split(marks: list[str]) -> dict[str, Any]:
-    """Return the part of tokenizer.json that splits text at each of `marks`."""
-    return {"type": "Split", "pattern": {"Regex": "|".join(map(re.escape, marks))}, "behavior": "Isolated", "invert": False}
+def _split(marks: str) -> dict[str, Any]:
+    """Return the part of tokenizer.json that splits text at each match of the regex `marks`."""
+    return {"type": "Split", "pattern": {"Regex": marks}, "behavior": "Isolated", "invert": False}
 
 
 def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:

@@ -18,7 +18,7 @@ from nanogpt import checkpoint, conversation, corpus, huggingface
 from nanogpt.conversation import FORMATS, ChatFormat, Message
 from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer
+from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer, train_bpe
 
 
 def talk(*texts: str, system: str = "") -> list[Message]:
@@ -254,24 +254,29 @@ NAMED = dataclasses.replace(FORMATS["plain"], user="JULIET:", assistant='Dr. "}}
 HARD = ["Hi.", "Hello!  ", "  (So?)\n", "it's\n\n", "<a> [b]", "no\tend <", "'s", "7"]  # where encodings may join pieces
 
 
-@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.parametrize("kind", ["char", "gpt2", "bpe:400", "bpe:400:cl100k"])
 @pytest.mark.parametrize("chat_format", [*FORMATS.values(), NAMED], ids=[*FORMATS, "names"])
 def test_template(tmp_path: Path, chat_format: ChatFormat, kind: str, request: pytest.FixtureRequest) -> None:
     """Catches a template of another text than training's, and a byte-pair encoding that joins a message to its header."""
     from transformers import AutoTokenizer
 
+    last = "7" if kind == "gpt2" and chat_format.lead else "Yes!\n"  # docs/export.md names this exception
+    hard = [*HARD, "So?", last]
+    text = conversation.render(chat_format, talk(*hard, system="Be kind."))
     if kind == "gpt2":
         request.getfixturevalue("gpt2_vocabulary")
         tokenizer: Tokenizer = TiktokenTokenizer("gpt2")
+    elif kind == "char":
+        tokenizer = CharTokenizer.from_text(text)
     else:
-        tokenizer = CharTokenizer.from_text(conversation.render(chat_format, talk(*HARD, system="Be kind.")))
+        tokenizer = train_bpe([text] * 9, 400, "cl100k" if "cl100k" in kind else "gpt2")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
     for name, content in huggingface._tokenizer_files(tokenizer, 1024, chat_format).items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     once = AutoTokenizer.from_pretrained(tmp_path)
     once.save_pretrained(tmp_path / "again")
     for theirs, system in itertools.product((once, AutoTokenizer.from_pretrained(tmp_path / "again")), ("", "Be kind.")):
-        messages = talk(*HARD, system=system)
+        messages = talk(*hard, system=system)
         ids, _ = conversation.encode(chat_format, messages, tokenizer)
         assert theirs.apply_chat_template(messages, tokenize=False) == tokenizer.decode(ids)
         assert theirs.apply_chat_template(messages)["input_ids"] == ids

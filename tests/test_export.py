@@ -22,7 +22,7 @@ from model import GPT, Bigram, GPTConfig
 from nanogpt import checkpoint, conversation, huggingface
 from nanogpt.conversation import FORMATS, ChatFormat
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer, train_bpe
+from nanogpt.tokenizer import PATTERNS, CharTokenizer, TiktokenTokenizer, Tokenizer, train_bpe
 
 TABLE = CharTokenizer(list("abcdefghij\n"))
 
@@ -271,14 +271,16 @@ def test_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_chat_template_in_its_own_tokens(tmp_path: Path, name: str) -> None:
-    """Catches a chat template whose ids are not those of training, for a byte-pair encoding of one's own."""
+def test_chat_template_in_its_own_tokens(tmp_path: Path, name: str, pattern: str) -> None:
+    """Catches a chat template whose ids are not those of training, and a split for it that the loaded tokenizer keeps."""
     from transformers import AutoTokenizer
 
     chat_format = FORMATS[name]
     messages = [{"role": "user", "content": "What is 12 and it's, naïve?"}, {"role": "assistant", "content": "It is 日本."}]
-    tokenizer = train_bpe([conversation.render(chat_format, messages)] * 9, 400)
+    tokenizer = train_bpe([conversation.render(chat_format, messages)] * 9, 400, pattern)
     save(tmp_path / "to", tokenizer=tokenizer, chat_format=chat_format)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "to")
     assert theirs.apply_chat_template(messages)["input_ids"] == conversation.encode(chat_format, messages, tokenizer)[0]
+    assert huggingface.load(str(tmp_path / "to")).tokenizer == tokenizer.to_dict()
