@@ -48,6 +48,7 @@ PATTERNS = {  # what splits a text into words before byte pairs are merged, by n
     ),
 }
 CHUNK_CHARACTERS = 1 << 16  # of a long text, at least, trained on or encoded at a time
+TRAINED_WORD_BYTES = 4096  # of a longer word, at a time; the trainer takes quadratic time in the length of a word
 CHUNK_END = re.compile(r"[^\W_](?=[ \n])")  # no pattern above has a word that goes on after this
 ENCODING_KEYS = ("tokenizer", "encoding", "tokenizer_name", "encoding_name")  # where a meta.pkl may name an encoding
 
@@ -480,12 +481,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2") -> J
     """Train a byte-level byte-pair encoding of `vocab_size` tokens: 256 bytes, the merges, and <|endoftext|>, the last one.
 
     It has fewer tokens if no pair is left that occurs twice. `pattern`, a name in PATTERNS, splits texts into words, which
-    pairs do not cross. Memory holds the distinct words of `texts` and their counts. Draws a progress bar on a terminal.
+    pairs do not cross. Only here, a word is also cut after each TRAINED_WORD_BYTES. Memory holds the distinct words of `texts`
+    and their counts. Draws a progress bar on a terminal.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = _pre_tokenizer(pattern)
+    cut = pre_tokenizers.Split(Regex(f".{{{TRAINED_WORD_BYTES}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([_pre_tokenizer(pattern), cut])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
@@ -496,6 +499,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2") -> J
     )
     count = sum(len(text) // CHUNK_CHARACTERS + 1 for text in texts) if isinstance(texts, Sequence) else None
     tokenizer.train_from_iterator((_paired(chunk) for text in texts for chunk in _chunks(text)), trainer, length=count)
+    tokenizer.pre_tokenizer = _pre_tokenizer(pattern)
     tokenizer.add_special_tokens([END_OF_TEXT])
     return JsonTokenizer(tokenizer.to_str(), {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
 

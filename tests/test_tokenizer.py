@@ -224,6 +224,29 @@ def test_long_texts_are_cut_between_words(pattern: str, monkeypatch: pytest.Monk
     assert train_bpe([RHYME] * 20, 300, pattern).to_dict() == tokens.to_dict()  # as without cuts
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("word", ["a", "\n", "-"])
+def test_training_cuts_long_words(pattern: str, word: str) -> None:
+    """Catches a genome, or a run of spaces, that takes the trainer quadratic time, and a text encoded with these cuts."""
+    tokens = train_bpe([word * 16384], 300, pattern)
+    assert len(longest_tokens(tokens, 1)[0]) == tokenizer.TRAINED_WORD_BYTES
+    assert tokens._can_cut and len(tokens.encode(word * 4097)) == 2
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_training_leaves_other_words_alone(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an encoding that differs from the library's own, though no word is longer than the limit."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = tokenizer._pre_tokenizer(pattern)
+    options = {"min_frequency": 2, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    library.train_from_iterator([RHYME] * 20, trainers.BpeTrainer(vocab_size=299, **options))
+    monkeypatch.setattr(tokenizer, "TRAINED_WORD_BYTES", len(" 日本語".encode()))  # the longest word
+    content = json.loads(train_bpe([RHYME] * 20, 300, pattern).to_dict()["content"])
+    assert content["model"]["merges"] == json.loads(library.to_str())["model"]["merges"]
+
+
 def test_bpe_end_of_text_is_special_only_in_prompts() -> None:
     """Catches a corpus whose text can end documents, or a prompt that cannot."""
     tokens, text = trained(), "a<|endoftext|>b"
