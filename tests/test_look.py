@@ -376,6 +376,13 @@ def test_other_tables(show, tokenizer, start, typed):
     assert opened.evaluate("allIds()") == tokenizer.encode(typed)
 
 
+def test_large_vocabulary_in_the_page(show):
+    """Catches a page that is dead for the 200,000 tokens of o200k_base: JavaScript takes fewer arguments than that."""
+    opened = show(gpt(11), LETTERS, start="a")
+    tokens = "new Map(Array.from({ length: 200_000 }, (_, i) => [i, new TextEncoder().encode(String(i))]))"
+    assert opened.evaluate(f"new Tokenizer({{ special: {{}} }}, {tokens}).longest") == 6
+
+
 def test_tokenizer_that_the_page_lacks(show):
     """Catches a page that encodes text in another way than its model's tokenizer, instead of saying that it cannot."""
     from tokenizers import Tokenizer as Library

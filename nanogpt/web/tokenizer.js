@@ -18,8 +18,11 @@ class Tokenizer {
     this.words = this.pattern && new RegExp(PATTERNS[this.pattern], "gu");
     this.specialIds = new Set(Object.values(description.special));
     this.idOf = new Map(); // by the bytes of a token, each as a character
-    for (const [id, of] of bytes) if (of.length && !this.specialIds.has(id)) this.idOf.set(latin1(of), id);
-    this.longest = Math.max(1, ...[...bytes.values()].map((of) => of.length));
+    this.longest = 1; // bytes of the longest token
+    for (const [id, of] of bytes) {
+      if (of.length && !this.specialIds.has(id)) this.idOf.set(latin1(of), id);
+      this.longest = Math.max(this.longest, of.length);
+    }
     if (description.merges) {
       this.merges = new Map(); // "left right", ids -> rank
       const pairs = description.merges;
