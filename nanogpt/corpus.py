@@ -107,11 +107,14 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: {error}") from error
 
 
-def decode_text(content: bytes) -> str:
-    """Decode UTF-8, or UTF-16 and UTF-32 with a byte-order mark, which is dropped. Raises UserError if it is neither."""
+def decode_text(content: bytes, errors: Literal["strict", "replace"] = "strict") -> str:
+    """Decode UTF-8, or UTF-16 and UTF-32 with a byte-order mark, which is dropped.
+
+    Raises UserError if it is neither; with `errors="replace"`, what cannot be decoded becomes U+FFFD instead.
+    """
     encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "UTF-8")
     try:
-        return content.decode(encoding).removeprefix("\ufeff")
+        return content.decode(encoding, errors).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"not {encoding} text (byte {error.start}); convert it to UTF-8 first") from error
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt import metrics
+from nanogpt.corpus import decode_text
 from nanogpt.errors import UserError, one_line, warn
 from nanogpt.files import atomic_write
 
@@ -140,7 +141,7 @@ def read_log(path: Path, x: str) -> tuple[list[tuple[float, float]], list[tuple[
 
     A resumed run repeats iterations; only the last time counts. Raises UserError if the log does not contain `x`.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = decode_text(path.read_bytes(), errors="replace")
     curves = []
     for pattern in (ITER_LINE, STEP_LINE):
         points: list[tuple[float, float]] = []

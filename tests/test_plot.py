@@ -144,6 +144,13 @@ def test_read_nanogpt_log(x: str, each: int, log: Path) -> None:
     assert run.name == "nanogpt.log"
 
 
+@pytest.mark.parametrize("content", [LOG.encode("utf-16"), LOG.encode("utf-16") + b"\n", b"\xff\n" + LOG.encode()])
+def test_log_in_another_encoding(content: bytes, log: Path) -> None:
+    """Catches a log that Windows PowerShell has written in UTF-16, or one with a damaged byte, that is taken for empty."""
+    log.write_bytes(content)
+    np.testing.assert_array_equal(curves.read(log).train, [4.0, math.nan, 3.5])
+
+
 def test_read_our_log(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches printed lines of train.py that read_log no longer understands."""
     config = configurator.parse(train.Config, [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"])
