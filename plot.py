@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it 
 import configurator
 from configurator import PathStr
 
-from nanogpt.curves import best_of, check_out, draw, read
+from nanogpt.curves import best_of, check_out, draw, read_all
 from nanogpt.errors import UserError, one_line
 
 
@@ -41,7 +41,7 @@ class Config(configurator.Config):
 def main(config: Config) -> None:
     given = [[name] if os.path.exists(name) else name.split(",") for name in config.runs.split("\n")]  # a name may hold commas
     paths = [Path(os.path.expanduser(name)) for name in itertools.chain(*given) if name] or [Path(config.out_dir)]
-    runs = [read(path, config.x, config.y) for path in paths]
+    runs = read_all(paths, config.x, config.y)
     for axis in set(config.log) & {"x", "y"}:
         curves = [curve for run in runs for curve in ((run.train_x, run.val_x) if axis == "x" else (run.train, run.val))]
         if not any((curve > 0).any() for curve in curves):

@@ -1,5 +1,7 @@
 """Loss curves of one or more runs, read from metrics.csv or printed logs and drawn with matplotlib."""
 
+import itertools
+import os
 import re
 import time
 import warnings
@@ -100,6 +102,16 @@ class Curves:
         self.draw()
 
 
+def read_all(paths: list[Path], x: str = "iterations", y: str = "loss") -> list[Run]:
+    """`read` each of `paths`. Runs of the same name are named by as many of the folders above them as tell them apart."""
+    runs, places = [read(path, x, y) for path in paths], list(map(_place, paths))
+    for run, place in zip(runs, places, strict=True):
+        same = {other for other in places if other.name == place.name}  # one run may be given twice
+        parts = next(n for n in itertools.count(1) if len({other.parts[-n:] for other in same}) == len(same))
+        run.name = _legible(str(Path(*place.parts[-parts:])))
+    return runs
+
+
 def read(path: Path, x: str = "iterations", y: str = "loss") -> Run:
     """Read a run from its folder, its metrics.csv or its printed log, with `x` on the x axis and `y` (Y_LABELS) on the other.
 
@@ -108,7 +120,6 @@ def read(path: Path, x: str = "iterations", y: str = "loss") -> Run:
     file = path / "metrics.csv" if path.is_dir() else path
     if not file.is_file():
         raise NothingToDraw(f"{file}: no such file; name run folders, metrics.csv files or logs")
-    name = one_line(file.resolve().parent.name if file.name == "metrics.csv" else path.name)[:NAME_CHARACTERS]
     rows = metrics.read_rows(file)
     if rows:
         column = {"iterations": "iteration"}.get(x, x)
@@ -122,10 +133,21 @@ def read(path: Path, x: str = "iterations", y: str = "loss") -> Run:
             raise UserError(f"{file} is damaged: {error}") from error
     else:
         train, val = read_log(file, x) if y == "loss" else ([], [])
-    run = Run(name, *_within_limits(train), *_within_limits(val))
+    run = Run(_legible(_place(path).name), *_within_limits(train), *_within_limits(val))
     if not (np.isfinite(run.train).any() or np.isfinite(run.val).any()):
         raise NothingToDraw(f"{file}: {NOTHING[y]}")
     return run
+
+
+def _place(path: Path) -> Path:
+    """Return the absolute path of a run: its folder, also for its metrics.csv, or its log."""
+    file = path / "metrics.csv" if path.is_dir() else path
+    return file.resolve().parent if file.name == "metrics.csv" else Path(os.path.abspath(file))
+
+
+def _legible(name: str) -> str:
+    """Return a run's name for legends: one line, cut to NAME_CHARACTERS."""
+    return one_line(name)[:NAME_CHARACTERS]
 
 
 def _within_limits(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:

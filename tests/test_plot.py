@@ -238,6 +238,25 @@ def test_log_axis_without_positive_values(log: str, tmp_path: Path) -> None:
         plot.main(configurator.parse(plot.Config, [str(tmp_path / "log"), f"--log={log}"]))
 
 
+def test_runs_of_one_name(log: Path) -> None:
+    """Catches two curves that nobody can tell apart, and a longer name for a run that needs none."""
+    names = ["a/1/run", "b/1/run", "b/2/run/metrics.csv", "b/other", "a/x.log", "b/x.log"]
+    for name in names:
+        path = log.parent / name
+        if not path.suffix:
+            path.mkdir(parents=True, exist_ok=True)
+            path /= "metrics.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(HEADER + ROWS if path.suffix == ".csv" else LOG, encoding="utf-8")
+
+    def named(*names: str) -> list[str]:
+        return [Path(run.name).as_posix() for run in curves.read_all([log.parent / name for name in names])]
+
+    assert named(*names) == ["a/1/run", "b/1/run", "b/2/run", "other", "a/x.log", "b/x.log"]
+    assert named("a/1/run", "b/2/run") == ["1/run", "2/run"]
+    assert named("a/1/run", "a/1/run/metrics.csv", "a/x.log") == ["run", "run", "x.log"]
+
+
 @pytest.mark.parametrize("name", ["a, b", "it's", "\x1b[31mred", "tab\tname", "x" * 200])
 def test_odd_names(name: str, log: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Catches a name that is split at its comma, or that sends an escape sequence to the terminal."""
