@@ -48,7 +48,7 @@ PATTERNS = {  # what splits a text into words before byte pairs are merged, by n
     ),
 }
 CHUNK_CHARACTERS = 1 << 16  # of a long text, at least, trained on or encoded at a time
-TRAINED_WORD_BYTES = 4096  # of a longer word, at a time; the trainer takes quadratic time in the length of a word
+TRAINED_WORD_CHARACTERS = 4096  # of a longer word, at a time; the trainer takes quadratic time in the length of a word
 CHUNK_END = re.compile(r"[^\W_](?=[ \n])")  # no pattern above has a word that goes on after this
 ENCODING_KEYS = ("tokenizer", "encoding", "tokenizer_name", "encoding_name")  # where a meta.pkl may name an encoding
 
@@ -467,6 +467,15 @@ def _chunks(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def _without_long_words(text: str) -> Iterator[str]:
+    """Cut a text within runs of TRAINED_WORD_CHARACTERS letters or spaces, such as a genome."""
+    start = 0
+    for run in re.finditer(rf"\S{{{TRAINED_WORD_CHARACTERS}}}|\s{{{TRAINED_WORD_CHARACTERS}}}", text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
+
+
 def _pre_tokenizer(pattern: str) -> "tokenizers.pre_tokenizers.PreTokenizer":  # noqa: F821
     """Return what splits a text into words, as letters for bytes."""
     from tokenizers import Regex, pre_tokenizers
@@ -481,14 +490,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2") -> J
     """Train a byte-level byte-pair encoding of `vocab_size` tokens: 256 bytes, the merges, and <|endoftext|>, the last one.
 
     It has fewer tokens if no pair is left that occurs twice. `pattern`, a name in PATTERNS, splits texts into words, which
-    pairs do not cross. Only here, a word is also cut after each TRAINED_WORD_BYTES. Memory holds the distinct words of `texts`
-    and their counts. Draws a progress bar on a terminal.
+    pairs do not cross. Memory holds the distinct words of `texts` and their counts. Draws a progress bar on a terminal.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    cut = pre_tokenizers.Split(Regex(f".{{{TRAINED_WORD_BYTES}}}"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([_pre_tokenizer(pattern), cut])
+    tokenizer.pre_tokenizer = _pre_tokenizer(pattern)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
@@ -498,8 +505,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2") -> J
         show_progress=sys.stderr.isatty(),
     )
     count = sum(len(text) // CHUNK_CHARACTERS + 1 for text in texts) if isinstance(texts, Sequence) else None
-    tokenizer.train_from_iterator((_paired(chunk) for text in texts for chunk in _chunks(text)), trainer, length=count)
-    tokenizer.pre_tokenizer = _pre_tokenizer(pattern)
+    chunks = (_paired(piece) for text in texts for chunk in _chunks(text) for piece in _without_long_words(chunk))
+    tokenizer.train_from_iterator(chunks, trainer, length=count)
     tokenizer.add_special_tokens([END_OF_TEXT])
     return JsonTokenizer(tokenizer.to_str(), {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
 

@@ -229,7 +229,7 @@ def test_long_texts_are_cut_between_words(pattern: str, monkeypatch: pytest.Monk
 def test_training_cuts_long_words(pattern: str, word: str) -> None:
     """Catches a genome, or a run of spaces, that takes the trainer quadratic time, and a text encoded with these cuts."""
     tokens = train_bpe([word * 16384], 300, pattern)
-    assert len(longest_tokens(tokens, 1)[0]) == tokenizer.TRAINED_WORD_BYTES
+    assert len(longest_tokens(tokens, 1)[0]) == tokenizer.TRAINED_WORD_CHARACTERS
     assert tokens._can_cut and len(tokens.encode(word * 4097)) == 2
 
 
@@ -242,7 +242,7 @@ def test_training_leaves_other_words_alone(pattern: str, monkeypatch: pytest.Mon
     library.pre_tokenizer = tokenizer._pre_tokenizer(pattern)
     options = {"min_frequency": 2, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
     library.train_from_iterator([RHYME] * 20, trainers.BpeTrainer(vocab_size=299, **options))
-    monkeypatch.setattr(tokenizer, "TRAINED_WORD_BYTES", len(" 日本語".encode()))  # the longest word
+    monkeypatch.setattr(tokenizer, "TRAINED_WORD_CHARACTERS", max(map(len, RHYME.split())) + 1)
     content = json.loads(train_bpe([RHYME] * 20, 300, pattern).to_dict()["content"])
     assert content["model"]["merges"] == json.loads(library.to_str())["model"]["merges"]
 
