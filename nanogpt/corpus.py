@@ -110,9 +110,12 @@ def read_text(path: Path) -> str:
 def decode_text(content: bytes, errors: Literal["strict", "replace"] = "strict") -> str:
     """Decode UTF-8, or UTF-16 and UTF-32 with a byte-order mark, which is dropped.
 
-    Raises UserError if it is neither; with `errors="replace"`, what cannot be decoded becomes U+FFFD instead.
+    Raises UserError if it is neither; UTF-8 with NUL bytes, which no text has, counts as neither. With `errors="replace"`, what
+    cannot be decoded becomes U+FFFD instead.
     """
     encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "UTF-8")
+    if encoding == "UTF-8" and b"\0" in content and errors == "strict":
+        raise UserError("not text, or UTF-16 without a byte-order mark (it has NUL bytes); convert it to UTF-8 first")
     try:
         return content.decode(encoding, errors).removeprefix("\ufeff")
     except UnicodeDecodeError as error:

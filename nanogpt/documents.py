@@ -137,8 +137,8 @@ def hub(path: str, name: str, revision: str) -> Source:
 def read(source: Source, position: Position) -> Iterator[tuple[Position, int, str]]:
     """Yield (position after it, bytes read so far, text) for each document from `position` on.
 
-    A text file of a folder that is in an unknown encoding is added to `source.left_out`. Raises UserError with the file and
-    the line or row if another document is damaged.
+    A text file of a folder that is empty or in an unknown encoding is added to `source.left_out`. Raises UserError with the
+    file and the line or row if another document is damaged.
     """
     first, start = position
     for index in range(first, len(source.files)):
@@ -199,7 +199,9 @@ def _jsonl(file: str, start: list[int] | None, size: int) -> Iterator[tuple[list
 def _text(file: str, start: bool | None, size: int) -> Iterator[tuple[bool, int, str]]:
     """Read a text file as one document; a place is whether it has been read."""
     if not start:
-        yield True, size, corpus.read_text(Path(file))
+        if not (text := corpus.read_text(Path(file))):
+            raise UserError(f"{file}: no text in it")
+        yield True, size, text
 
 
 def _open(file: str) -> BinaryIO:

@@ -177,7 +177,6 @@ def test_shakespeare_with_windows_line_ends(tmp_path: Path, capsys: pytest.Captu
         (b"", ""),
         ("é🙂\n".encode(), "é🙂\n"),
         (b"\xef\xbb\xbfbegin", "begin"),
-        (b"a\x00b", "a\x00b"),
         (b"\x0b\x0c\x1c\xc2\x85\xe2\x80\xa8", "\x0b\x0c\x1c\x85\u2028"),
         (b"one\r\ntwo\rthree\n\r\r\n\n", "one\ntwo\nthree\n\n\n\n"),
         ("\ufeffДж\r\n\U0001f642\r\n".encode("utf-16-le"), "Дж\n\U0001f642\n"),
@@ -200,6 +199,14 @@ def test_text_that_is_not_utf8(tmp_path: Path, before: bytes) -> None:
     (tmp_path / "latin.txt").write_bytes(before + b"\xe9t\xe9")
     with pytest.raises(UserError, match=rf"latin\.txt: not UTF-8 text \(byte {len(before)}\)"):
         corpus.read_text(tmp_path / "latin.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_text_without_a_mark(tmp_path: Path, encoding: str) -> None:
+    """Catches UTF-16 or UTF-32 without a byte-order mark that is read as UTF-8 full of NULs."""
+    (tmp_path / "wide.txt").write_bytes("abc\n".encode(encoding))
+    with pytest.raises(UserError, match=r"wide\.txt: not text, or UTF-16 without a byte-order mark \(it has NUL bytes\); conv"):
+        corpus.read_text(tmp_path / "wide.txt")
 
 
 @pytest.mark.parametrize("rest", [b"a", b"a\x00\x00\xd8", b"\x00\x00a\x00"], ids=["odd", "half a pair", "NUL first"])

@@ -72,13 +72,14 @@ def test_reading_resumes_at_every_position(kind: str, tmp_path: Path, monkeypatc
     """Catches a document that is lost, repeated or changed, from the start or after resuming."""
     monkeypatch.setattr(documents, "PARQUET_BATCH_ROWS", 2)
     source = documents.local(kinds(tmp_path / "in", kind))
+    texts = [text for text in TEXTS if text and "\0" not in text] if kind == "text" else TEXTS  # others are no text files
     found = list(documents.read(source, documents.BEGINNING))
-    assert [text for _, _, text in found] == TEXTS
+    assert [text for _, _, text in found] == texts
     done = [read for _, read, _ in found]
     assert done == sorted(done) and 0 <= done[0] and done[-1] <= sum(source.sizes)
     assert kind in ("gzip", "odd jsonl", "mixed") or done[-1] == sum(source.sizes)
     for count, (position, _, _) in enumerate(found, start=1):
-        assert texts_of(source, json.loads(json.dumps(position))) == TEXTS[count:]
+        assert texts_of(source, json.loads(json.dumps(position))) == texts[count:]
 
 
 def put(path: Path, content: str = "x") -> Path:
@@ -181,6 +182,28 @@ def test_text_in_an_unknown_encoding_is_left_out(tmp_path: Path) -> None:
     source = documents.local(str(tmp_path))
     assert texts_of(source) == ["one", "two"]
     assert source.left_out == {os.path.join("in", "b.TXT"): "not UTF-8 text (byte 3); convert it to UTF-8 first"}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"1\0\n\0", "not text, or UTF-16 without a byte-order mark (it has NUL bytes); convert it to UTF-8 first"),
+        (b"", "no text in it"),
+        (b"\xef\xbb\xbf", "no text in it"),
+    ],
+    ids=["wide", "empty", "mark"],
+)
+def test_file_without_text_is_left_out(content: bytes, reason: str, tmp_path: Path) -> None:
+    """Catches a document of NULs, or one that is only an end-of-text token; resuming leaves out the same files."""
+    for name, text in (("a.txt", b"one"), ("b.txt", content), ("c.txt", b"two"), ("d.txt", content)):
+        (tmp_path / name).write_bytes(text)
+    source = documents.local(str(tmp_path))
+    found = list(documents.read(source, documents.BEGINNING))
+    assert [text for _, _, text in found] == ["one", "two"]
+    assert source.left_out == {"b.txt": reason, "d.txt": reason}
+    assert [texts_of(source, position) for position, _, _ in found] == [["two"], []]
+    with pytest.raises(UserError, match=f"d.txt: {reason[:12]}"):
+        texts_of(documents.local(str(tmp_path / "d.txt")))
 
 
 def test_lone_surrogate_is_read(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_text_of_a_folder_as_it_is_on_a_disk(prepare: Prepare, project: Path, tm
 left out: 4
   empty      no text in it
   latin.txt  not UTF-8 text (byte 3); convert it to UTF-8 first
-  photo.jpg  not text, or UTF-16 without a byte-order mark (it has NUL bytes)
+  photo.jpg  not text, or UTF-16 without a byte-order mark (it has NUL bytes); convert it to UTF-8 first
   z          a broken link
 next: """
     assert table in shown

@@ -98,8 +98,6 @@ def read_document(path: Path) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})") from error
-    if b"\0" in content and not content.startswith(tuple(corpus.MARKS)):
-        raise UserError("not text, or UTF-16 without a byte-order mark (it has NUL bytes)")
     if not (text := corpus.decode_text(content)):
         raise UserError("no text in it")
     return text
