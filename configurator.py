@@ -168,13 +168,14 @@ def parse(config_class: type, arguments: list[str]) -> Any:
     ignored: dict[str, None] = {}
     for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
+        is_plain = not argument.startswith("-") and Path(argument).suffix != ".py"
         if argument.startswith("--"):
             if not equals:
                 raise UserError(f"{argument}: write --key=value, with no spaces around '='{_hint(name, keys, '--{}=...')}")
             if name not in keys:
                 raise UserError(f"unknown key '{name}' in {argument}; --help lists all keys{_hint(name, keys, '--{}')}")
             updates = {name: _check(argument, text, kinds[name], is_text=True)}
-        elif positional and not argument.startswith("-") and Path(argument).suffix != ".py" and name not in keys:
+        elif positional and is_plain and (name not in keys or os.path.exists(argument)):  # a run may be called like a key: out
             if positional in given and not config_class.takes_several:
                 raise UserError(f"{argument}: only one {positional} is taken, got {values[positional]!r}, too")
             argument = os.path.expanduser(argument)

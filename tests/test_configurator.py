@@ -489,6 +489,19 @@ def test_positional_argument_beside_a_config_file(tmp_path: Path) -> None:
         parse(sample.Config, ["num_samples=2"])
 
 
+def test_positional_argument_named_like_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the default run folder, out, refused because it is also a key."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="two dashes: --out"):
+        parse(plot.Config, ["out"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "seed").write_bytes(b"")
+    assert parse(plot.Config, ["out", "--x=tokens"]).runs == "out"
+    assert parse(sample.Config, ["seed"]).init_from == "seed"
+    with pytest.raises(UserError, match=r"two dashes: --out=a\.png"):
+        parse(plot.Config, ["out=a.png"])
+
+
 def test_help_shows_type_and_default() -> None:
     """Catches a --help page with a wrong type or default."""
     page = " ".join(configurator.help_text(Config, "script.py").split())
