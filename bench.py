@@ -461,12 +461,17 @@ def time_to_loss(config: Config) -> None:
 
 
 def timed_run(name: str, config: Config, recipe: str, keys: dict[str, Any]) -> list[tuple[float, int, float]]:
-    """Run train.py with a recipe; return (seconds of training, iteration, validation loss) of each evaluation."""
+    """Run train.py with a recipe; return (seconds of training, iteration, validation loss) of each evaluation.
+
+    Raises UserError if train.py fails; it has printed why.
+    """
     keys = keys | {"eval_iters": 0, "log_interval": 1, "seed": config.seed}
     command = ["train.py", recipe, *(f"--{key}={value}" for key, value in keys.items())]
     print(f"{name}: python {shlex.join(command)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, *command, f"--out_dir={folder}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        finished = subprocess.run([sys.executable, *command, f"--out_dir={folder}"], cwd=ROOT, stdout=subprocess.DEVNULL)
+        if finished.returncode:
+            raise UserError(f"train.py failed with status {finished.returncode}; see its message above")
         rows = metrics.read_rows(Path(folder) / "metrics.csv")
     tokens_per_iteration = next(int(row["tokens"]) for row in rows if row["iteration"] == "1")
     evaluations, seconds = [], 0.0

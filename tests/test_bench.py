@@ -228,17 +228,25 @@ def test_scaling(run: Callable[..., dict], tmp_path: Path) -> None:
 def test_time_to_loss_excludes_evaluations(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches evaluations that are timed, an iteration counted twice, and a wrong interpolation."""
 
-    def train(command: list[str], **_: object) -> None:
+    def train(command: list[str], **_: object) -> subprocess.CompletedProcess:
         folder = Path(next(flag for flag in command if flag.startswith("--out_dir=")).removeprefix("--out_dir="))
         lines = ["iteration,tokens,seconds,val_loss,tokens_per_second"]
         lines += ["0,0,9,3.0,", "0,0,10,,50", "1,100,12,,50", "2,200,90,2.0,", "2,200,91,,25", "3,300,99,1.0,"]
         (folder / "metrics.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", train)
     monkeypatch.setattr(metrics, "COLUMNS", ["iteration", "tokens", "seconds", "val_loss", "tokens_per_second"])
     found = bench.timed_run("any", parse(bench.Config, []), "config/any.py", {})
     assert found == [(0, 0, 3.0), (4, 2, 2.0), (8, 3, 1.0)]
     assert [bench.crossing(found, target) for target in (2.5, 2.0, 1.25, 0.9)] == [2.0, 4.0, 7.0, None]
+
+
+def test_time_to_loss_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback below the message of train.py, as when the dataset is not prepared."""
+    monkeypatch.setattr(bench, "ROOT", Path(__file__).parent)  # has no train.py
+    with pytest.raises(UserError, match=r"^train\.py failed with status 2; see its message above$"):
+        bench.timed_run("any", parse(bench.Config, []), "config/any.py", {})
 
 
 @pytest.mark.parametrize("measurement", gpu_benchmark.MEASUREMENTS)
