@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,7 @@ from nanogpt.device import (
     GenerationDtype,
     autocast,
     compile_model,
+    explain_out_of_memory,
     find_peak,
     keep_memory,
     peak_memory,
@@ -255,40 +257,63 @@ class Worker:
     """A process that trains or generates one way, and times its steps on request."""
 
     def __init__(self, kind: type["Trainer | TextGenerator"], config: Config, way: str):
-        """Start the process, print its description, and return when it has warmed up."""
+        """Start the process, print its description, and return when it has warmed up. Raises UserError if it fails."""
+        self._way = way
         self._pipe, other = multiprocessing.Pipe()
         spawn = multiprocessing.get_context("spawn")
         self._process = spawn.Process(target=work, args=(other, kind, config, way), daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits this; at Ctrl-C, the parent ends it
         self._process.start()
+        signal.signal(signal.SIGINT, handler)
         other.close()
-        description, self._first_seconds = self._pipe.recv()
+        description, self._first_seconds = self._ask()
         print(f"{way}: {description}", flush=True)
         self.times: list[float] = []  # seconds per step in each round
 
     def time_round(self, steps: int) -> float:
         """Do `steps` steps, or as many as take ROUND_SECONDS if that is 0; return the seconds per step."""
-        self._pipe.send(steps or max(1, round(ROUND_SECONDS / self._first_seconds)))
-        self.times.append(self._pipe.recv())
+        self.times.append(self._ask(steps or max(1, round(ROUND_SECONDS / self._first_seconds))))
         return self.times[-1]
 
     def finish(self) -> tuple[int, Any]:
         """End the process; return its peak memory in MB, and what its `report` returned."""
-        self._pipe.send(0)
-        found = self._pipe.recv()
+        found = self._ask(0)
         self._process.join()
+        return found
+
+    def _ask(self, steps: int | None = None) -> Any:
+        """Return what the process sends next, after sending it `steps` if given. Raises UserError if it failed or died."""
+        try:
+            if steps is not None:
+                self._pipe.send(steps)
+            found = self._pipe.recv()
+        except (EOFError, ConnectionError) as error:  # it has ended
+            self._process.join()
+            status = self._process.exitcode
+            remedy = "see its traceback above" if status > 0 else "if memory ran out, lower --batch_size"
+            raise UserError(f"{self._way}: the process ended with status {status}; {remedy}") from error
+        if isinstance(found, UserError):
+            raise UserError(f"{self._way}: {found}") from found
         return found
 
 
 def work(pipe: Connection, kind: type["Trainer | TextGenerator"], config: Config, way: str) -> None:
-    """The process of a Worker: warm up, time as many steps as it asks for, until 0, and report."""
+    """The process of a Worker: warm up, time as many steps as it asks for, until 0, and report; or send a UserError."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows does not inherit it
     if way == "plain":
         kernels.EXPLICIT_MAX_TOKENS.clear()  # scaled_dot_product_attention always, as in nanoGPT
-    subject = kind(config, way)
-    pipe.send((subject.description, subject.warm_up()))
-    while steps := pipe.recv():
-        pipe.send(subject.seconds_per_step(steps))
-    megabytes = round((peak_memory(subject.device) or 0) / 1e6)
-    pipe.send((megabytes, subject.report()))
+    try:
+        with explain_out_of_memory("lower --batch_size or --block_size, or choose a smaller --size"):
+            subject = kind(config, way)
+            pipe.send((subject.description, subject.warm_up()))
+            while steps := pipe.recv():
+                pipe.send(subject.seconds_per_step(steps))
+            megabytes = round((peak_memory(subject.device) or 0) / 1e6)
+            pipe.send((megabytes, subject.report()))
+    except UserError as error:
+        pipe.send(error)
+    except (EOFError, ConnectionError):  # the parent has ended, perhaps since another worker failed
+        pass
 
 
 class Trainer:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -26,17 +27,19 @@ TINY = "--size=laptop --device=cpu --batch_size=2 --block_size=8".split()
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., dict]:
-    """A function that runs bench.py with these flags in `tmp_path`; returns its line of JSON, and all "lines".
-
-    Its processes are forks of one that has imported PyTorch, where the system has that.
-    """
-    monkeypatch.chdir(tmp_path)
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the processes of bench.py forks of one that has imported PyTorch, where the system has that."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if "forkserver" in multiprocessing.get_all_start_methods():
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["torch", "torch._dynamo"])
         monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], forks: None) -> Callable[..., dict]:
+    """A function that runs bench.py with these flags in `tmp_path`; returns its line of JSON, and all "lines"."""
+    monkeypatch.chdir(tmp_path)
 
     def call(*flags: str) -> dict:
         bench.main(parse(bench.Config, [*flags]))
@@ -67,10 +70,115 @@ def test_training(run: Callable[..., dict], dataset: Path, tmp_path: Path) -> No
 def test_baseline_has_nanogpts_attention(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a baseline that is faster than nanoGPT, since it shares this repo's attention."""
     monkeypatch.setattr(bench.kernels, "EXPLICIT_MAX_TOKENS", {torch.float32: 128})
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # `work` ignores Ctrl-C
     pipe, other = multiprocessing.Pipe()
     other.send(0)  # no rounds
     bench.work(pipe, bench.Trainer, parse(bench.Config, [*TINY, "--real_data=False", "--keep_memory=False"]), way)
     assert bool(bench.kernels.EXPLICIT_MAX_TOKENS) == (way == "fast")
+
+
+class Subject:
+    """What a Worker times, but idle, except for an accident at the start or in a round."""
+
+    description, device = "idle", "cpu"
+
+    def __init__(self, config: bench.Config, way: str):
+        self.config = config
+        if not config.steps:
+            self.accident()
+
+    def accident(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def warm_up(self) -> float:
+        return 1.0
+
+    def seconds_per_step(self, count: int) -> float:
+        self.accident()
+        return 2.0
+
+    def report(self) -> str:
+        return "reported"
+
+
+class OutOfMemory(Subject):
+    def accident(self) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+
+class Mistaken(Subject):
+    def accident(self) -> None:
+        raise UserError("token ids must be below 65, got 66")
+
+
+class Killed(Subject):
+    def accident(self) -> None:
+        signal.raise_signal(signal.SIGKILL)
+
+
+class Buggy(Subject):
+    def accident(self) -> None:
+        raise ZeroDivisionError("a bug")
+
+
+needs_kill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+
+
+@pytest.mark.parametrize("steps", [0, 1], ids=["start", "round"])
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (OutOfMemory, "fast: out of memory: lower --batch_size or --block_size, or choose a smaller --size"),
+        (Mistaken, "fast: token ids must be below 65, got 66"),
+        pytest.param(Killed, "fast: the process ended with status -9; if memory ran out, lower --batch_size", marks=needs_kill),
+        (Buggy, "fast: the process ended with status 1; see its traceback above"),
+    ],
+)
+def test_worker_that_fails(kind: type[Subject], told: str, steps: int, forks: None) -> None:
+    """Catches a traceback in place of one line, or a worker that is waited for in vain."""
+    with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
+        bench.Worker(kind, parse(bench.Config, [f"--steps={steps}"]), "fast").time_round(1)
+
+
+def test_bug_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a bug without its traceback."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # `work` ignores Ctrl-C
+    with pytest.raises(ZeroDivisionError):
+        bench.work(multiprocessing.Pipe()[0], Buggy, parse(bench.Config, []), "fast")
+
+
+def test_worker_without_a_parent(forks: None) -> None:
+    """Catches the traceback of an idle worker below the line that says why another one failed."""
+    worker = bench.Worker(Subject, parse(bench.Config, []), "fast")
+    worker._pipe.close()
+    worker._process.join()
+    assert worker._process.exitcode == 0
+
+
+def test_ctrl_c_is_for_the_parent(forks: None) -> None:
+    """Catches the traceback of a worker below "interrupted"."""
+    worker = bench.Worker(Subject, parse(bench.Config, []), "fast")
+    assert worker.time_round(1) == 2.0
+    assert worker.finish()[1] == "reported"
+
+
+def test_ctrl_c_while_a_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the traceback of a worker that is importing PyTorch, and a parent that keeps ignoring Ctrl-C."""
+    inherited, before = [], signal.getsignal(signal.SIGINT)
+
+    class Spawn:
+        def Process(self, target: Callable, args: tuple, daemon: bool) -> "Spawn":
+            self.pipe = args[0]
+            return self
+
+        def start(self) -> None:
+            inherited.append(signal.getsignal(signal.SIGINT))
+            self.pipe.send(("idle", 1.0))
+
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: Spawn())
+    bench.Worker(Subject, parse(bench.Config, []), "fast")
+    assert inherited == [signal.SIG_IGN]
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_fast_way_only(monkeypatch: pytest.MonkeyPatch) -> None:
