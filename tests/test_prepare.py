@@ -464,6 +464,13 @@ def test_conversations_with_the_tokenizer_of_a_dataset(
     assert decoded(project / "data" / "chat").count("\nUser: Hi.\nAssistant: Ho!\n") == 2
 
 
+def test_conversations_with_windows_line_ends(prepare: Prepare, project: Path, tmp_path: Path) -> None:
+    """Catches \\r that a model learns to write."""
+    put(tmp_path / "mine.jsonl", line("One?\r\nTwo?", "Three.\rFour.", system="Five.\r\n") * 2)
+    prepare("chat", f"--input={tmp_path / 'mine.jsonl'}", "--chat_format=plain")
+    assert decoded(project / "data" / "chat") == "\nFive.\n\nUser: One?\nTwo?\nAssistant: Three.\nFour.\n" * 2
+
+
 GOOD = line("Hi.", "Ho.")
 
 
@@ -484,6 +491,7 @@ GOOD = line("Hi.", "Ho.")
         (GOOD + GOOD.replace("assistant", "gpt"), "", ["line 2", "message 2", "'gpt'"]),
         (GOOD + GOOD.replace('"Ho."', "3"), "", ["line 2", "message 2", "got 3"]),
         (GOOD + line("Hi.", "Ho.<endOfText>"), "", ["line 2", "message 2", "<endOfText>"]),
+        (GOOD + line("Hi.", "Ho.\rUser: Hi."), "--chat_format=plain", ["line 2", "message 2", "User:"]),
         (GOOD + line("Hi.", "Hé."), "--tokenizer=OWN", ["line 2", "'é'"]),
         (GOOD * 2, "--chat_format=dialogpt", ["--chat_format=dialogpt", "--tokenizer=gpt2"]),
         (GOOD * 2, "--chat_format=alpaca", ["--chat_format=alpaca", "nanochatgpt"]),

@@ -91,18 +91,25 @@ def main(config: Config) -> None:
 
 
 def read_conversations(path: Path, chat_format: ChatFormat) -> list[tuple[str, list[Message]]]:
-    """Return (file and line, messages) for each conversation in a .jsonl file. Raises UserError for a malformed line."""
+    """Return (file and line, messages) for each conversation in a .jsonl file. Raises UserError for a malformed line.
+
+    Line ends in messages become \\n, as those of a text file.
+    """
     found = []
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
         value = corpus.read_json(line, place)
+        messages = value.get("messages") if isinstance(value, dict) else None
         try:
-            conversation.check(value.get("messages") if isinstance(value, dict) else None, chat_format)
+            conversation.check(messages, chat_format)
+            for message in messages:
+                message["content"] = corpus.fold_line_ends(message["content"])
+            conversation.check(messages, chat_format)  # again: "\rUser:" has become "\nUser:", which ends a reply
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
-        found.append((place, value["messages"]))
+        found.append((place, messages))
     return found
 
 
