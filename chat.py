@@ -152,6 +152,10 @@ class Chat:
         if system.startswith("FILE:"):
             system = corpus.read_text(Path(system.removeprefix("FILE:"))).strip()
         try:
+            tokenizer.encode_array(system)
+        except UserError as error:
+            raise UserError(f"--context: {error}") from error
+        try:
             self.opening = conversation.encode_opening(chat_format, tokenizer, system)
             smallest = len(self.opening) + len(conversation.encode_prompt_turn(chat_format, "", tokenizer)) + 1
         except UserError as error:

@@ -317,6 +317,15 @@ def test_format_that_the_alphabet_cannot_write(characters, flags, advice):
         start_chat(tiny(table), chat_format, table)
 
 
+def test_context_that_the_alphabet_cannot_write(tmp_path):
+    """Catches a character of --context that is blamed on the chat format."""
+    table = CharTokenizer(sorted("abc\n"))
+    (tmp_path / "context.txt").write_text("ab\nxa\n", encoding="utf-8")
+    for context, place in (("abx", "line 1, column 3"), (f"FILE:{tmp_path / 'context.txt'}", "line 2, column 1")):
+        with pytest.raises(UserError, match=rf"^--context: character 'x' \(U\+0078\) at {place} "):
+            start_chat(tiny(table), conversation.LINES, table, context=context)
+
+
 def test_end_of_text_of_another_vocabulary():
     """Catches a reply that runs on into the next document because its end is not called as in GPT-2."""
     content = train_bpe([], 257).to_dict()["content"].replace("<|endoftext|>", "</s>")
