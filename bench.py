@@ -110,7 +110,7 @@ class Config(configurator.Config):
     steps: NonNegativeInt = 0  # training steps per round. 0: as many as take two seconds
     optimizer: Literal["adamw", "muon"] = "adamw"  # optimizer of the fast run
     real_data: bool | Literal["auto"] = "auto"  # train on the dataset, or on random tokens. auto: if it is prepared and fits
-    dataset: PathStr = "openwebtext"  # folder in data/ with train.bin and val.bin
+    dataset: PathStr = "openwebtext"  # folder with train.bin and val.bin: a name in data/, or a path
     profile: bool = False  # write trace.json, for ui.perfetto.dev, and list the operations that take the most time
     # generation
     prompt_tokens: PositiveInt = 8  # prompt length

@@ -77,7 +77,7 @@ class Config(configurator.Config):
     wandb_project: str = "owt"  # W&B project
     wandb_run_name: str = "gpt2"  # W&B run name
     # data
-    dataset: PathStr = "openwebtext"  # a folder in data/ with train.bin and val.bin
+    dataset: PathStr = "openwebtext"  # a folder with train.bin and val.bin: a name in data/, or a path
     gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches per iteration, over all processes
     batch_tokens: NonNegativeInt = 0  # tokens per iteration, instead of gradient_accumulation_steps; 0: not used
     batch_size: PositiveInt = 12  # sequences per micro-batch

@@ -334,7 +334,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
         dataset = str(checkpoint.config.get("dataset", ""))
         advice = f"; prepare its dataset, {shown(dataset)}, first" if dataset else "; add to it config={'dataset': NAME}"
         try:
-            tokenizer = tokenizers.from_folder(DATA / dataset)
+            tokenizer = tokenizers.from_folder(tokenizers.dataset_folder(dataset, DATA))
         except OSError as error:  # not a name of a folder
             raise UserError(f"{checkpoint.path}: its dataset {shown(dataset)} is not found in data/") from error
     if tokenizer.vocab_size > args["vocab_size"]:

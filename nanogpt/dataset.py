@@ -32,9 +32,9 @@ class Dataset:
     """A prepared dataset: the token files of its two splits, its tokenizer and its chat format."""
 
     def __init__(self, name: str):
-        """Open data/<name>, or the folder `name` if it is a path. Raises UserError if it is missing or damaged."""
+        """Open data/<name>, or else the folder at the path `name`. Raises UserError if it is missing or damaged."""
         self.name = name
-        self.folder = DATA / name
+        self.folder = tokenizer.dataset_folder(name, DATA)
         for split in ("train", "val"):
             if not (self.folder / f"{split}.bin").is_file():
                 raise UserError(_missing(name, self.folder, split))
@@ -218,7 +218,8 @@ def prepared() -> list[str]:
 
 def _missing(name: str, folder: Path, split: str) -> str:
     if (folder / "prepare.py").is_file():
-        return f"dataset '{name}' is not prepared yet (no {split}.bin); run python {shlex.quote(f'data/{name}/prepare.py')}"
+        script = (Path("data", folder.name) if folder.parent == DATA else folder) / "prepare.py"
+        return f"dataset '{name}' is not prepared yet (no {split}.bin); run python {shlex.quote(script.as_posix())}"
     if folder.is_dir():
         return f"dataset '{name}': no {split}.bin in {folder}; run the prepare.py that makes it"
     return (

@@ -594,6 +594,12 @@ def from_folder(folder: Path) -> Tokenizer:
     return TiktokenTokenizer("gpt2", GPT2_VOCAB_SIZE)
 
 
+def dataset_folder(name: str, datasets: Path) -> Path:
+    """Return the folder of the dataset `name`: the one in `datasets`, else the path `name` if that is a folder."""
+    folder = datasets / name
+    return Path(name) if not folder.is_dir() and Path(name).is_dir() else folder
+
+
 def named_tokenizer(name: str, datasets: Path, names: Sequence[str] = ENCODINGS) -> Tokenizer:
     """Return the encoding `name`, or the tokenizer of the prepared dataset `name`, a folder in `datasets` or anywhere.
 
@@ -601,7 +607,7 @@ def named_tokenizer(name: str, datasets: Path, names: Sequence[str] = ENCODINGS)
     """
     if name in ENCODINGS:
         return TiktokenTokenizer(name)
-    folder = datasets / name
+    folder = dataset_folder(name, datasets)
     if not any((folder / file).is_file() for file in ("meta.json", "meta.pkl", "train.bin")):
         raise UserError(f"--tokenizer={name}: must be {', '.join(names)} or a prepared dataset")
     return from_folder(folder)

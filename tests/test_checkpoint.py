@@ -327,14 +327,18 @@ def test_restoring_the_scaler(tmp_path: Path) -> None:
     assert restored.get_scale() == 2.0**7
 
 
-def test_nanogpt_checkpoint_uses_its_datasets_tokenizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("relative", [True, False])
+def test_nanogpt_checkpoint_uses_its_datasets_tokenizer(
+    relative: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches the wrong characters for a checkpoint without a tokenizer."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "dataset").mkdir()
     meta = {"vocab_size": 11, "itos": dict(enumerate("kjihgfedcba")), "stoi": {}}
     (tmp_path / "dataset" / "meta.pkl").write_bytes(pickle.dumps(meta))
     model = new_model()
     state = nanogpt_state(model, nanogpt_adamw(model), "")
-    state["config"]["dataset"] = str(tmp_path / "dataset")
+    state["config"]["dataset"] = "dataset" if relative else str(tmp_path / "dataset")
     torch.save(state, tmp_path / "ckpt.pt")
     assert checkpoint.tokenizer_of(checkpoint.load(tmp_path / "ckpt.pt")).decode([0, 1, 10]) == "kja"
 

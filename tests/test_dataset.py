@@ -415,6 +415,22 @@ def test_missing_dataset_says_what_to_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert Dataset("ready").tokens == {"train": 30, "val": 20}
 
 
+def test_folder_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a relative path that is looked for in data/ only, or a folder here that hides the one in data/."""
+    monkeypatch.setattr(dataset, "DATA", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data" / "both", [1] * 30, [1] * 20)
+    write(tmp_path / "both", [1] * 40, [1] * 20)
+    write(tmp_path / "mine", [1] * 50, [1] * 20)
+    for name, count in (("both", 30), ("./data/both", 30), ("mine", 50), ("./mine", 50), (str(tmp_path / "both"), 40)):
+        assert Dataset(name).tokens["train"] == count
+    (tmp_path / "data" / "poems").mkdir()
+    (tmp_path / "data" / "poems" / "prepare.py").touch()
+    for name in ("poems", "data/poems"):
+        with pytest.raises(UserError, match=rf"'{name}' .*; run python data/poems/prepare\.py$"):
+            Dataset(name)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_half_a_dataset_is_refused(tmp_path: Path, split: str) -> None:
     """Catches a folder with only one of the two splits."""

@@ -769,3 +769,16 @@ def test_damaged_pickle_is_refused_by_name(tmp_path: Path, content: bytes) -> No
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(UserError, match=r"meta\.pkl"):
         tokenizer.from_folder(tmp_path)
+
+
+def test_tokenizer_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a relative path of a dataset that is refused."""
+    monkeypatch.chdir(tmp_path)
+    for folder, characters in (("data/own", "abc"), ("other", "xyz")):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "meta.pkl").write_bytes(tokenizer.to_pickle(CharTokenizer(list(characters))))
+    names = ("own", "data/own", "./other", "other", str(tmp_path / "other"))
+    found = ["".join(tokenizer.named_tokenizer(name, tmp_path / "data").characters) for name in names]
+    assert found == ["abc", "abc", "xyz", "xyz", "xyz"]
+    with pytest.raises(UserError, match=r"^--tokenizer=\./none: must be gpt2, .* or a prepared dataset$"):
+        tokenizer.named_tokenizer("./none", tmp_path / "data")

@@ -247,6 +247,16 @@ def test_resume_is_bit_exact(flags: list[str], tmp_path: Path, out_dir: Path) ->
     assert without(measured, rows(tmp_path / "parts")) == without(measured, whole_rows)
 
 
+def test_resume_finds_a_dataset_by_its_relative_path(
+    flags: list[str], dataset: Path, out_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a relative --dataset that the run finds, but not the run that resumes it."""
+    monkeypatch.chdir(dataset.parent)
+    run(*flags, f"--dataset=./{dataset.name}", "--max_iters=1")
+    assert run("--init_from=resume", f"--out_dir={out_dir}", "--max_iters=2").dataset == "openwebtext"  # not given again
+    assert sorted(losses(out_dir)) == [0, 1]
+
+
 def test_resume_takes_its_keys_from_the_checkpoint(flags: list[str], out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a resumed run with default keys, or one that ignores a key given for it."""
     run(*flags, "--learning_rate=0.0123", "--max_iters=5", "--seed=7")
