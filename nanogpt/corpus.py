@@ -89,11 +89,12 @@ def _fetch(url: str, file: BinaryIO, name: str) -> str:
 def tiny_shakespeare(url: str, path: Path) -> str:
     """Return the text of `path`, downloading it from `url` first if it does not exist.
 
-    An existing file may hold any text: people put their own in its place.
+    An existing file may hold any text: people put their own in its place. Raises UserError if it holds none.
     """
     if not path.exists():
         download(url, path, TINY_SHAKESPEARE_SHA256)
-    text = read_text(path)
+    if not (text := read_text(path)):
+        raise UserError(f"{path}: no text in it; delete it, then run the same command again to download it")
     if hashlib.sha256(text.encode("utf-8")).hexdigest() != TINY_SHAKESPEARE_SHA256:
         print(f"{shown_path(path)} is not Tiny Shakespeare; using it as it is")
     return text

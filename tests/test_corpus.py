@@ -161,6 +161,14 @@ def test_own_input_txt_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert "not Tiny Shakespeare" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"])
+def test_empty_input_txt(tmp_path: Path, content: bytes) -> None:
+    """Catches an empty file, as after a download that failed, that is blamed on the character table."""
+    (tmp_path / "input.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"input\.txt: no text in it; delete it, .* to download it$"):
+        corpus.tiny_shakespeare("http://127.0.0.1:9/none", tmp_path / "input.txt")
+
+
 def test_shakespeare_with_windows_line_ends(tmp_path: Path, capsys: pytest.CaptureFixture, shakespeare: str) -> None:
     """Catches a 66th character, \\r, on a machine whose git or browser changes line ends."""
     (tmp_path / "input.txt").write_bytes(shakespeare.replace("\n", "\r\n").encode())
