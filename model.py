@@ -42,7 +42,7 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens so far, so that generation computes them once per token."""
 
-    layers: torch.Tensor  # (n_layer, 2, B, nh, max_tokens, hs)
+    layers: list[torch.Tensor]  # of each layer: (2, B, nh, max_tokens, hs)
     length: int = 0  # tokens in the cache; lower it to drop the latest ones
 
 
@@ -239,13 +239,13 @@ class GPT(LanguageModel):
         idx: torch.Tensor,
         targets: torch.Tensor | None = None,
         cache: KVCache | None = None,
-        loss_rows: int = 0,
+        loss_rows: int | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """With targets, return logits (B, T, V) and the mean loss; without, the last position's logits (B, 1, V) and None.
 
         `idx` and `targets` are (B, T) int64, T at most block_size. With a `cache`, idx continues the tokens in it and is
-        added to it. `loss_rows` saves memory: with more than that many targets, the loss is computed for that many rows of
-        logits at a time, and the returned logits are None.
+        added to it. `loss_rows` is for training: the returned logits are None, which saves memory; with more than that many
+        targets, unless it is 0, the loss is computed for that many rows of logits at a time.
         """
         B, T = idx.shape
         position = 0 if cache is None else cache.length
@@ -267,11 +267,14 @@ class GPT(LanguageModel):
         x = self.transformer.ln_f(x)
 
         # logits and loss
-        if targets is not None and 0 < loss_rows < B * T:
+        if targets is not None and loss_rows is not None and 0 < loss_rows < B * T:
             weight = self.lm_head.weight
             return None, kernels.chunked_cross_entropy(x.view(B * T, -1), weight, targets.reshape(-1), loss_rows)
         logits = self.lm_head(x)  # (B, T, V) or (B, 1, V)
-        return logits, None if targets is None else self.loss(logits, targets)
+        if targets is None:
+            return logits, None
+        # as an output of a compiled model, logits would get a gradient: gigabytes of zeros
+        return None if loss_rows is not None else logits, self.loss(logits, targets)
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
@@ -292,8 +295,8 @@ class GPT(LanguageModel):
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         config, weight = self.config, self.transformer.wpe.weight
-        shape = (config.n_layer, 2, batch_size, config.n_head, max_tokens, config.n_embd // config.n_head)
-        return KVCache(torch.empty(shape, dtype=weight.dtype, device=weight.device))
+        shape = (2, batch_size, config.n_head, max_tokens, config.n_embd // config.n_head)
+        return KVCache([torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(config.n_layer)])
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         n_params = super().get_num_params()
@@ -320,13 +323,13 @@ class Bigram(LanguageModel):
         self.token_embedding_table = nn.Embedding(config.vocab_size, config.vocab_size)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: None = None, loss_rows: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return (logits, loss) as GPT.forward does, for sequences of any length; `loss_rows` has no effect."""
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: None = None, loss_rows: int | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return (logits, loss) as GPT.forward does, for sequences of any length; the loss is never in chunks."""
         if targets is None:
             return self.token_embedding_table(idx[:, [-1]]), None  # (B, 1, V)
         logits = self.token_embedding_table(idx)  # (B, T, V)
-        return logits, self.loss(logits, targets)
+        return None if loss_rows is not None else logits, self.loss(logits, targets)
 
     def flops_per_token(self) -> float:
         """Return 0: a table is looked up, not multiplied."""

@@ -59,7 +59,7 @@ SHOWN_SOURCE = {  # functions of model.py that the page shows, and the statement
             "blocks": "x = block(x, past, position, last_only)",
             "ln_f": "x = self.transformer.ln_f(x)",
             "lm_head": "logits = self.lm_head(x)",
-            "returns": "return logits, None if targets is None",
+            "returns": "return logits, None",
         },
     ),
     "Block.forward": (

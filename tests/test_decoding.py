@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig, KVCache
-from nanogpt.decoding import decode, decode_by
+from nanogpt.decoding import CudaGraph, decode, decode_by
 from nanogpt.device import prepare_for_generation
 
 
@@ -30,7 +30,7 @@ class FakeStream:
         pass
 
 
-def recording(model: GPT, idx: torch.Tensor, layers: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+def recording(model: GPT, idx: torch.Tensor, layers: list[torch.Tensor], position: torch.Tensor) -> torch.Tensor:
     """`decode`, which also tells the newest FakeGraph what to replay."""
     output = decode(model, idx, layers, position)
     if FakeGraph.recorded:
@@ -42,12 +42,13 @@ def recording(model: GPT, idx: torch.Tensor, layers: torch.Tensor, position: tor
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeGraph, "recorded", [])
+    monkeypatch.setattr(CudaGraph, "stream", None)
     for name, fake in {
         "CUDAGraph": FakeGraph,
         "Stream": FakeStream,
         "current_stream": FakeStream,
         "stream": lambda stream: contextlib.nullcontext(),
-        "graph": lambda graph: contextlib.nullcontext(),
+        "graph": lambda graph, stream: contextlib.nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
 
@@ -60,7 +61,9 @@ def two_models(dtype: torch.dtype = torch.float32, **changes) -> tuple[GPT, GPT]
     models[1].load_state_dict(models[0].state_dict())
     for model in models:
         new_cache = model.new_cache
-        model.new_cache = lambda *sizes, new_cache=new_cache: KVCache(torch.full_like(new_cache(*sizes).layers, torch.nan))
+        model.new_cache = lambda *sizes, new_cache=new_cache: KVCache(
+            [torch.full_like(past, torch.nan) for past in new_cache(*sizes).layers]
+        )
         prepare_for_generation(model, "cpu", dtype)
     return models
 
@@ -97,6 +100,15 @@ def test_same_logits_by_a_graph(bias: bool, fake_cuda: None) -> None:
 
     model.generate(prompt, 3, temperature=0)
     assert [graph.runs for graph in FakeGraph.recorded] == [12, 2]  # and another for the next
+
+
+def test_writes_into_whole_tensors_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a slice of an argument that is written into, for which a compiled step copies the cache in every layer."""
+    _, model = two_models()
+    cache, write, written = model.new_cache(1, 8), torch.Tensor.index_copy_, []
+    monkeypatch.setattr(torch.Tensor, "index_copy_", lambda self, *rest: written.append(id(self)) or write(self, *rest))
+    decode(model, torch.zeros(1, 1, dtype=torch.long), cache.layers, torch.zeros(1, dtype=torch.long))
+    assert written == [id(past) for past in cache.layers]
 
 
 def test_changed_model(capsys: pytest.CaptureFixture[str]) -> None:

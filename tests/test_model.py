@@ -183,7 +183,7 @@ def test_loss_rows_change_no_gradient(rows: int, dtype: torch.dtype) -> None:
             logits, loss = model(idx, targets, loss_rows=loss_rows)
         (3 * loss).backward()
         losses.append(loss.item())
-        assert (logits is None) == (loss_rows > 0)
+        assert logits is None
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     assert losses[1] == pytest.approx(losses[0], abs=tolerance)
     for (name, p), q in zip(whole.named_parameters(), chunked.parameters(), strict=True):
