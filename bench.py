@@ -329,7 +329,8 @@ class Trainer:
 
         # model and optimizer
         self.shape, self.batch_size = model_shape(config), batch_size(config)
-        self.model = GPT(self.shape).to(self.device)
+        with torch.device(self.device):  # GPT-2 XL's random weights take a CPU most of a minute
+            self.model = GPT(self.shape)
         muon = config.optimizer == "muon" and way == "fast"
         device_type = torch.device(self.device).type
         self.optimizer = build_optimizer(
@@ -343,9 +344,10 @@ class Trainer:
         if onednn:
             kernels.train_by_onednn(self.model)
         self.network = compile_model(self.model) if is_compiled else self.model
-        self.loss_rows = pick_loss_rows(
-            config.loss_rows, self.device, self.batch_size * self.shape.block_size, self.shape.vocab_size
-        )
+        self.loss_rows = None  # nanoGPT's model also returns the logits
+        if way == "fast":
+            rows = self.batch_size * self.shape.block_size
+            self.loss_rows = pick_loss_rows(config.loss_rows, self.device, rows, self.shape.vocab_size)
 
         # batches
         self.data = Dataset(config.dataset) if config.real_data else None
@@ -353,7 +355,7 @@ class Trainer:
 
         parts = [str(self.dtype).removeprefix("torch."), "compiled" if is_compiled else "not compiled"]
         parts += ["Muon and AdamW" if muon else "fused AdamW" if config.fused else "AdamW"]
-        parts += [f"loss in chunks of {self.loss_rows}"] * (self.loss_rows > 0)
+        parts += [f"loss in chunks of {self.loss_rows}"] * bool(self.loss_rows)
         parts += ["memory kept"] * memory_kept + ["oneDNN"] * onednn
         parts += ["activation checkpointing"] * config.activation_checkpointing
         self.description = ", ".join(parts)

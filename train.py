@@ -233,9 +233,9 @@ def train(config: Config, group: Group, ckpt: Checkpoint | None) -> SystemExit |
                 with mixed_precision:
                     _, micro_loss = train_model(x, y, loss_rows=machine.loss_rows)
                 micro_loss = micro_loss * weight / machine.micro_batches  # its part of the loss of the global batch
-                x, y, weight = next(batches)  # prefetch while the device computes
                 loss += micro_loss.detach()
                 scaler.scale(micro_loss * group.size).backward()  # times size: DDP and FSDP average gradients over ranks
+                x, y, weight = next(batches)  # prefetch while the device computes
 
             # clip the gradient; all ranks agree on the loss, on saving and on stopping; save if due
             scaler.unscale_(optimizer)

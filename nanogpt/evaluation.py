@@ -47,7 +47,8 @@ def estimate_loss(
     bits_per_byte: dict[Split, float | None] = {}
     sharded = is_sharded(model)  # then all ranks must run the same number of passes
     for split in data.tokens:
-        total = count = text_bytes = interrupted = 0.0
+        count = text_bytes = interrupted = 0.0
+        batch_losses: list[tuple[torch.Tensor, int]] = []  # and their targets; read at the end, so that a GPU need not wait
         for batches in _rounds(_batches(data, split, seed, eval_iters, batch_size, block_size), group.size):
             (interrupted,) = group.sum(signals.received) if sharded else (signals.received,)
             is_mine = group.rank < len(batches)
@@ -59,10 +60,12 @@ def estimate_loss(
             x, y = to_device((x, y), group.device)
             with autocast:
                 _, loss = model(x, y, loss_rows=loss_rows)
-            total += loss.item() * len(learned) if len(learned) else 0.0
+            if len(learned):
+                batch_losses.append((loss, len(learned)))
             count += len(learned)
             text = learned[learned < len(byte_counts)]  # without ids that only the model has, for a size that is rounded up
             text_bytes += byte_counts[text].sum().item()
+        total = sum(loss.item() * targets for loss, targets in batch_losses)
         total, count, text_bytes, interrupted = group.sum(total, count, text_bytes, signals.received)
         if interrupted:
             break

@@ -1,6 +1,7 @@
 """Everything that there is to measure on a GPU, as commands that run one after the other, within a time limit."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from nanogpt.errors import first_line
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 570.0  # for all measurements together
-TRAINING = "bench.py --size=gpt2 --batch_size=32 --real_data=False"
+TRAINING = "bench.py --size=gpt2 --batch_size=64 --real_data=False"
 GENERATION = "bench.py --what=generation --size=gpt2"
 RECIPE = "train.py config/train_shakespeare_char.py --max_iters=2500"  # the first half, with the learning rates of the whole
 RECIPE_SEEDS = (1, 2, 3, 4, 5)  # trained at the same time, to save time: their speeds say nothing
@@ -41,15 +42,15 @@ MEASUREMENTS = (  # the most important ones first, in case that the time does no
     Measurement("generation, 1 text", f"{GENERATION} --against=transformers"),
     Measurement("generation, 1 text, compiled", f"{GENERATION} --against=plain --compile=True"),
     Measurement("Shakespeare in characters", RECIPE, RECIPE_SEEDS),
-    Measurement("generation, 16 texts, compiled", f"{GENERATION} --batch_size=16 --against=transformers --compile=True"),
-    Measurement("generation, 64 texts, compiled", f"{GENERATION} --batch_size=64 --against=transformers --compile=True"),
+    Measurement("training, 124M, Muon", f"{TRAINING} --against=nothing --optimizer=muon"),
+    Measurement("training, 124M, loss in chunks", f"{TRAINING} --against=nothing --loss_rows=4096"),
+    Measurement("generation, 16 texts, compiled", f"{GENERATION} --batch_size=16 --against=nothing --compile=True"),
+    Measurement("generation, 64 texts, compiled", f"{GENERATION} --batch_size=64 --against=nothing --compile=True"),
     *(
         Measurement(f"Shakespeare in characters, Muon at {rate}", f"{MUON} --learning_rate={rate}", (1, 2))
         for rate in MUON_RATES
     ),
     Measurement("training, 124M, not compiled", f"{TRAINING} --against=nothing --compile=False"),
-    Measurement("training, 124M, loss in chunks", f"{TRAINING} --against=nothing --loss_rows=4096"),
-    Measurement("training, 124M, Muon", f"{TRAINING} --against=nothing --optimizer=muon"),
     *(
         Measurement(f"memory, {size}, activation checkpointing {checkpointing}", command)
         for size in ("gpt2-xl", "gpt2-large", "gpt2-medium", "gpt2")
@@ -80,12 +81,18 @@ def measure(
         except subprocess.TimeoutExpired:
             result = {"error": "no time left"}
         except subprocess.CalledProcessError as error:
-            result = {"error": first_line((error.stderr.strip().splitlines() or ["no message"])[-1])}
+            result = {"error": first_line(cause(error.stderr))}
         seconds = round(time.monotonic() - started, 1)
         result |= {"name": measurement.name, "command": shlex.join(command), "wall_seconds": seconds}
         print(json.dumps(result), flush=True)
         results.append(result)
     return results
+
+
+def cause(stderr: str) -> str:
+    """Return the line of a script's stderr that says why it failed: the end of its last traceback, else the last line."""
+    lines = stderr.strip().splitlines() or ["no message"]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception): ", line)), lines[-1])
 
 
 def run(command: Sequence[str], deadline: float) -> list[str]:

@@ -197,6 +197,7 @@ def test_fast_way_only(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor, count=count: count.append(tensor) or tensor, lambda x: x):
             trainer.model(*trainer.batch(0))
         saved[way] = len(count)
+        assert (trainer.loss_rows is None) == (way == "plain")  # nanoGPT's model also returns the logits
     assert saved["fast"] < saved["plain"] / 2
 
 
@@ -378,6 +379,19 @@ def test_measurements_on_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")] == found
     (late,) = gpu_benchmark.measure([gpu_benchmark.MEASUREMENTS[0]], flags, limit_seconds=0)
     assert late["error"] == "no time left"
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["Traceback (most recent call last):", "torch.OutOfMemoryError: CUDA: 2 GiB", "bench.py: error: status 1"], 1),
+        (["a warning", "bench.py: error: fast: out of memory"], 1),
+    ],
+)
+def test_cause_of_a_failed_measurement(lines: list[str], expected: int) -> None:
+    """Catches minutes of a GPU spent for "the process ended", without the reason."""
+    assert gpu_benchmark.cause("\n".join(lines) + "\n") == lines[expected]
+    assert gpu_benchmark.cause("") == "no message"
 
 
 def test_seeds_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
