@@ -293,7 +293,7 @@ def training_batches(
         weights = data.loss_weights("train", starts, block_size)
         for micro_batch in range(group.rank, machine.micro_batches, group.size):
             x, y = data.windows("train", starts[micro_batch], block_size, vocab_size)
-            yield *to_device((x, y), group.device), weights[micro_batch]
+            yield *to_device((x, y), group.device, static=machine.compile), weights[micro_batch]
 
 
 # set-up

@@ -226,11 +226,19 @@ def prepare_for_generation(
         decode_by(model, compile_model(decode), device.startswith("cuda"))
 
 
-def to_device(tensors: tuple[torch.Tensor, ...], device: str) -> tuple[torch.Tensor, ...]:
-    """Copy tensors to the device; to CUDA asynchronously, from pinned memory."""
+def to_device(tensors: tuple[torch.Tensor, ...], device: str, static: bool = False) -> tuple[torch.Tensor, ...]:
+    """Copy tensors to the device; to CUDA asynchronously, from pinned memory.
+
+    `static` lets torch.compile make code for these shapes only, though an evaluation of whole splits has others.
+    """
     if device.startswith("cuda"):
-        return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-    return tuple(tensor.to(device) for tensor in tensors)
+        tensors = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+    else:
+        tensors = tuple(tensor.to(device) for tensor in tensors)
+    if static:
+        for tensor in tensors:
+            torch._dynamo.mark_static(tensor)
+    return tensors
 
 
 def synchronize(device: str) -> None:

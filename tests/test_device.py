@@ -300,6 +300,26 @@ def test_mfu_of_a_cpu(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "-100.00%" not in printed
 
 
+# batches
+
+
+def test_training_batches_keep_their_shape() -> None:
+    """Catches a training step that is compiled for any shape, and so is slower, after an evaluation of a whole split."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(any(isinstance(value, torch.SymInt) for value in inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    for rows in (4, 3):
+        compiled(*to_device((torch.zeros(rows, 5),), "cpu"))
+    compiled(*to_device((torch.zeros(2, 5),), "cpu", static=True))
+    assert graphs == [False, True, False]
+    torch._dynamo.reset()
+
+
 # random numbers
 
 
