@@ -366,7 +366,7 @@ def require_newest(iter_num: int, out_dir: Path, group: Group) -> None:
     (others,) = group.sum(float(iter_num != newest_iter))
     if others:
         raise UserError(
-            f"--out_dir={out_dir}: {others:.0f} of {group.size} processes read an older state than the newest, after "
+            f"--out_dir={out_dir}: {others:.0f} of {group.size} processes read another state than rank 0's newest, after "
             f"{newest_iter:,.0f} iterations; start again, and on several machines give each the same copy of the folder"
         )
 
@@ -376,10 +376,9 @@ def set_aside(out_dir: Path) -> None:
 
     The folder gets its name once it is complete; see `undo_set_aside` for a move that is interrupted.
     """
-    if not any((out_dir / name).exists() for name in (BEST, LAST)) and not any(
-        row["loss"]
-        for row in read_rows(out_dir / METRICS)  # of a run that failed before it saved
-    ):
+    has_state = any((out_dir / name).exists() for name in (BEST, LAST))
+    has_rows = any(row["loss"] for row in read_rows(out_dir / METRICS))  # of a run that failed before it saved
+    if not (has_state or has_rows):
         return
     part = out_dir / f"{PREVIOUS}.part"
     part.mkdir(exist_ok=True)

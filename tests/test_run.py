@@ -128,7 +128,7 @@ def test_all_ranks_resume_from_the_newest_state(monkeypatch, found: list[int], r
     for rank, iter_num in enumerate(found):
         sums = iter([[found[0]], [sum(other != found[0] for other in found)]])
         monkeypatch.setattr(Group, "sum", lambda group, number, sums=sums: next(sums))
-        words = rf"{refused} of 3 processes read an older state than the newest, after {found[0]} iterations"
+        words = f"{refused} of 3 processes read another state than rank 0's newest, after {found[0]} iterations"
         with pytest.raises(UserError, match=words) if refused else contextlib.nullcontext():
             run.require_newest(iter_num, Path("out"), Group(rank=rank, size=3))
 
@@ -138,7 +138,7 @@ def test_state_saved_between_reading_and_locking(tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr(run, "newest", lambda out_dir: out_dir / LAST)
     monkeypatch.setattr(run, "load", lambda path, mmap: SimpleNamespace(iter_num=40))
     run.require_newest(40, tmp_path, ALONE)
-    with pytest.raises(UserError, match="1 of 1 processes read an older state"):
+    with pytest.raises(UserError, match="1 of 1 processes read another state"):
         run.require_newest(20, tmp_path, ALONE)
 
 
