@@ -63,7 +63,7 @@ class CausalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         """Map x (B, T, C) to (B, T, C), or to (B, 1, C) for the last position only.
 
-        `past` is this layer's slice of a KVCache, (2, B, nh, max_tokens, hs): it holds the keys and values of the `position`
+        `past` is this layer's part of a KVCache, (2, B, nh, max_tokens, hs): it holds the keys and values of the `position`
         tokens before x, and those of x are added to it.
         """
         B, T, C = x.shape
