@@ -60,8 +60,7 @@ def estimate_loss(
             x, y = to_device((x, y), group.device)
             with autocast:
                 _, loss = model(x, y, loss_rows=loss_rows)
-            if len(learned):
-                batch_losses.append((loss, len(learned)))
+            batch_losses.append((loss, len(learned)))
             count += len(learned)
             text = learned[learned < len(byte_counts)]  # without ids that only the model has, for a size that is rounded up
             text_bytes += byte_counts[text].sum().item()

@@ -98,8 +98,10 @@ def test_same_logits_by_a_graph(bias: bool, fake_cuda: None) -> None:
     assert caches[0].length == caches[1].length == 4 + 6 - 3 + 6
     assert [graph.runs for graph in FakeGraph.recorded] == [12]  # one graph for a cache
 
+    stream = CudaGraph.stream
     model.generate(prompt, 3, temperature=0)
     assert [graph.runs for graph in FakeGraph.recorded] == [12, 2]  # and another for the next
+    assert CudaGraph.stream is stream  # each stream would keep a workspace
 
 
 def test_writes_into_whole_tensors_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,12 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import configurator
 
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 
 import train
 from nanogpt import checkpoint, corpus
+from nanogpt.checkpoint import Checkpoint, open_checkpoint
 from nanogpt.dataset import Dataset
 from nanogpt.device import seed_dropout
 from nanogpt.distributed import Group, share_batch
@@ -323,6 +326,35 @@ def test_ending_of_a_run_that_never_improves(
     assert sorted(path.name for path in worse.glob("*.pt")) == ["last.pt"]
     ending = f"\nnewest state in {worse / 'last.pt'} (best val loss so far: {float(rows(worse)[0]['val_loss']):.4f})\nnext: "
     assert ending in capsys.readouterr().out
+
+
+def test_resume_when_another_run_has_just_saved(
+    flags: list[str], out_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that goes on from the state before the newest, and then deletes that one."""
+    run(*flags, "--max_iters=5")
+    shutil.copytree(out_dir, tmp_path / "further")
+    run("--init_from=resume", f"--out_dir={tmp_path / 'further'}", "--max_iters=8")
+
+    def open_early(*arguments: Any, **options: Any) -> Checkpoint:
+        opened = open_checkpoint(*arguments, **options)
+        shutil.copy(tmp_path / "further" / "ckpt.pt", out_dir / "last.pt")
+        return opened
+
+    monkeypatch.setattr(train, "open_checkpoint", open_early)
+    with pytest.raises(UserError, match="1 of 1 processes read another state than rank 0's newest, after 8 iterations"):
+        run("--init_from=resume", f"--out_dir={out_dir}", "--max_iters=9")
+    assert torch.load(out_dir / "last.pt", weights_only=True)["iter_num"] == 8
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_batches_of_a_compiled_model_are_static(flags: list[str], compiled: bool) -> None:
+    """Catches a training step that is compiled for any shape after an evaluation of whole splits."""
+    config = configurator.parse(train.Config, [*flags, f"--compile={compiled}"])
+    data = Dataset(config.dataset)
+    machine = train.resolve_machine(config, Group(), None, data)
+    x, y, _ = next(train.training_batches(data, config, machine, Group(), 0, 100))
+    assert [hasattr(tensor, "_dynamo_static_indices") for tensor in (x, y)] == [compiled, compiled]
 
 
 def test_finetuning_starts_from_the_weights(flags: list[str], out_dir: Path, tmp_path: Path) -> None:
