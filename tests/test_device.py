@@ -312,10 +312,11 @@ def test_training_batches_keep_their_shape() -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: x + 1, backend=backend)
-    for rows in (4, 3):
-        compiled(*to_device((torch.zeros(rows, 5),), "cpu"))
-    compiled(*to_device((torch.zeros(2, 5),), "cpu", static=True))
+    compiled = torch.compile(torch.nn.Linear(5, 1), backend=backend)
+    with torch.no_grad():  # an evaluation, of which the last batch is smaller
+        for rows in (4, 3):
+            compiled(*to_device((torch.zeros(rows, 5),), "cpu"))
+    compiled(*to_device((torch.zeros(4, 5),), "cpu", static=True))
     assert graphs == [False, True, False]
     torch._dynamo.reset()
 
