@@ -329,7 +329,7 @@ class Trainer:
 
         # model and optimizer
         self.shape, self.batch_size = model_shape(config), batch_size(config)
-        with torch.device(self.device):  # GPT-2 XL's random weights take a CPU most of a minute
+        with torch.device(self.device):  # a CPU takes some 20 s for GPT-2 XL's random weights
             self.model = GPT(self.shape)
         muon = config.optimizer == "muon" and way == "fast"
         device_type = torch.device(self.device).type
