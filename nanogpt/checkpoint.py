@@ -39,9 +39,9 @@ from nanogpt.weights import HEAD, WPE, WTE, bare_name, checked, is_stored, read_
 BEST = "ckpt.pt"  # the best state; the newest with always_save_checkpoint
 LAST = "last.pt"  # the newest state, only there if it is newer than BEST
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-RETRY_SECONDS = 60.0  # from a save that failed to the next attempt
 MODELS = {"gpt": GPT, "bigram": Bigram}
 MAX_ITERS = (1 << 63) - 1
+RETRY_SECONDS = 60.0  # from a save that failed to the next attempt
 SHOWN_RUNS = 8  # that an error lists
 Optimizer = torch.optim.Optimizer | MuonWithAdamW
 

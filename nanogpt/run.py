@@ -312,15 +312,15 @@ class Run:
                 print(f"ignored: {', '.join(ignored)}")
             if (self.out_dir / CURVES).exists():
                 print(f"curves in {self.out_dir / CURVES}")
-            loss, bits = state.ckpt_val_loss, in_bits(self._ckpt_bits_per_byte)
-            is_best = loss == state.best_val_loss
-            best = "" if is_best or math.isinf(state.best_val_loss) else f" (best val loss so far: {state.best_val_loss:.4f})"
-            if (self.out_dir / BEST).exists():
-                result = f"val loss {loss:.4f}{bits}; " if loss is not None else ""
-                print(f"{'best ' * is_best}{result}checkpoint in {self.out_dir / BEST}{best}")
-            elif (self.out_dir / LAST).exists():  # nothing was better than the weights that it began with
-                print(f"newest state in {self.out_dir / LAST}{best}")
-            if (self.out_dir / BEST).exists() or (self.out_dir / LAST).exists():
+            saved = next((name for name in (BEST, LAST) if (self.out_dir / name).exists()), None)
+            if saved:
+                loss = state.ckpt_val_loss if saved == BEST else None  # without ckpt.pt, nothing was better than at the start
+                result = "" if loss is None else f"val loss {loss:.4f}{in_bits(self._ckpt_bits_per_byte)}; "
+                is_best = loss == state.best_val_loss
+                best = (
+                    "" if is_best or math.isinf(state.best_val_loss) else f" (best val loss so far: {state.best_val_loss:.4f})"
+                )
+                print(f"{'best ' * is_best}{result}checkpoint in {self.out_dir / saved}{best}")
                 print(f"next: python {next_script} --out_dir={out_dir}")
             if state.out_of_patience(config["patience"]):
                 print(f"stopped early: {state.evals_since_best} evaluations without a better validation loss;", end=" ")

@@ -324,7 +324,7 @@ def test_ending_of_a_run_that_never_improves(
     flags = [*flags, f"--init_from={out_dir}", f"--out_dir={worse}", "--learning_rate=3", "--decay_lr=False"]
     run(*flags, "--always_save_checkpoint=False")
     assert sorted(path.name for path in worse.glob("*.pt")) == ["last.pt"]
-    ending = f"\nnewest state in {worse / 'last.pt'} (best val loss so far: {float(rows(worse)[0]['val_loss']):.4f})\nnext: "
+    ending = f"\ncheckpoint in {worse / 'last.pt'} (best val loss so far: {float(rows(worse)[0]['val_loss']):.4f})\nnext: "
     assert ending in capsys.readouterr().out
 
 
